@@ -1,0 +1,5 @@
+"""`python -m fastsac` is `fastsac`."""
+
+from fastsac.cli import main
+
+main()

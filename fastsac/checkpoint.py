@@ -1,0 +1,329 @@
+"""Checkpoints: a directory of safetensors files, one JSON file and a manifest of their hashes. Never pickle.
+
+A checkpoint is written beside its place and renamed into it. The one it replaces waits as ``.<name>.replaced`` until
+the new one is in place, and is found there by `load_checkpoint` and `latest_checkpoint` if the writer dies in between.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastsac.errors import FastsacError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+STALE_SECONDS = 24 * 3600
+_GROUP = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+_FILE = re.compile(rf"{_GROUP.pattern}\.safetensors|state\.json")
+_STEP = re.compile(r"step-([0-9]{1,18})")
+_TEMPORARY = re.compile(r"\..+\.tmp-(.*)-([0-9]{1,9})-[0-9a-f]{8}")
+_BAD_JSON = (KeyError, TypeError, AttributeError, ValueError, RecursionError)
+_T = TypeVar("_T")
+
+
+def save_checkpoint(directory: Path, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    """Write `<group>.safetensors` for each group, `state` as JSON and the manifest, atomically and durably.
+
+    A checkpoint that is at `directory` already is replaced; after any failure it is as it was. Tensors may be on any
+    device, strided or share storage; they are copied only where needed. `state` is plain JSON with finite numbers.
+
+    Raises:
+        FastsacError: if writing fails, `state` is not such JSON, or `directory` holds anything but a checkpoint.
+        ValueError: for the name of a group or a tensor that the format cannot hold.
+    """
+    target = Path(os.path.realpath(directory))
+    if bad := [group for group in groups if not _GROUP.fullmatch(group)]:
+        raise ValueError(f"a group is named with letters, digits, '_' and '-', not {bad[0]!r}")
+    with _reported(f"cannot save the checkpoint {target}: its state is not JSON", *_BAD_JSON):
+        encoded = json.dumps(dict(state)).encode()
+        _parse_json(encoded)  # nothing is written that could not be read
+    temporary = _temporary_sibling(target)
+    try:
+        with _reported(f"cannot save the checkpoint {target}", OSError, SafetensorError):
+            _refuse_to_destroy(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(target.parent)
+            temporary.mkdir()
+            (temporary / STATE).write_bytes(encoded)
+            for group, tensors in groups.items():
+                path = temporary / f"{group}.safetensors"
+                save_file(_packed(tensors), path)
+                path.chmod(temporary.stat().st_mode & 0o666)  # safetensors leaves 0600, whatever the umask
+            files = {}
+            for path in list(temporary.iterdir()):
+                _fsync(path)
+                files[path.name] = {"sha256": _sha256(path), "size": path.stat().st_size}
+            (temporary / MANIFEST).write_bytes(_manifest_bytes({"format": FORMAT, "files": files}))
+            _fsync(temporary / MANIFEST)
+            _fsync(temporary)
+            _swap_in(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_checkpoint(
+    directory: Path, device: str | torch.device = "cpu", groups: Collection[str] | None = None
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Return the tensors of `groups` (all by default) on `device`, and the state, once every hash has been checked.
+
+    Files of groups that were not asked for are neither read nor required. The tensors own their memory.
+
+    Raises:
+        FastsacError: if there is no checkpoint, it lacks a group, or a file is missing, damaged or unreadable.
+    """
+
+    def read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        for name, sha256 in (hashes := _read_manifest(place, groups)).items():
+            if _sha256(place / name) != sha256:
+                raise FastsacError(f"{place / name} is damaged: SHA-256 differs from the manifest")
+        with _reported(f"{place / STATE} is damaged", *_BAD_JSON):
+            state = _parse_json((place / STATE).read_bytes())
+        paths = [place / name for name in hashes if name != STATE]
+        return {path.stem: _load_tensors(path, device) for path in paths}, state
+
+    return _settled(Path(os.path.realpath(directory)), read)
+
+
+def latest_checkpoint(run_dir: Path) -> Path:
+    """Return the newest `run_dir/checkpoints/step-*` that has all its files in full (`load_checkpoint` checks hashes).
+
+    Raises:
+        FastsacError: if there is none, with what was looked for.
+    """
+    problems = []
+    for directory in _step_directories(run_dir):
+        if not (problem := _problem(directory)):
+            return directory
+        problems.append(f" ({problem})")
+    looked_for = f"looked for {run_dir}/checkpoints/step-*/{MANIFEST} and the files it names"
+    raise FastsacError("".join([f"no complete checkpoint: {looked_for}", *problems[:1]]))
+
+
+def step_directory(run_dir: Path, step: int) -> Path:
+    """Return `run_dir/checkpoints/step-<12 digits>`."""
+    return run_dir / "checkpoints" / f"step-{step:012d}"
+
+
+def prune_checkpoints(run_dir: Path, keep: int) -> None:
+    """Remove what is older than the `keep` (at least 1) newest complete checkpoints, and what dead writers left.
+
+    Raises:
+        FastsacError: if something cannot be removed.
+    """
+    directories = _step_directories(run_dir)
+    kept = [directory for directory in directories if not _problem(directory)][: max(keep, 1)]
+    older = directories[directories.index(kept[-1]) + 1 :] if len(kept) == max(keep, 1) else []
+    with _reported(f"cannot prune {run_dir}/checkpoints", OSError):
+        for directory in older:
+            _discard(_replaced(directory))
+            _discard(directory)
+        if directories:
+            _remove_stale(run_dir / "checkpoints")
+
+
+@contextmanager
+def _reported(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kinds as error:
+        raise FastsacError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def _step_directories(run_dir: Path) -> list[Path]:
+    """Newest first, complete or not, under their final names."""
+    parent = run_dir / "checkpoints"
+    with _reported(f"cannot read {parent}", OSError):
+        entries = os.listdir(parent) if parent.exists() else []
+    names = {name.removeprefix(".").removesuffix(".replaced") for name in entries}
+    steps = {name: int(match[1]) for name in names if (match := _STEP.fullmatch(name))}
+    return [parent / name for name in sorted(steps, key=lambda name: (steps[name], name), reverse=True)]
+
+
+def _replaced(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.replaced")
+
+
+def _place(directory: Path) -> tuple[Path, int, int]:
+    """Return where the checkpoint is now, and what tells it from the one that replaces it."""
+    for place in (directory, _replaced(directory)):
+        with suppress(OSError):
+            found = (place / MANIFEST).stat()
+            return place, found.st_ino, found.st_mtime_ns
+    return directory, 0, 0
+
+
+def _settled(directory: Path, read: Callable[[Path], _T]) -> _T:
+    """Read the checkpoint where it is, and again if a writer replaced it meanwhile."""
+    while True:
+        place = _place(directory)
+        try:
+            with _reported(f"cannot read the checkpoint {place[0]}", OSError):
+                result = read(place[0])
+        except FastsacError:
+            if _place(directory) == place:
+                raise
+        else:
+            if _place(directory) == place:
+                return result
+
+
+def _problem(directory: Path) -> str:
+    try:
+        _settled(directory, _read_manifest)
+    except FastsacError as error:
+        return str(error)
+    return ""
+
+
+def _temporary_sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _remove_stale(parent: Path) -> None:
+    for entry in parent.iterdir():
+        if match := _TEMPORARY.fullmatch(entry.name):
+            with suppress(OSError):
+                gone = time.time() - entry.stat().st_mtime > STALE_SECONDS  # another machine's, or its id is reused
+                try:
+                    if match[1] == platform.node():
+                        os.kill(int(match[2]), 0)
+                except ProcessLookupError:
+                    gone = True
+                if gone:
+                    shutil.rmtree(entry)
+
+
+def _discard(path: Path) -> None:
+    """Remove a directory under a temporary name: half removed, it never looks like a checkpoint."""
+    if path.exists():
+        trash = _temporary_sibling(path)
+        os.rename(path, trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _refuse_to_destroy(target: Path) -> None:
+    names = sorted(os.listdir(target)) if target.exists() else []
+    foreign = [name for name in names if name != MANIFEST and not (_FILE.fullmatch(name) and MANIFEST in names)]
+    if foreign:
+        what = f"it holds {foreign[0]!r} and is no checkpoint"
+        raise FastsacError(f"cannot save the checkpoint {target}: {what}; choose another directory")
+
+
+def _swap_in(temporary: Path, target: Path) -> None:
+    old = _replaced(target)
+    replaces = (target / MANIFEST).exists()
+    if replaces:
+        _discard(old)
+    try:
+        if replaces:
+            os.rename(target, old)
+        os.rename(temporary, target)
+        _fsync(target.parent)
+    except BaseException:
+        if old.exists() or not replaces:
+            if (target / MANIFEST).exists():
+                os.rename(target, temporary)
+            if replaces:
+                os.rename(old, target)
+        raise
+    with suppress(OSError):
+        _discard(old)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems cannot sync a directory
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous CPU tensors without common memory, copied only where needed: a replay is gigabytes."""
+    if "__metadata__" in tensors:
+        raise ValueError("safetensors reserves the name '__metadata__'")
+    packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    end = 0
+    for name, tensor in sorted(packed.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            packed[name] = tensor.clone()
+        else:
+            end = tensor.data_ptr() + tensor.nbytes
+    return packed
+
+
+def _load_tensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
+    with _reported(f"{path} is damaged", SafetensorError), safe_open(path, framework="pt") as file:
+        # safetensors maps the file: copied, the tensors outlive it and do not share one storage
+        return {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
+
+
+def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _read_manifest(place: Path, groups: Collection[str] | None = None) -> dict[str, str]:
+    """Return the SHA-256 of each file of `groups` and of the state; all of them are there, with the right size."""
+    path = place / MANIFEST
+    if not path.is_file():
+        raise FastsacError(f"there is no checkpoint at {place}: {MANIFEST} is missing")
+    encoded = path.read_bytes()
+    with _reported(f"{path} is damaged", *_BAD_JSON):
+        manifest = _parse_json(encoded)
+        if type(version := manifest["format"]) is int and version != FORMAT:
+            raise FastsacError(f"{path} has format {version}, and this version of fastsac reads format {FORMAT}")
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        if not all(_FILE.fullmatch(name) for name in files):  # "../x", say
+            raise ValueError("it names files that no checkpoint has")
+        if _manifest_bytes(manifest) != encoded:  # it has no hash of its own
+            raise ValueError("it is not as fastsac writes it")
+    wanted = list(files) if groups is None else [f"{group}.safetensors" for group in groups]
+    for name in dict.fromkeys([*wanted, STATE]):
+        if name not in files:
+            raise FastsacError(f"the checkpoint {place} has no {name}, only {', '.join(sorted(files)) or 'a manifest'}")
+        if not (place / name).is_file():
+            raise FastsacError(f"{place / name} is missing")
+        if (size := (place / name).stat().st_size) != files[name][0]:
+            raise FastsacError(f"{place / name} is damaged: it has {size} bytes, not {files[name][0]!r}")
+    return {name: files[name][1] for name in dict.fromkeys([*wanted, STATE])}
+
+
+def _parse_json(encoded: bytes) -> dict[str, Any]:
+    """Parse an object without duplicate keys and non-finite numbers; ValueError for all else."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    parsed = json.loads(encoded.decode(), object_pairs_hook=unique)
+    json.dumps(parsed, allow_nan=False)
+    if not isinstance(parsed, dict):
+        raise ValueError("it is not an object")
+    return parsed

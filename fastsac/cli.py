@@ -1,0 +1,174 @@
+"""The command line: `fastsac train` and `fastsac eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import tyro
+
+from fastsac.config import Config
+from fastsac.errors import FastsacError, UsageError
+from fastsac.run_dir import read_config, refuse_if_taken
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train an agent; the run directory gets its configuration, metrics, learning curve and checkpoints."""
+
+    config: tyro.conf.OmitArgPrefixes[Config]
+    run_dir: Path | None = None
+    """Where the run goes; by default a new directory below `runs/`."""
+    resume: Path | None = None
+    """Go on with this run directory's newest checkpoint; other options change its settings."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate a trained agent's deterministic policy on environments of its own."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """The run directory."""
+    episodes: int = 10
+    """Episodes to play."""
+    seed: int = 0
+    """Seeds the environments."""
+    json: bool = False
+    """Print one JSON object instead of a sentence."""
+    video: Path | None = None
+    """Also record one episode to this file (.mp4 or .gif)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 on success, 2 on a usage error, 1 on a failed run."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        command = _parse(arguments)
+        if isinstance(command, Train):
+            _train(command)
+        else:
+            _eval(command)
+        sys.stdout.flush()
+    except FastsacError as error:
+        _fail(str(error), error.exit_status)
+    except BrokenPipeError:  # whoever read our output has gone; the interpreter must not complain about it at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        _fail("interrupted")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        _fail("out of memory: smaller --hidden-sizes, --batch-size or --num-envs need less")
+
+
+def _fail(message: str, status: int = 1) -> NoReturn:
+    print(f"fastsac: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _parse(arguments: list[str]) -> Train | Eval:
+    default = Config()
+    names = [argument.partition("=")[0] for argument in arguments]
+    if "--resume" in names:
+        position = names.index("--resume")
+        value = arguments[position].partition("=")[2] or "".join(arguments[position + 1 : position + 2])
+        if value:
+            default = read_config(Path(value))
+        if "--estimator" in names:  # another estimator does not inherit this one's choices
+            default = dataclasses.replace(default, baseline=None, num_action_samples=None)
+    train = Annotated[Train, tyro.conf.subcommand("train", default=Train(config=default))]
+    command: Train | Eval = tyro.cli(
+        train | Annotated[Eval, tyro.conf.subcommand("eval")],
+        args=arguments,
+        prog="fastsac",
+        description="Soft Actor-Critic at speed, with the actor's gradient estimator as a choice.",
+    )
+    return command
+
+
+def default_run_dir(config: Config) -> Path:
+    """Return a new name one level below `runs/`, whatever the environment's id contains."""
+    env = re.sub(r"[^A-Za-z0-9._-]+", "-", config.env_id).strip(".-")
+    estimator = config.estimator if config.baseline is None else f"{config.estimator}-{config.baseline}"
+    return Path("runs") / f"{env}_{estimator}_s{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _train(command: Train) -> None:
+    from fastsac.plot import plot_curves, read_metric
+    from fastsac.train import SAC
+
+    config = command.config
+    if command.resume is not None:
+        if command.run_dir is not None:
+            raise UsageError("--resume goes on in its own directory: leave --run-dir out")
+        run_dir = command.resume
+        agent = SAC.load(run_dir, config)
+        if agent.steps >= config.total_steps:
+            raise UsageError(f"{run_dir} has reached step {agent.steps} already: a larger --total-steps goes on")
+    else:
+        run_dir = command.run_dir or default_run_dir(config)
+        refuse_if_taken(run_dir)
+        agent = SAC(config)
+    _ = agent.replay  # its memory is forecast before anything is announced or written
+    print(f"fastsac: {_describe(agent)}; run directory {run_dir}", file=sys.stderr)
+    agent.learn(config.total_steps, run_dir, progress=True)
+    if agent.stopped_by_signal:
+        print(f"interrupted at step {agent.steps:,}; go on with: fastsac train --resume {run_dir}")
+        return
+    curves = {config.estimator: [read_metric(run_dir, "eval_return")]}
+    curve = plot_curves(curves, run_dir / "learning_curve.png", config.env_id, "evaluation return")
+    if agent.last_evaluation is not None:
+        returns = agent.last_evaluation.returns
+        print(
+            f"evaluation return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes "
+            f"after {agent.steps:,} steps and {agent.time_s:.0f} s"
+        )
+    if curve is not None:
+        print(f"learning curve: {curve}")
+
+
+def _describe(agent: Any) -> str:
+    config, choice = agent.config, agent.learner.choice
+    estimator = config.estimator if choice.baseline == "none" else f"{config.estimator} ({choice.baseline})"
+    threads = f", {agent.num_threads} threads" if agent.device.type == "cpu" else ""
+    return (
+        f"{config.env_id} ({agent.envs.backend_name}), {estimator}, K={choice.num_action_samples}, {config.precision}, "
+        f"{agent.device.type}{threads}, engine {agent.engine}"
+    )
+
+
+def _eval(command: Eval) -> None:
+    from fastsac.evaluate import check_video_path
+    from fastsac.train import SAC
+
+    if command.episodes < 1:
+        raise UsageError(f"--episodes must be a whole number of at least 1, got {command.episodes}")
+    if command.seed < 0:
+        raise UsageError(f"--seed must be a whole number of at least 0, got {command.seed}")
+    if command.video is not None:
+        check_video_path(command.video)
+    config = read_config(command.run_dir)
+    # where it is evaluated need not be like where it was trained, and small batches gain nothing by threads
+    agent = SAC.load(command.run_dir, dataclasses.replace(config, device="auto", num_threads=1))
+    if command.video is not None:
+        agent.record_video(command.video, command.seed)
+        print(f"video: {command.video}", file=sys.stderr)
+    result = agent.evaluate(command.episodes, command.seed)
+    if command.json:
+        print(json.dumps(result.summary()))
+    else:
+        mean, spread = result.returns.mean(), result.returns.std()
+        print(
+            f"return {mean:.1f} +- {spread:.1f} over {command.episodes} episodes of {result.lengths.mean():.0f} steps"
+        )

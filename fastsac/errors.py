@@ -1,0 +1,27 @@
+"""What a user can cause, told in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FastsacError(Exception):
+    """A failed run: the message is one line that says what was wrong and what would be right."""
+
+    exit_status = 1
+
+
+class UsageError(FastsacError):
+    """A request that cannot be served, found before anything was started or written."""
+
+    exit_status = 2
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean A, B or C?"``, or an empty string if nothing known is near `name`."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    near = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)]
+    if not near:
+        return ""
+    return f"; did you mean {', '.join(near[:-1]) + ' or ' if len(near) > 1 else ''}{near[-1]}?"

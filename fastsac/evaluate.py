@@ -1,0 +1,111 @@
+"""Evaluation of a policy on environments of its own, and video."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastsac.envs import Floats, VectorEnv
+from fastsac.errors import FastsacError, UsageError
+
+#: obs [N, O] -> action [N, A] in [-1, 1]
+Policy = Callable[[Floats], Floats]
+
+
+class Evaluation(NamedTuple):
+    """Undiscounted returns and lengths in steps, one entry per episode."""
+
+    returns: NDArray[np.float64]
+    lengths: NDArray[np.int64]
+
+    def summary(self) -> dict[str, Any]:
+        """Return what `fastsac eval --json` prints."""
+        return {
+            "return_mean": float(self.returns.mean()),
+            "return_std": float(self.returns.std()),
+            "returns": self.returns.tolist(),
+            "lengths": self.lengths.tolist(),
+        }
+
+
+def evaluate(
+    policy: Policy,
+    envs: VectorEnv,
+    episodes: int,
+    should_stop: Callable[[], bool] | None = None,
+    before_step: Callable[[], None] | None = None,
+) -> Evaluation:
+    """Play whole episodes from a reset on.
+
+    Each environment plays a share of the episodes that is fixed in advance: taking those that end first would favour
+    the short ones. Episodes must end by themselves or by a time limit.
+
+    Args:
+        policy: obs [N, O] -> action [N, A].
+        envs: they are reset first.
+        episodes: how many, over all environments.
+        should_stop: asked before every step; if it says so, only the episodes that have ended are returned.
+        before_step: called before every step, for pictures.
+    """
+    share = np.full(envs.num_envs, episodes // envs.num_envs)
+    share[: episodes % envs.num_envs] += 1
+    played = np.zeros_like(share)
+    returns, lengths = [], []
+    episode_return, episode_length = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=np.int64)
+    obs = envs.reset()
+    while (played < share).any() and not (should_stop is not None and should_stop()):
+        if before_step is not None:
+            before_step()
+        envs.send(policy(obs))
+        step = envs.recv()
+        obs = step.obs
+        episode_return += np.where(step.valid, step.reward, 0.0)
+        episode_length += step.valid
+        for index in np.flatnonzero((step.terminated | step.truncated) & step.valid):
+            if played[index] < share[index]:
+                played[index] += 1
+                returns.append(float(episode_return[index]))
+                lengths.append(int(episode_length[index]))
+            episode_return[index], episode_length[index] = 0.0, 0
+    return Evaluation(np.array(returns), np.array(lengths, dtype=np.int64))
+
+
+def record_video(policy: Policy, envs: VectorEnv, path: Path) -> Evaluation:
+    """Play one episode of environments made with ``render=True`` and write its pictures as .mp4 or .gif.
+
+    Raises:
+        UsageError: for another kind of file.
+        FastsacError: if it cannot be drawn or written; no half file is left.
+    """
+    import imageio
+
+    check_video_path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    options: dict[str, Any] = {"duration": 1000.0 / envs.render_fps}
+    if path.suffix.lower() == ".mp4":
+        # H.264 wants even sides; the encoder's default would rescale the pictures to multiples of 16
+        options = {"fps": envs.render_fps, "macro_block_size": 2}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # found out before the episode is played
+        writer: Any = imageio.get_writer(temporary, **options)
+        with writer:
+            result = evaluate(policy, envs, episodes=1, before_step=lambda: writer.append_data(envs.render()))
+        temporary.replace(path)
+    except OSError as error:
+        raise FastsacError(f"cannot write the video {path}: {error.strerror or error}") from error
+    finally:
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+    return result
+
+
+def check_video_path(path: Path) -> None:
+    """Raise UsageError unless the file's name ends in .mp4 or .gif."""
+    if path.suffix.lower() not in (".mp4", ".gif"):
+        raise UsageError(f"--video writes .mp4 or .gif, not {path.name!r}")

@@ -1,0 +1,187 @@
+"""The reference engine: SAC's update with autograd, eager and readable. Every other engine is tested against it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fastsac.config import Config
+from fastsac.errors import UsageError
+from fastsac.estimators import choose
+from fastsac.networks import Actor, Critic, ValueNetwork
+from fastsac.replay import restore_generator
+from fastsac.types import Batch, Sampler
+from fastsac_kernels import sample_squashed_gaussian, td_loss
+
+Metrics = dict[str, Tensor]
+
+
+class Learner:
+    """Actor, critics, targets, temperature and optimisers, all on one device. Only `update` writes them."""
+
+    engine = "reference"
+
+    def __init__(
+        self, config: Config, obs_size: int, action_size: int, device: torch.device | str = "cpu", seed: int = 0
+    ) -> None:
+        """Initialise the networks.
+
+        Args:
+            config: its estimator, hyper-parameters and network sizes are used; the device is not.
+            obs_size: O.
+            action_size: A.
+            device: where everything lives.
+            seed: of the initial weights and of all noise.
+
+        Raises:
+            UsageError: if the estimator, the baseline and K do not go together.
+        """
+        self.config = config
+        self.choice = choose(config)
+        self.device = torch.device(device)
+        self.updates = 0
+        self.target_entropy = -float(action_size) if config.target_entropy == "auto" else config.target_entropy
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        hidden, activation = config.hidden_sizes, config.activation
+        with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU: the same on every device
+            torch.manual_seed(seed)
+            self.actor = Actor(obs_size, action_size, hidden, activation).to(self.device)
+            self.critic = Critic(config.num_critics, obs_size, action_size, hidden, activation).to(self.device)
+            self.value = ValueNetwork(obs_size, hidden, activation).to(self.device) if self.uses_value else None
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        initial_alpha = 1.0 if config.alpha == "auto" else config.alpha
+        self.log_alpha = nn.Parameter(torch.tensor(float(initial_alpha), device=self.device).log())
+        self.optimizers = {
+            "actor": self._adam(self.actor.parameters(), config.actor_lr),
+            "critic": self._adam(self.critic.parameters(), config.critic_lr),
+        }
+        if config.alpha == "auto":
+            self.optimizers["alpha"] = self._adam([self.log_alpha], config.alpha_lr)
+        if self.value is not None:
+            self.optimizers["value"] = self._adam(self.value.parameters(), config.critic_lr)
+
+    @property
+    def uses_value(self) -> bool:
+        """Whether the baseline is a learned soft value."""
+        return self.choice.baseline == "value"
+
+    @property
+    def alpha(self) -> Tensor:
+        """The entropy temperature, a detached scalar."""
+        return self.log_alpha.detach().exp()
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, deterministic: bool = False) -> Tensor:
+        """Return actions [N, A] in [-1, 1] for obs [N, O]: a sample, or the squashed mean."""
+        mean, log_std = self.actor(obs)
+        if deterministic:
+            return torch.tanh(mean)
+        return sample_squashed_gaussian(mean, log_std, self._noise(1, mean))[0][0]
+
+    def update(self, replay: Sampler, num_updates: int = 1) -> Metrics:
+        """Make `num_updates` gradient updates, each on a new batch, without waiting for the device.
+
+        Returns:
+            Scalars of the last update, still on the device: `critic_loss`, `q` and, from the last update of the actor,
+            `actor_loss`, `alpha`, `entropy` (of the squashed policy, in nats) and `value_loss` where there is a V.
+        """
+        metrics: Metrics = {}
+        for _ in range(num_updates):
+            batch = replay.sample(self.config.batch_size)
+            metrics |= self._update_critic(batch)
+            if self.updates % self.config.actor_every == 0:
+                metrics |= self._update_actor_and_alpha(batch.obs)
+            self._update_targets()
+            self.updates += 1
+        return metrics
+
+    def _update_critic(self, batch: Batch) -> Metrics:
+        with torch.no_grad():
+            mean, log_std = self.actor(batch.next_obs)
+            next_action, next_log_prob = sample_squashed_gaussian(mean, log_std, self._noise(1, mean))
+            next_q = self.target_critic(batch.next_obs, next_action[0])
+        q = self.critic(batch.obs, batch.action)
+        loss = td_loss(q, batch.reward, batch.terminated, next_q, next_log_prob[0], self.alpha, self.config.gamma)
+        self._descend("critic", loss)
+        return {"critic_loss": loss.detach(), "q": q.detach().mean()}
+
+    def _update_actor_and_alpha(self, obs: Tensor) -> Metrics:
+        mean, log_std = self.actor(obs)
+        noise = self._noise(self.choice.num_action_samples, mean)
+        alpha = self.alpha
+        baseline: str | Tensor = self.choice.baseline
+        if self.value is not None:
+            baseline = -self.value(obs, frozen=True)
+        estimate = self.choice.estimator(
+            mean, log_std, noise, lambda action: self.critic.of_samples(obs, action), alpha, baseline
+        )
+        self._descend("actor", estimate.loss)
+        entropy = -estimate.log_prob.mean()
+        metrics = {"actor_loss": estimate.loss.detach(), "alpha": alpha, "entropy": entropy}
+        if "alpha" in self.optimizers:
+            self._descend("alpha", self.log_alpha.exp() * (entropy - self.target_entropy))
+        if self.value is not None:
+            value_loss = (self.value(obs) - estimate.soft_value).square().mean()
+            self._descend("value", value_loss)
+            metrics["value_loss"] = value_loss.detach()
+        return metrics
+
+    @torch.no_grad()
+    def _update_targets(self) -> None:
+        torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), self.config.tau)
+
+    def _descend(self, name: str, loss: Tensor) -> None:
+        self.optimizers[name].zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizers[name].step()
+
+    def _noise(self, num_samples: int, mean: Tensor) -> Tensor:
+        return torch.randn((num_samples, *mean.shape), device=self.device, generator=self.generator)
+
+    @staticmethod
+    def _adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
+        return torch.optim.Adam(parameters, lr=lr, fused=True)
+
+    def _networks(self) -> dict[str, nn.Module]:
+        networks = {"actor": self.actor, "critic": self.critic, "target_critic": self.target_critic}
+        return networks if self.value is None else networks | {"value": self.value}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Return all that a resumed run needs: tensors by name, and counters for JSON."""
+        tensors = {
+            f"{name}.{key}": value for name, net in self._networks().items() for key, value in net.state_dict().items()
+        }
+        tensors["log_alpha"] = self.log_alpha.detach()
+        tensors["generator"] = self.generator.get_state()
+        for name, optimizer in self.optimizers.items():
+            for index, moments in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in moments.items()}
+        return tensors, {"updates": self.updates}
+
+    def load_state(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
+        """Take over what `state` returned.
+
+        Raises:
+            UsageError: if it comes from a learner of another shape or another estimator's networks.
+        """
+        try:
+            for name, network in self._networks().items():
+                prefix = f"{name}."
+                network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            # a fixed alpha is the configuration's, and from log 0 no gradient leads away
+            if "alpha" in self.optimizers and tensors["log_alpha"].isfinite():
+                self.log_alpha.data.copy_(tensors["log_alpha"])
+        except (RuntimeError, KeyError) as error:
+            raise UsageError("the checkpoint's networks do not fit this configuration") from error
+        for name, optimizer in self.optimizers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                if key.startswith(f"optimizer.{name}."):
+                    _, _, index, moment = key.split(".")
+                    state.setdefault(int(index), {})[moment] = value.clone()
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        restore_generator(self.generator, tensors["generator"])
+        self.updates = counters["updates"]

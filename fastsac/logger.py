@@ -1,0 +1,212 @@
+"""What a run tells: metrics.jsonl, TensorBoard, and a live display or plain lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+from torch import Tensor
+
+from fastsac.envs import Step
+from fastsac.errors import FastsacError
+
+Value = float | int | Tensor
+
+
+class Logger:
+    """Writes one line of metrics at a time. The only place where device values are read."""
+
+    def __init__(
+        self, run_dir: Path | None, total_steps: int, step: int = 0, time_s: float = 0.0, progress: bool = True
+    ) -> None:
+        """Open the files.
+
+        Args:
+            run_dir: where they go; None writes none.
+            total_steps: for the progress display.
+            step: where a resumed run goes on; lines behind it are dropped from metrics.jsonl.
+            time_s: seconds that the run had taken by then.
+            progress: whether anything is displayed.
+        """
+        self._started = time.perf_counter() - time_s
+        self._total_steps = total_steps
+        self._file: IO[str] | None = None
+        self._tensorboard: Any = None
+        self._display = _make_display(total_steps, step) if progress else None
+        self._last = (time.perf_counter(), step, 0)
+        if run_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            path = run_dir / "metrics.jsonl"
+            with _reporting(path):
+                if path.exists():
+                    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+                    path.write_text("".join(f"{line}\n" for line in kept))
+                self._file = path.open("a")
+                self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+
+    @property
+    def time_s(self) -> float:
+        """Seconds of training so far, earlier parts of a resumed run included."""
+        return time.perf_counter() - self._started
+
+    def start_rates(self, step: int, updates: int) -> None:
+        """Begin a new interval for steps/s and updates/s."""
+        self._last = (time.perf_counter(), step, updates)
+
+    def log(self, step: int, updates: int, values: Mapping[str, Value]) -> None:
+        """Write one line: `step`, `updates`, `time_s`, the rates since the last line, and `values`."""
+        now = time.perf_counter()
+        since, step_before, updates_before = self._last
+        seconds = max(now - since, 1e-9)
+        row: dict[str, float | int] = {"step": step, "updates": updates, "time_s": round(self.time_s, 3)}
+        if step > step_before:
+            row["steps_per_s"] = (step - step_before) / seconds
+            row["updates_per_s"] = (updates - updates_before) / seconds
+            self._last = (now, step, updates)
+        row |= {key: float(value) for key, value in values.items()}
+        # JSON has no word for NaN
+        row = {key: value for key, value in row.items() if math.isfinite(value)}
+        if self._file is not None:
+            with _reporting(Path(self._file.name)):
+                self._file.write(json.dumps(row) + "\n")
+                self._file.flush()
+                for key in row.keys() - {"step", "updates", "time_s"}:
+                    self._tensorboard.add_scalar(key, row[key], step)
+        if self._display is not None:
+            self._display.show(row)
+
+    def say(self, message: str) -> None:
+        """Tell the user something that is no metric."""
+        if self._display is not None:
+            self._display.say(message)
+
+    def __enter__(self) -> Logger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._display is not None:
+            self._display.close()
+        if self._file is not None:
+            with _reporting(Path(self._file.name)) if error is None else suppress(OSError):
+                self._file.close()
+                self._tensorboard.close()
+
+
+@contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FastsacError(f"cannot write {path}: {error.strerror}") from error
+
+
+class EpisodeStatistics:
+    """Returns and lengths of the training environments' episodes."""
+
+    def __init__(self, num_envs: int) -> None:
+        self._return = np.zeros(num_envs)
+        self._length = np.zeros(num_envs, dtype=np.int64)
+        self._finished: list[tuple[float, int]] = []
+
+    def add(self, step: Step) -> None:
+        """Count one step of every environment."""
+        self._return += np.where(step.valid, step.reward, 0.0)
+        self._length += step.valid
+        for index in np.flatnonzero((step.terminated | step.truncated) & step.valid):
+            self._finished.append((float(self._return[index]), int(self._length[index])))
+            self._return[index], self._length[index] = 0.0, 0
+
+    def take(self) -> dict[str, float]:
+        """Return the means over the episodes that ended since the last call; empty if none did."""
+        if not self._finished:
+            return {}
+        returns, lengths = np.mean(self._finished, axis=0)
+        self._finished.clear()
+        return {"episode_return": float(returns), "episode_length": float(lengths)}
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line cut short by a crash
+        return math.inf
+
+
+def _make_display(total_steps: int, step: int) -> Any:
+    return _Live(total_steps, step) if sys.stderr.isatty() else _Lines(total_steps)
+
+
+_SHOWN = ("eval_return", "episode_return", "critic_loss", "alpha", "entropy")
+
+
+def _describe(row: Mapping[str, float]) -> str:
+    rates = [f"{row[key]:,.0f} {key.split('_')[0]}/s" for key in ("steps_per_s", "updates_per_s") if key in row]
+    return "  ".join(rates + [f"{key.replace('_', ' ')} {row[key]:.3g}" for key in _SHOWN if key in row])
+
+
+class _Lines:
+    """Plain lines, for a file or a pipe."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+
+    def show(self, row: Mapping[str, float]) -> None:
+        left = ""
+        if row.get("steps_per_s"):
+            left = f"  {_duration((self._total_steps - row['step']) / row['steps_per_s'])} left"
+        print(f"step {row['step']:,}/{self._total_steps:,}  {_describe(row)}{left}", file=sys.stderr, flush=True)
+
+    def say(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class _Live:
+    """A progress bar with the latest figures."""
+
+    def __init__(self, total_steps: int, step: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=Console(stderr=True),
+            speed_estimate_period=60.0,
+        )
+        self._latest: dict[str, float] = {}
+        self._task = self._progress.add_task("starting", total=total_steps, completed=step)
+        self._progress.start()
+
+    def show(self, row: Mapping[str, float]) -> None:
+        self._latest |= row
+        self._progress.update(self._task, completed=int(row["step"]), description=_describe(self._latest))
+        if "eval_return" in row:
+            self._progress.console.print(f"step {int(row['step']):,}: evaluation return {row['eval_return']:.1f}")
+
+    def say(self, message: str) -> None:
+        self._progress.console.print(message)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

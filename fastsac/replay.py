@@ -1,0 +1,207 @@
+"""The replay: a ring of transitions that lives on the learner's device.
+
+Laid out ``[time, env, ...]``. Each observation is stored once: the next observation of row t is row t + 1's. The row
+after the newest holds an observation only; writing it is what puts the oldest transition out of reach.
+
+Rows at which an environment was reset are no transitions. They are kept out by a queue of the indices of those that
+are: sampling draws positions in the queue, on the device, so it is exactly uniform and never waits for the host.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastsac.errors import UsageError
+from fastsac.types import Batch
+
+
+class Replay:
+    """A ring of transitions from `num_envs` environments; only `begin` and `add` write it."""
+
+    def __init__(
+        self,
+        capacity: int,
+        num_envs: int,
+        obs_size: int,
+        action_size: int,
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Take the memory.
+
+        Args:
+            capacity: transitions, rounded up to whole rows of `num_envs`; a row at which an environment was reset
+                takes up the room of a transition.
+            num_envs: N.
+            obs_size: O.
+            action_size: A.
+            device: where the ring lives.
+            generator: draws the samples; on the same device.
+
+        Raises:
+            UsageError: if it does not fit, with what is needed, what there is, and what would fit.
+        """
+        self.num_envs = num_envs
+        self.num_rows = -(-capacity // num_envs) + 1
+        self.device = torch.device(device)
+        self.generator = generator
+        _check_memory(self.num_rows, num_envs, obs_size, action_size, self.device)
+        shape = (self.num_rows, num_envs)
+        self._obs = torch.zeros(*shape, obs_size, device=self.device)
+        self._action = torch.zeros(*shape, action_size, device=self.device)
+        self._reward = torch.zeros(*shape, device=self.device)
+        self._terminated = torch.zeros(*shape, dtype=torch.bool, device=self.device)
+        self._queue = torch.zeros(self.num_rows * num_envs, dtype=torch.int64, device=self.device)
+        self._row_sizes = np.zeros(self.num_rows, dtype=np.int64)  # transitions in each row
+        self._row = 0  # the newest row: an observation without a transition yet
+        self._first = 0  # the queue's oldest entry
+        self._begun = False
+        self.size = 0  # transitions that can be drawn
+
+    def begin(self, obs: Tensor) -> None:
+        """Take the observations [N, O] after a reset of all environments; they do not join what was before."""
+        self._advance(obs)
+        self._begun = True
+
+    def add(
+        self, action: Tensor, reward: Tensor, terminated: Tensor, next_obs: Tensor, valid: NDArray[np.bool_]
+    ) -> None:
+        """Write one step of every environment, from the observations of the last `begin` or `add`.
+
+        Args:
+            action: [N, A], in the policy's [-1, 1] units.
+            reward: [N].
+            terminated: [N] bool.
+            next_obs: [N, O].
+            valid: [N], on the host: False where the environment was reset instead of stepped.
+
+        Raises:
+            ValueError: if `begin` was not called first.
+        """
+        if not self._begun:
+            raise ValueError("call begin with the observations after the reset before adding steps")
+        row = self._row
+        self._advance(next_obs)
+        self._action[row] = action
+        self._reward[row] = reward
+        self._terminated[row] = terminated
+        self._enqueue(row * self.num_envs + np.flatnonzero(valid))
+        self._row_sizes[row] = np.count_nonzero(valid)
+
+    def _advance(self, obs: Tensor) -> None:
+        """Go on to the next row; the transition that it held goes with its observation."""
+        self._row = (self._row + 1) % self.num_rows
+        dropped = int(self._row_sizes[self._row])
+        self._row_sizes[self._row] = 0
+        self._first = (self._first + dropped) % len(self._queue)
+        self.size -= dropped
+        self._obs[self._row] = obs
+
+    def _enqueue(self, indices: NDArray[np.int64]) -> None:
+        start = (self._first + self.size) % len(self._queue)
+        values = torch.from_numpy(indices).to(self.device, non_blocking=True)
+        head = min(len(indices), len(self._queue) - start)
+        self._queue[start : start + head] = values[:head]
+        self._queue[: len(indices) - head] = values[head:]
+        self.size += len(indices)
+
+    def sample(self, batch_size: int) -> Batch:
+        """Draw `batch_size` transitions, uniformly and with replacement; nothing waits for the device.
+
+        Raises:
+            ValueError: if nothing was added yet.
+        """
+        if self.size == 0:
+            raise ValueError("the replay is empty: add transitions before sampling")
+        draws = torch.randint(self.size, (batch_size,), device=self.device, generator=self.generator)
+        return self.gather(self._queue[(draws + self._first) % len(self._queue)])
+
+    def gather(self, index: Tensor) -> Batch:
+        """Return the transitions at flat indices (row * N + environment) [B]."""
+        obs = self._obs.flatten(0, 1)
+        following = (index + self.num_envs) % obs.shape[0]
+        return Batch(
+            obs=obs.index_select(0, index),
+            action=self._action.flatten(0, 1).index_select(0, index),
+            reward=self._reward.flatten().index_select(0, index),
+            next_obs=obs.index_select(0, following),
+            terminated=self._terminated.flatten().index_select(0, index),
+        )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int | list[int]]]:
+        """Return the written part: tensors, and the ring's counters for JSON."""
+        written = self.num_rows if self._row_sizes[self._row :].any() else self._row + 1
+        tensors = {
+            "obs": self._obs[:written],
+            "action": self._action[:written],
+            "reward": self._reward[:written],
+            "terminated": self._terminated[:written],
+            "queue": self._queue,
+            "row_sizes": torch.from_numpy(self._row_sizes),
+        }
+        if self.generator is not None:
+            tensors["generator"] = self.generator.get_state()
+        return tensors, {"row": self._row, "first": self._first, "size": self.size, "num_rows": self.num_rows}
+
+    def load_state(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
+        """Take over what `state` returned.
+
+        Raises:
+            UsageError: if it was stored with other sizes.
+        """
+        rings = {"obs": self._obs, "action": self._action, "reward": self._reward, "terminated": self._terminated}
+        same_shape = all(tensors[name].shape[1:] == ring.shape[1:] for name, ring in rings.items())
+        if counters["num_rows"] != self.num_rows or not same_shape:
+            raise UsageError("the stored replay has another --num-envs, --buffer-size, observation or action size")
+        for name, ring in rings.items():
+            ring[: len(tensors[name])] = tensors[name].to(self.device)
+        self._queue.copy_(tensors["queue"])
+        self._row_sizes[:] = tensors["row_sizes"].cpu().numpy()
+        if self.generator is not None and "generator" in tensors:
+            restore_generator(self.generator, tensors["generator"])
+        self._row, self._first, self.size = counters["row"], counters["first"], counters["size"]
+        self._begun = True
+
+
+def restore_generator(generator: torch.Generator, state: Tensor) -> None:
+    """Set the generator's state, unless it is another kind of device's, which nothing can be done with."""
+    if state.numel() == generator.get_state().numel():
+        generator.set_state(state.cpu())
+
+
+def bytes_needed(num_rows: int, num_envs: int, obs_size: int, action_size: int) -> int:
+    """Return the ring's size: float32 numbers, a byte for the flag, eight for the queue's entry."""
+    return num_rows * num_envs * (4 * (obs_size + action_size + 1) + 1 + 8)
+
+
+def _check_memory(num_rows: int, num_envs: int, obs_size: int, action_size: int, device: torch.device) -> None:
+    needed = bytes_needed(num_rows, num_envs, obs_size, action_size)
+    available = available_bytes(device)
+    if needed <= available:
+        return
+    fits = max(0, available * 9 // 10 // (needed // num_rows) - 1) * num_envs
+    advice = f"--buffer-size {fits} fits" if fits else "no --buffer-size fits"
+    need, free = f"{needed / 2**30:.2f} GiB", f"{available / 2**30:.2f} GiB"
+    raise UsageError(f"the replay needs {need} of {device.type} memory and {free} are free: {advice}")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the memory that can still be taken: the GPU's, or the machine's within its control group's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used -= int(statistics.get("inactive_file", 0))  # the page cache gives way
+    except OSError:  # no second version of control groups here
+        return available
+    return available if limit == "max" else min(available, int(limit) - used)

@@ -1,0 +1,245 @@
+"""The command line: what it prints, what it leaves, and what it answers to bad input."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastsac.cli import default_run_dir, main
+from fastsac.config import Config
+
+TINY = (  # noqa: SIM905, a list is harder to read
+    "--env-id Pendulum-v1 --num-envs 2 --hidden-sizes 8 --batch-size 8 --learning-starts 20 --buffer-size 1000 "
+    "--eval-episodes 2 --eval-every 50 --log-every 20 --num-threads 1"
+).split()
+
+
+def run(*arguments):
+    """Exit status of the command line."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        return error.code or 0
+    return 0
+
+
+@pytest.fixture
+def trained(tmp_path):
+    assert run("train", *TINY, "--total-steps", 100, "--run-dir", tmp_path / "run") == 0
+    return tmp_path / "run"
+
+
+def test_train_then_eval(tmp_path, capsys):
+    trained = tmp_path / "run"
+    assert run("train", *TINY, "--total-steps", 100, "--run-dir", trained) == 0
+    out = capsys.readouterr().out
+    assert "evaluation return" in out
+    assert f"learning curve: {trained / 'learning_curve.png'}" in out
+    assert (trained / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((trained / "config.json").read_text())["hidden_sizes"] == [8]
+    assert run("eval", trained, "--episodes", 3, "--seed", 1, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result) == {"return_mean", "return_std", "returns", "lengths"}
+    assert result["lengths"] == [200, 200, 200]
+    assert run("eval", trained, "--episodes", 3, "--seed", 1, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == result
+
+
+def test_no_baseline_is_a_baseline(tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = [*TINY, "--estimator", "score", "--baseline", "none", "--total-steps", "30", "--run-dir", run_dir]
+    assert run("train", *arguments) == 0
+    assert json.loads((run_dir / "config.json").read_text())["baseline"] == "none"
+
+
+def test_resume_with_another_setting(trained, capsys):
+    assert run("train", "--resume", trained, "--total-steps", 140, "--actor-lr", 1e-3) == 0
+    assert "the replay starts empty" in capsys.readouterr().err
+    stored = json.loads((trained / "config.json").read_text())
+    assert (stored["total_steps"], stored["actor_lr"], stored["hidden_sizes"]) == (140, 1e-3, [8])
+    assert run("train", "--resume", trained) == 2
+    assert "has reached step 140 already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["film.gif", "film.mp4"])
+def test_video(trained, tmp_path, name):
+    assert run("eval", trained, "--episodes", 1, "--video", tmp_path / name) == 0
+    assert (tmp_path / name).stat().st_size > 1000
+    assert {path.name for path in tmp_path.iterdir()} == {"run", name}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--env-id HalfCheeta-v5", "did you mean HalfCheetah-v5"),
+        ("--env-id NoSuchThing-v0", "unknown environment 'NoSuchThing-v0'"),
+        ("--env-id no_such_module:Env-v0", "cannot import 'no_such_module'"),
+        ("--env-id CartPole-v1", "Discrete action space"),
+        ("--env-id Hopper-v5 --env-backend envpool --num-envs 0", "--num-envs must be a whole number of at least 1"),
+        ("--estimator score --baseline loo --num-action-samples 1", "--num-action-samples must be at least 2"),
+        ("--estimator pathwise --baseline value", "takes no --baseline"),
+        ("--estimator scor", "did you mean score?"),
+        ("--estimator score --baseline lo", "did you mean loo?"),
+        ("--total-steps -5", "--total-steps must be a whole number of at least 1, got -5"),
+        ("--total-steps 1.5", "total-steps"),
+        ("--batch-size 0", "--batch-size must be"),
+        ("--utd 0", "--utd must be above 0"),
+        ("--utd nan", "--utd must be above 0"),
+        ("--gamma 1.5", "--gamma must be in [0, 1]"),
+        ("--buffer-size 1", "--buffer-size must be at least --num-envs"),
+        ("--buffer-size 100000000000", "--buffer-size "),
+        ("--hidden-sizes 0", "--hidden-sizes must be"),
+        ("--activation swish", "activation"),
+        ("--env-id CarRacing-v3", "pixels are not supported"),
+        ("--num-env 3", "--num-envs"),
+        ("--resume nowhere", "nowhere is no run directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run("train", *TINY, "--total-steps", 40, *arguments.split()) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    if err.startswith("fastsac:"):
+        assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_where_there_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("train", *TINY, "--device", "cuda") == 2
+    assert "PyTorch sees no CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_taken_run_directory(trained, capsys):
+    before = (trained / "metrics.jsonl").read_bytes()
+    assert run("train", *TINY, "--run-dir", trained) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_flipped_byte(trained, capsys):
+    (path,) = trained.glob("checkpoints/*/learner.safetensors")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for command in (("eval", trained), ("train", "--resume", trained, "--total-steps", 200)):
+        assert run(*command) == 1
+        err = capsys.readouterr().err
+        assert "learner.safetensors" in err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [("--seed", -1), ("--episodes", 0), ("--video", "film.avi")])
+def test_bad_input_to_eval(trained, capsys, arguments):
+    assert run("eval", trained, *arguments) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("fastsac: --")
+
+
+def test_another_estimator_does_not_inherit_the_baseline(tmp_path):
+    arguments = [*TINY, "--estimator", "score", "--baseline", "loo", "--total-steps", 40]
+    assert run("train", *arguments, "--run-dir", tmp_path / "run") == 0
+    assert run("train", "--resume", tmp_path / "run", "--estimator", "pathwise", "--total-steps", 80) == 0
+
+
+@pytest.mark.parametrize("change", [{"hidden_sizes": 5}, {"baseline": 5}, {"unheard_of": 1}])
+def test_an_edited_configuration(trained, capsys, change):
+    path = trained / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert run("train", "--resume", trained, "--total-steps", 200) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_output_that_nobody_reads(trained):
+    code = "from fastsac.cli import main; main()"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = f"'{sys.executable}' -c '{code}' eval '{trained}' --episodes 1 --json | true"
+    done = subprocess.run(["bash", "-c", command], env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_a_missing_checkpoint(tmp_path, capsys):
+    assert run("eval", tmp_path / "nothing") == 2
+    assert "is no run directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("what", "message"), [("raise", "failed at step 30: ValueError: broken"), ("nan", "not finite")]
+)
+def test_an_environment_that_fails_in_mid_run(tmp_path, capsys, what, message):
+    (tmp_path / "faulty.py").write_text(FAULTY.format(what=what))
+    sys.path.insert(0, str(tmp_path))
+    try:
+        arguments = [*TINY, "--env-id", "faulty:Faulty-v0", "--checkpoint-every", "20", "--eval-every", "0"]
+        assert run("train", *arguments, "--run-dir", tmp_path / "run") == 1
+    finally:
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("faulty")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("fastsac: faulty:Faulty-v0")
+    assert message in last
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 2
+
+
+FAULTY = """
+import gymnasium, numpy as np
+
+class Faulty(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-9, 9, (2,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+    steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {{}}
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 30 and "{what}" == "raise":
+            raise ValueError("broken")
+        reward = float("nan") if self.steps == 30 else 1.0
+        return np.zeros(2, np.float32), reward, False, False, {{}}
+
+gymnasium.register("Faulty-v0", Faulty)
+"""
+
+
+def test_no_space_left(tmp_path, trained, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastsac.checkpoint.save_file", full)
+    assert run("train", "--resume", trained, "--total-steps", 200) == 1
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.undo()
+    assert run("eval", trained, "--episodes", 1) == 0
+    assert not [path for path in trained.glob("checkpoints/*") if "step-000000000100" not in path.name]
+
+
+def test_a_run_directory_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run("train", *TINY, "--run-dir", tmp_path / "file" / "run") == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot write to the run directory" in err
+
+
+def test_default_run_dir_stays_one_level_below_runs():
+    for env_id in ("phys2d/Pendulum-v0", "../../etc:Env-v0", "a/b/c"):
+        path = default_run_dir(Config(env_id=env_id))
+        assert path.parent.name == "runs"
+        assert len(path.parts) == 2
+
+
+def test_imports_stay_light():
+    code = (
+        "import sys, torch, time; start = time.perf_counter(); import fastsac; from fastsac import Config; Config();"
+        "import fastsac_kernels, fastsac.learner, fastsac.replay, fastsac.estimators;"
+        "heavy = {'envpool', 'gymnasium', 'tyro', 'rich', 'matplotlib', 'safetensors'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)

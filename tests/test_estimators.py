@@ -1,0 +1,280 @@
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastsac.config import Config
+from fastsac.errors import UsageError
+from fastsac.estimators import ESTIMATORS, choose
+from fastsac.types import Estimate, QFunction
+
+PAIRS = [(name, baseline) for name, entry in ESTIMATORS.items() for baseline in entry.baselines or (None,)]
+every_pair = pytest.mark.parametrize(("name", "baseline"), PAIRS)
+ALPHA = torch.tensor(0.3, dtype=torch.float64)
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def quadrature(nodes: int, samples: int, action_size: int) -> tuple[Tensor, Tensor]:
+    """Every tuple of Gauss-Hermite nodes, as noise [K, B, A], and its weight [B]."""
+    x, w = (torch.from_numpy(each) for each in np.polynomial.hermite_e.hermegauss(nodes))
+    size = samples * action_size
+    noise = torch.cartesian_prod(*[x] * size).view(-1, samples, action_size).transpose(0, 1)
+    return noise, torch.cartesian_prod(*[w / w.sum()] * size).view(-1, size).prod(1)
+
+
+def estimate(
+    name: str, baseline: str | float | None, mean: Tensor, log_std: Tensor, noise: Tensor, q: QFunction
+) -> tuple[Tensor, Estimate]:
+    """One state's parameters [A], repeated over noise [K, B, A]: the gradients [B, 2A] of each row, and the rest."""
+    batch = noise.shape[1]
+    mean, log_std = (each.expand(batch, -1).clone().requires_grad_() for each in (mean, log_std))
+    b = tensor(baseline).expand(batch) if isinstance(baseline, float) else baseline or "none"
+    result = ESTIMATORS[name].estimator(mean, log_std, noise, q, ALPHA, b)
+    return batch * torch.cat(torch.autograd.grad(result.loss, (mean, log_std)), 1), result
+
+
+def moments(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    expectation = weights @ rows
+    return expectation, weights @ (rows - expectation).square()
+
+
+def squashed_log_prob(mean: Tensor, log_std: Tensor, u: Tensor) -> Tensor:
+    log_jacobian = 2.0 * (math.log(2.0) - u - torch.logaddexp(tensor(0.0), -2.0 * u))
+    return (torch.distributions.Normal(mean, log_std.exp()).log_prob(u) - log_jacobian).sum(-1)
+
+
+def lower_q(action: Tensor) -> Tensor:
+    return torch.sin(2.0 * action).sum(-1) + action.prod(-1).exp()
+
+
+def twin_q(action: Tensor) -> Tensor:
+    """Critics that never cross: the integrand must be smooth for the quadrature to converge."""
+    q = lower_q(action)
+    return torch.stack([q + 0.5 + 0.8 * action.square().sum(-1) + 0.3 * action.sum(-1), q], dim=1)
+
+
+def oracle(mean: Tensor, log_std: Tensor, nodes: int) -> Tensor:
+    """The gradient [2A] of E[alpha log_prob - min q], through the reparameterised quadrature."""
+    noise, weights = quadrature(nodes, 1, len(mean))
+    mean, log_std = mean.clone().requires_grad_(), log_std.clone().requires_grad_()
+    u = mean + log_std.exp() * noise[0]
+    objective = weights @ (ALPHA * squashed_log_prob(mean, log_std, u) - lower_q(torch.tanh(u)))
+    return torch.cat(torch.autograd.grad(objective, (mean, log_std)))
+
+
+POLICIES = {
+    "A=1": (tensor(0.4), tensor(-0.4)),
+    "A=1, saturated": (tensor(-2.5), tensor(-0.3)),
+    "A=2": (tensor(0.4, -0.7), tensor(-2.0, -1.8)),
+}
+
+
+@every_pair
+@pytest.mark.parametrize("policy", POLICIES)
+def test_expected_gradient(name: str, baseline: str | None, policy: str) -> None:
+    mean, log_std = POLICIES[policy]
+    samples = choose(Config(estimator=name, baseline=baseline)).num_action_samples
+    expected = oracle(mean, log_std, 128)
+    torch.testing.assert_close(oracle(mean, log_std, 64), expected, rtol=1e-9, atol=1e-9)
+    nodes = 64 if samples * len(mean) <= 2 else 10
+    for number in (nodes, 2 * nodes):
+        noise, weights = quadrature(number, samples, len(mean))
+        rows, _ = estimate(name, -0.7 if baseline == "value" else baseline, mean, log_std, noise, twin_q)
+        torch.testing.assert_close(weights @ rows, expected, rtol=1e-8, atol=1e-8)
+
+
+class Quadratic(NamedTuple):
+    """Q(u) = q0 - (u - c)' H (u - c) / 2 without squashing: f is quadratic in eps, so all moments are known."""
+
+    mean: Tensor
+    log_std: Tensor
+    H: Tensor
+    c: Tensor
+    q0: float = 1.7
+
+    def q_function(self, action: Tensor) -> Tensor:
+        """Takes the squashing back, so that alpha * log_prob - q = alpha * log N(u) - Q(u)."""
+        d = torch.atanh(action) - self.c
+        q = self.q0 - 0.5 * torch.einsum("...i,ij,...j", d, self.H, d) - ALPHA * torch.log1p(-action.square()).sum(-1)
+        return torch.stack([q, q + 1.0], dim=1)
+
+    def terms(self, entropy_share: float) -> tuple[Tensor, Tensor, Tensor]:
+        """w and M, and E[f] at entropy_share = 1."""
+        sigma = self.log_std.exp()
+        DHD = sigma[:, None] * self.H * sigma
+        d = self.mean - self.c
+        entropy = (self.log_std + 0.5 * math.log(2.0 * math.pi * math.e)).sum()
+        expected_f = -ALPHA * entropy - self.q0 + 0.5 * d @ self.H @ d + 0.5 * DHD.trace()
+        return sigma * (self.H @ d), 0.5 * (DHD - entropy_share * ALPHA * torch.eye(len(d))), expected_f
+
+    def score_moments(self, beta: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Of one sample's gradient [2A], with beta = E[f] - b."""
+        w, M, _ = self.terms(1.0)
+        m, m2, w_square, frobenius = M.diag(), (M @ M).diag(), w.square().sum(), M.square().sum()
+        d_mean = beta**2 + 4 * beta * m + w_square + w**2 + 2 * frobenius + 8 * m2
+        d_log_std = 2 * beta**2 + 16 * beta * m + 2 * w_square + 8 * w**2 + 4 * frobenius + 20 * m**2 + 32 * m2
+        sigma = self.log_std.exp()
+        return torch.cat([w / sigma, 2.0 * m]), torch.cat([d_mean / sigma**2, d_log_std])
+
+
+def quadratic(action_size: int) -> Quadratic:
+    root = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    H = (root @ root.T + 0.5 * torch.eye(3))[:action_size, :action_size]
+    mean, log_std, c = tensor(0.3, -0.2, 0.5), tensor(-1.2, -0.8, -1.0), tensor(-0.4, 0.6, 0.1)
+    return Quadratic(mean[:action_size], log_std[:action_size], H, c[:action_size])
+
+
+@pytest.mark.parametrize(("baseline", "b"), [("none", 0.0), ("constant", -0.3), (1.1, 1.1), (-4.0, -4.0)])
+def test_score_mean_and_variance_are_the_closed_form(baseline: str | float, b: float) -> None:
+    problem = quadratic(3)
+    noise, weights = quadrature(5, 1, 3)  # exact for a gradient squared, of degree 8
+    rows, _ = estimate("score", baseline, problem.mean, problem.log_std, noise, problem.q_function)
+    expected = problem.score_moments(problem.terms(1.0)[2] - b)
+    torch.testing.assert_close(moments(rows, weights), expected)
+
+
+@pytest.mark.parametrize(("samples", "action_size"), [(2, 3), (3, 2)])
+def test_loo_mean_and_variance_are_the_closed_form(samples: int, action_size: int) -> None:
+    problem = quadratic(action_size)
+    noise, weights = quadrature(5, samples, action_size)
+    rows, _ = estimate("score", "loo", problem.mean, problem.log_std, noise, problem.q_function)
+    w, M, _ = problem.terms(1.0)
+    expected, variance = problem.score_moments(0.0)
+    var_score = torch.cat([torch.exp(-2.0 * problem.log_std), torch.full_like(problem.mean, 2.0)])
+    var_of_others = expected**2 + (w.square().sum() + 2 * M.square().sum()) * var_score
+    variance = variance / samples + var_of_others / (samples * (samples - 1))
+    torch.testing.assert_close(moments(rows, weights), (expected, variance))
+
+
+def test_pathwise_mean_and_variance_are_the_closed_form() -> None:
+    problem = quadratic(3)
+    noise, weights = quadrature(5, 1, 3)
+    rows, _ = estimate("pathwise", None, problem.mean, problem.log_std, noise, problem.q_function)
+    w, M, _ = problem.terms(0.0)
+    m2 = (M @ M).diag()
+    expected = torch.cat([w * torch.exp(-problem.log_std), 2.0 * M.diag() - ALPHA])
+    variance = torch.cat([4 * m2 * torch.exp(-2.0 * problem.log_std), w**2 + 4 * M.diag() ** 2 + 4 * m2])
+    torch.testing.assert_close(moments(rows, weights), (expected, variance))
+
+
+def test_no_baseline_biases_and_the_notes_sign_only_adds_variance() -> None:
+    (mean, log_std), (noise, weights) = POLICIES["A=1"], quadrature(64, 1, 1)
+
+    def run(baseline: str | float) -> tuple[Tensor, Tensor, Estimate]:
+        rows, result = estimate("score", baseline, mean, log_std, noise, lambda action: twin_q(action) + 20.0)
+        return *moments(rows, weights), result
+
+    expected, variance, result = run("none")
+    value = (weights @ result.soft_value).item()
+    found = {name: run(b) for name, b in (("constant", "constant"), ("ours", -value), ("printed", value))}
+    for gradient, _, _ in found.values():
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
+    assert (found["ours"][1] < 0.05 * variance).all()
+    torch.testing.assert_close(found["printed"][1] / variance, tensor(4.0, 4.0), rtol=0.1, atol=0.0)
+
+
+class Problem:
+    """Random states [B] with K samples each, and crossing critics whose weights are leaves."""
+
+    def __init__(self, samples: int = 3, batch: int = 5, action_size: int = 2) -> None:
+        rng = torch.Generator().manual_seed(1)
+        shapes = (batch, action_size), (batch, action_size), (samples, batch, action_size), (2, action_size)
+        leaves = [torch.randn(shape, generator=rng, dtype=torch.float64).requires_grad_() for shape in shapes]
+        self.mean, self.log_std, self.noise, self.weight = leaves
+        self.b = torch.linspace(-1.0, 1.0, batch, dtype=torch.float64).requires_grad_()
+
+    def q_function(self, action: Tensor) -> Tensor:
+        self.action = action
+        return torch.einsum("kba,ea->keb", torch.sin(3.0 * action), self.weight)
+
+    def run(self, name: str, baseline: str | None, alpha: Tensor = ALPHA) -> Estimate:
+        argument = self.b if baseline == "value" else baseline or "none"
+        return ESTIMATORS[name].estimator(
+            self.mean, self.log_std, self.noise.detach(), self.q_function, alpha, argument
+        )
+
+
+@every_pair
+def test_the_parameters_alone_get_a_gradient(name: str, baseline: str | None) -> None:
+    problem, alpha = Problem(), ALPHA.clone().requires_grad_()
+    problem.run(name, baseline, alpha).loss.backward()
+    assert alpha.grad is None
+    assert problem.b.grad is None
+    assert (problem.mean.grad != 0.0).all()
+    assert (problem.log_std.grad != 0.0).all()
+
+
+@every_pair
+def test_log_prob_and_soft_value(name: str, baseline: str | None) -> None:
+    problem = Problem()
+    result = problem.run(name, baseline)
+    u = problem.mean + problem.log_std.exp() * problem.noise
+    log_prob = squashed_log_prob(problem.mean, problem.log_std, u).detach()
+    q = problem.q_function(torch.tanh(u)).detach()
+    assert 0 < (q[:, 0] < q[:, 1]).sum() < q[:, 0].numel()
+    torch.testing.assert_close(result.log_prob, log_prob)
+    torch.testing.assert_close(result.soft_value, (torch.minimum(q[:, 0], q[:, 1]) - ALPHA * log_prob).mean(0))
+    assert not result.log_prob.requires_grad
+    assert not result.soft_value.requires_grad
+
+
+@pytest.mark.parametrize("baseline", ESTIMATORS["score"].baselines)
+def test_score_keeps_the_action_and_the_critic_out_of_autograd(baseline: str) -> None:
+    problem = Problem()
+    problem.run("score", baseline).loss.backward()
+    assert not problem.action.requires_grad
+    assert problem.weight.grad is None
+
+
+def test_pathwise_differentiates_the_critic_in_the_action() -> None:
+    problem = Problem()
+    loss = problem.run("pathwise", None, alpha=0.0 * ALPHA).loss
+    assert problem.action.grad_fn is not None
+    loss.backward()
+    assert (problem.mean.grad != 0.0).all()
+
+
+def test_loo_refuses_a_single_sample() -> None:
+    with pytest.raises(ValueError, match="needs at least 2 action samples"):
+        Problem(samples=1).run("score", "loo")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"estimator": "pathwis"}, "unknown --estimator 'pathwis'; did you mean pathwise?"),
+        ({"estimator": "xyz"}, f"unknown --estimator 'xyz'; known: {', '.join(ESTIMATORS)}"),
+        ({"baseline": "loo"}, "--estimator pathwise takes no --baseline (it was given 'loo')"),
+        ({"baseline": "none"}, "--estimator pathwise takes no --baseline (it was given 'none')"),
+        ({"estimator": "score", "baseline": "valu"}, "unknown --baseline 'valu' for --estimator score; did you mean"),
+        ({"estimator": "score", "baseline": ""}, "unknown --baseline '' for --estimator score; known: loo, value,"),
+        ({"estimator": "score", "num_action_samples": 1}, "--num-action-samples must be at least 2"),
+        ({"estimator": "score", "baseline": "loo", "num_action_samples": 1}, "--num-action-samples must be at least 2"),
+    ],
+)
+def test_choose_refuses(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        choose(Config(**settings))
+    assert message in str(caught.value)
+    assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "resolved"),
+    [
+        ({}, ("pathwise", "none", 1)),
+        ({"num_action_samples": 4}, ("pathwise", "none", 4)),
+        ({"estimator": "score"}, ("score", "loo", 2)),
+        ({"estimator": "score", "num_action_samples": 5}, ("score", "loo", 5)),
+        *(({"estimator": "score", "baseline": b}, ("score", b, 1)) for b in ("none", "constant", "value")),
+    ],
+)
+def test_choose_resolves_the_defaults(settings: dict[str, object], resolved: tuple[str, str, int]) -> None:
+    name, *rest = resolved
+    assert choose(Config(**settings)) == (ESTIMATORS[name].estimator, *rest)

@@ -1,0 +1,241 @@
+"""The agent and its loop, on real environments; small networks, since nothing here needs to learn well."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from fastsac import SAC, Config, FastsacError, UsageError
+
+SMALL = Config(
+    env_id="Pendulum-v1",
+    num_envs=4,
+    hidden_sizes=(16, 16),
+    batch_size=16,
+    learning_starts=40,
+    buffer_size=2000,
+    eval_every=0,
+    eval_episodes=2,
+    log_every=50,
+    num_threads=1,
+)
+
+
+def small(**changes):
+    return dataclasses.replace(SMALL, **changes)
+
+
+def rows_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def parameters(agent):
+    return {name: value.clone() for name, value in agent.learner.state()[0].items()}
+
+
+@pytest.mark.parametrize(("utd", "updates"), [(1.0, 156), (0.25, 39), (2.0, 312)])
+def test_updates_per_step(utd, updates):
+    agent = SAC(small(utd=utd))
+    agent.learn(total_steps=200)
+    assert agent.steps == 200
+    # the updates for the last step of all four environments fall due on the step after it
+    assert agent.updates == updates
+
+
+def test_reset_rows_are_no_steps():
+    agent = SAC(small())
+    agent.learn(total_steps=4 * 205)
+    assert agent.steps == 4 * 205
+    assert agent.replay.size == 4 * 205
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{"estimator": "pathwise"}] + [{"estimator": "score", "baseline": b} for b in ("none", "constant", "value", "loo")],
+)
+def test_same_seed_same_parameters(choice):
+    agents = [SAC(small(**choice, seed=seed)) for seed in (3, 3, 4)]
+    for agent in agents:
+        agent.learn(total_steps=120)
+    first, second, other = (parameters(agent) for agent in agents)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["actor.layers.0.weight"], other["actor.layers.0.weight"])
+
+
+def test_learn_goes_on():
+    agent = SAC(small())
+    agent.learn(total_steps=100)
+    before = parameters(agent)
+    agent.learn(total_steps=100)
+    assert all(torch.equal(value, before[name]) for name, value in parameters(agent).items() if name != "generator")
+    agent.learn(total_steps=200)
+    assert agent.steps == 200
+    assert agent.updates > 100
+
+
+def test_metrics_file(tmp_path):
+    agent = SAC(small(eval_every=100))
+    agent.learn(total_steps=900, run_dir=tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    assert all({"step", "updates", "time_s"} <= row.keys() for row in rows)
+    assert [row["step"] for row in rows if "eval_return" in row] == list(range(100, 1000, 100))
+    logged = [row for row in rows if "critic_loss" in row]
+    assert {"actor_loss", "alpha", "entropy", "steps_per_s", "updates_per_s"} <= logged[-1].keys()
+    (episodes,) = [row for row in rows if "episode_return" in row and row["step"] < 850]
+    assert episodes["episode_length"] == 200
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_target_return_ends_the_run():
+    agent = SAC(small(eval_every=100, target_return=-1e9))
+    agent.learn(total_steps=400)
+    assert agent.steps == 100
+
+
+def test_predict_in_the_environments_units():
+    agent = SAC(small())
+    obs = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, -3.0]], dtype=np.float32)
+    action = agent.predict(obs)
+    assert action.shape == (2, 1)
+    np.testing.assert_allclose(agent.predict(obs[0]), action[0], rtol=1e-5)
+    with torch.no_grad():
+        mean, _ = agent.learner.actor(torch.from_numpy(obs))
+    np.testing.assert_allclose(action, 2.0 * np.tanh(mean.numpy()), rtol=1e-5)
+    assert not np.array_equal(agent.predict(obs, deterministic=False), agent.predict(obs, deterministic=False))
+    with pytest.raises(ValueError, match="must be"):
+        agent.predict(np.zeros((2, 4), dtype=np.float32))
+
+
+def test_predict_dict_observations():
+    agent = SAC(small(env_id="WalkerWalk-v1"))
+    obs = {"height": np.float64(1.2), "orientations": np.zeros(14), "velocity": np.ones(9)}
+    one = agent.predict(obs)
+    many = agent.predict({key: np.stack([value] * 3) for key, value in obs.items()})
+    assert one.shape == (6,)
+    np.testing.assert_allclose(many, np.stack([one] * 3), rtol=1e-5)
+
+
+def test_save_and_load(tmp_path):
+    agent = SAC(small(estimator="score", baseline="value"))
+    agent.learn(total_steps=120)
+    agent.save(tmp_path / "saved")
+    loaded = SAC.load(tmp_path / "saved")
+    assert (loaded.steps, loaded.updates, loaded.config) == (agent.steps, agent.updates, agent.config)
+    for name, value in parameters(agent).items():
+        assert torch.equal(parameters(loaded)[name], value), name
+    obs = np.array([0.3, 0.2, 0.1], dtype=np.float32)
+    np.testing.assert_array_equal(loaded.predict(obs), agent.predict(obs))
+    with pytest.raises(UsageError, match="already holds a run"):
+        SAC(small()).save(tmp_path / "saved")
+
+
+def test_resume_refills_the_replay(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    agent = SAC(small())
+    agent.learn(total_steps=100, run_dir=run_dir)
+    resumed = SAC.load(run_dir)
+    updates = resumed.updates
+    resumed.learn(total_steps=140, run_dir=run_dir, progress=True)
+    assert resumed.updates == updates
+    assert "the replay starts empty: 40 steps refill it" in capsys.readouterr().err
+    resumed.learn(total_steps=200, run_dir=run_dir)
+    # the four updates that were due at the save are made then
+    assert resumed.updates == updates + 4 + 56
+    assert [row["step"] for row in rows_of(run_dir)] == [52, 100, 140, 152, 200]
+
+
+def test_resume_with_replay(tmp_path):
+    config = small(checkpoint_replay=True)
+    agent = SAC(config)
+    agent.learn(total_steps=100, run_dir=tmp_path / "run")
+    resumed = SAC.load(tmp_path / "run")
+    assert resumed.replay.size == 100
+    resumed.learn(total_steps=140)
+    assert resumed.updates == agent.updates + 40
+    assert resumed.replay.size == 140
+
+
+def test_a_crash_leaves_a_loadable_run(tmp_path):
+    agent = SAC(small(checkpoint_every=100))
+
+    def fail():
+        raise RuntimeError("the simulator broke\nin two lines")
+
+    agent.learn(total_steps=60, run_dir=tmp_path / "run")
+    agent.envs._backend.recv = fail
+    with pytest.raises(FastsacError, match="Pendulum-v1 failed at step 16: RuntimeError: the simulator broke in two"):
+        agent.learn(total_steps=400, run_dir=tmp_path / "run")
+    assert SAC.load(tmp_path / "run").steps == 60
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_returns(tmp_path, number):
+    agent = SAC(small())
+
+    def interrupt():
+        while agent.updates < 20:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    agent.learn(total_steps=10**9, run_dir=tmp_path / "run")
+    thread.join()
+    assert agent.stopped_by_signal
+    assert SAC.load(tmp_path / "run").steps == agent.steps
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat():
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+    agent = SAC(small(env_id="HalfCheetah-v5", num_envs=16, buffer_size=5000, utd=0.25))
+    agent.learn(total_steps=10_000)
+    before = resident()
+    agent.learn(total_steps=60_000)
+    assert resident() < before + 5.0
+
+
+def test_a_checkpoint_of_another_device_loads(tmp_path):
+    agent = SAC(small())
+    agent.learn(total_steps=60)
+    tensors, counters = agent.learner.state()
+    tensors["generator"] = torch.zeros(16, dtype=torch.uint8)  # the size of a CUDA generator's state
+    other = SAC(small(seed=1))
+    other.learner.load_state(tensors, counters)
+    assert torch.equal(other.learner.actor.layers[0].weight, agent.learner.actor.layers[0].weight)
+
+
+def test_resuming_on_another_environment_is_refused(tmp_path):
+    agent = SAC(small())
+    agent.learn(total_steps=60, run_dir=tmp_path / "run")
+    resumed = SAC.load(tmp_path / "run", small(env_id="MountainCarContinuous-v0"))
+    with pytest.raises(UsageError, match="other observations or actions"):
+        resumed.learn(total_steps=100)
+
+
+def test_an_automatic_alpha_does_not_stay_at_zero(tmp_path):
+    agent = SAC(small(alpha=0.0))
+    agent.learn(total_steps=60)
+    agent.save(tmp_path / "run")
+    resumed = SAC.load(tmp_path / "run", small(alpha="auto"))
+    assert resumed.learner.alpha == 1.0
+
+
+def test_a_signal_stops_an_evaluation(tmp_path):
+    agent = SAC(small(eval_every=100, eval_episodes=10**6))
+    timer = threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    agent.learn(total_steps=1000, run_dir=tmp_path / "run")
+    assert agent.stopped_by_signal
+    assert agent.last_evaluation is None
+    assert SAC.load(tmp_path / "run").steps == agent.steps == 100
