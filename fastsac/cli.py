@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -88,13 +90,36 @@ def _parse(arguments: list[str]) -> Train | Eval:
         if "--estimator" in names:  # another estimator does not inherit this one's choices
             default = dataclasses.replace(default, baseline=None, num_action_samples=None)
     train = Annotated[Train, tyro.conf.subcommand("train", default=Train(config=default))]
-    command: Train | Eval = tyro.cli(
-        train | Annotated[Eval, tyro.conf.subcommand("eval")],
-        args=arguments,
-        prog="fastsac",
-        description="Soft Actor-Critic at speed, with the actor's gradient estimator as a choice.",
-    )
+    refusal = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refusal):
+            command: Train | Eval = tyro.cli(
+                train | Annotated[Eval, tyro.conf.subcommand("eval")],
+                args=arguments,
+                prog="fastsac",
+                description="Soft Actor-Critic at speed, with the actor's gradient estimator as a choice.",
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise UsageError(_unframe(refusal.getvalue())) from None
     return command
+
+
+def _unframe(box: str) -> str:
+    """Return the message of tyro's framed error on one line, with the nearest option if it suggests any."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    paragraphs: list[list[str]] = [[]]
+    for line in text.splitlines()[1:]:  # the first is a title
+        if re.search("[─-]{4}", line):
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(line.strip(" │|"))
+    message, *others = [" ".join(lines).rstrip(".") for lines in paragraphs if lines] or [text.strip()]
+    message = message.replace("invalid literal for int() with base 10:", "it must be a whole number, got")
+    message = message.replace("could not convert string to float:", "it must be a number, got")
+    near = [match[0] for other in others if other.startswith("Perhaps") and (match := re.search(r"--[\w-]+", other))]
+    return f"{message}; did you mean {near[0]}?" if near else f"{message}; see fastsac --help"
 
 
 def default_run_dir(config: Config) -> Path:
@@ -141,7 +166,7 @@ def _train(command: Train) -> None:
 def _describe(agent: Any) -> str:
     config, choice = agent.config, agent.learner.choice
     estimator = config.estimator if choice.baseline == "none" else f"{config.estimator} ({choice.baseline})"
-    threads = f", {agent.num_threads} threads" if agent.device.type == "cpu" else ""
+    threads = f", threads {agent.num_threads}" if agent.device.type == "cpu" else ""
     return (
         f"{config.env_id} ({agent.envs.backend_name}), {estimator}, K={choice.num_action_samples}, {config.precision}, "
         f"{agent.device.type}{threads}, engine {agent.engine}"

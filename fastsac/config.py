@@ -51,7 +51,9 @@ class Config:
     actor_lr: float = 3e-4
     """Adam's step size for the actor."""
     critic_lr: float = 3e-4
-    """Adam's step size for the critics (and the value network of `--baseline value`)."""
+    """Adam's step size for the critics."""
+    value_lr: float = 1e-3
+    """Adam's step size for the value network of `--baseline value`, which has to follow the critics."""
     alpha_lr: float = 3e-4
     """Adam's step size for an automatic alpha."""
     actor_every: int = 1
@@ -159,6 +161,7 @@ _REALS = {
     "target_entropy": (-_HUGE, _HUGE, "`auto` or a finite number"),
     "actor_lr": (_TINY, _HUGE, "above 0"),
     "critic_lr": (_TINY, _HUGE, "above 0"),
+    "value_lr": (_TINY, _HUGE, "above 0"),
     "alpha_lr": (_TINY, _HUGE, "above 0"),
     "target_return": (-_HUGE, _HUGE, "a finite number"),
 }

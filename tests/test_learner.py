@@ -30,7 +30,7 @@ def float64() -> Iterator[None]:
 
 
 def make(seed: int = 0, obs_size: int = O, **settings: Any) -> Learner:
-    rates = {"actor_lr": 1e-2, "critic_lr": 2e-2, "alpha_lr": 3e-2}
+    rates = {"actor_lr": 1e-2, "critic_lr": 2e-2, "value_lr": 4e-2, "alpha_lr": 3e-2}
     return Learner(Config(**{"hidden_sizes": HIDDEN, "batch_size": B, **rates, **settings}), obs_size, A, seed=seed)
 
 
@@ -81,7 +81,7 @@ class Textbook:
         self.actor_adam = torch.optim.Adam(self.actor.parameters(), self.config.actor_lr, fused=False, foreach=False)
         self.alpha_adam = torch.optim.Adam([self.log_alpha], self.config.alpha_lr, fused=False, foreach=False)
         if self.value is not None:
-            self.value_adam = torch.optim.Adam(self.value.parameters(), self.config.critic_lr, fused=False)
+            self.value_adam = torch.optim.Adam(self.value.parameters(), self.config.value_lr, fused=False)
 
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The action, its log-probability, and that of the number under the Gaussian with the number held fixed."""
@@ -330,7 +330,7 @@ def test_a_state_of_another_shape_is_refused(other: dict[str, Any]) -> None:
 
 
 def test_the_value_network_learns_the_soft_value() -> None:
-    learner = make(**VALUE, alpha=0.3, gamma=0.0, actor_lr=1e-6, critic_lr=1e-2)
+    learner = make(**VALUE, alpha=0.3, gamma=0.0, actor_lr=1e-6, critic_lr=1e-2, value_lr=1e-2)
     data = Fixed()
     learner.update(data, 300)
     with torch.no_grad():

@@ -61,7 +61,7 @@ class Learner:
         if config.alpha == "auto":
             self.optimizers["alpha"] = self._adam([self.log_alpha], config.alpha_lr)
         if self.value is not None:
-            self.optimizers["value"] = self._adam(self.value.parameters(), config.critic_lr)
+            self.optimizers["value"] = self._adam(self.value.parameters(), config.value_lr)
 
     @property
     def uses_value(self) -> bool:
