@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 PACKAGES = ("torch", "numpy", "triton", "gymnasium", "envpool", "fastsac")
+NOT_RESULTS = ":(top,exclude)benchmarks/results"  # what a benchmark writes is no change of the code
 # The instruction sets that decide how fast a small fp32 or bf16 matrix product is.
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16")
 
@@ -121,7 +122,7 @@ def _describe_gpu() -> dict[str, Any] | None:
 
 
 def _describe_git() -> dict[str, Any] | None:
-    commit, status = _git("rev-parse", "--verify", "HEAD"), _git("status", "--porcelain")
+    commit, status = _git("rev-parse", "--verify", "HEAD"), _git("status", "--porcelain", "--", ":/", NOT_RESULTS)
     if status is None:
         return None
     return {"commit": commit, "dirty": bool(status)}

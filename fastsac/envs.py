@@ -207,8 +207,10 @@ class VectorEnv:
 
 
 class _EnvPool:
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, opengl_context: Any, camera: int | None) -> None:
         self._pool = pool
+        self._camera = camera
+        self._opengl_context = opengl_context  # destroyed with its last reference, and drawing aborts without it
         self.metadata: dict[str, Any] = pool.metadata
 
     def reset(self) -> Any:
@@ -223,7 +225,7 @@ class _EnvPool:
         return obs, reward, terminated, truncated, info["elapsed_step"] != 0
 
     def render(self) -> Any:
-        return self._pool.render()
+        return self._pool.render(camera_id=self._camera)
 
     def close(self) -> None:
         self._pool.close()
@@ -306,10 +308,12 @@ def _make_envpool(env_id: str, num_envs: int, seeds: list[int], render_mode: str
         )
     except Exception as error:
         raise FastsacError(f"EnvPool could not create {env_id}: {_one_line(error)}") from error
-    if render_mode and "mujoco" in type(pool).__module__:
-        _make_opengl_context()
+    families = " ".join(base.__module__ for base in type(pool).__mro__)
+    context = _make_opengl_context() if render_mode and ".mujoco." in families else None
+    # dm_control's own camera follows the body; the free one that is EnvPool's default stays behind
+    camera = 0 if "mujoco_dmc" in families else None
     spaces = read_spaces(env_id, pool.observation_space, pool.action_space)
-    return VectorEnv(env_id, spaces, num_envs, _EnvPool(pool), "envpool")
+    return VectorEnv(env_id, spaces, num_envs, _EnvPool(pool, context, camera), "envpool")
 
 
 def _make_gymnasium(
@@ -346,17 +350,19 @@ def _draw_off_screen() -> None:
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 
-def _make_opengl_context() -> None:
+def _make_opengl_context() -> Any:
     """EnvPool's MuJoCo tasks draw into the current context, and abort the process if there is none."""
     _draw_off_screen()
     try:
         import mujoco
 
-        mujoco.GLContext(64, 64).make_current()
+        context = mujoco.GLContext(64, 64)
+        context.make_current()
     except Exception as error:
         raise FastsacError(
             f"no OpenGL to draw with off-screen (EGL or OSMesa is needed): {_one_line(error)}"
         ) from error
+    return context
 
 
 def _one_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from fastsac.cli import default_run_dir, main
 from fastsac.config import Config
@@ -69,6 +70,19 @@ def test_video(trained, tmp_path, name):
     assert run("eval", trained, "--episodes", 1, "--video", tmp_path / name) == 0
     assert (tmp_path / name).stat().st_size > 1000
     assert {path.name for path in tmp_path.iterdir()} == {"run", name}
+
+
+def test_video_of_a_mujoco_task_from_envpool(tmp_path):
+    settings = ["--env-id", "Hopper-v5", *TINY[2:], "--total-steps", "30", "--eval-every", "0"]
+    assert run("train", *settings, "--run-dir", tmp_path / "run") == 0
+    film = tmp_path / "film.gif"
+    command = [sys.executable, "-m", "fastsac", "eval", tmp_path / "run", "--episodes", "1", "--video", film]
+    done = subprocess.run(command, capture_output=True, text=True)  # a mistake here aborts the process
+    if "no OpenGL to draw with" in done.stderr:
+        pytest.skip("neither EGL nor OSMesa here")
+    assert done.returncode == 0, done.stderr
+    with Image.open(film) as picture:
+        assert len(set(picture.convert("L").tobytes())) > 20  # a scene, not a blank
 
 
 @pytest.mark.parametrize(
