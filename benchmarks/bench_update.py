@@ -18,8 +18,8 @@ from fastsac.replay import Replay
 
 OBS_SIZE, ACTION_SIZE, NUM_ENVS = 17, 6, 16
 CASES = [
-    ("pathwise", None, 1),
-    ("pathwise", None, 2),
+    ("pathwise", "auto", 1),
+    ("pathwise", "auto", 2),
     ("score", "none", 1),
     ("score", "constant", 1),
     ("score", "value", 1),
@@ -43,7 +43,7 @@ def replay() -> Replay:
 
 
 @pytest.mark.parametrize(("estimator", "baseline", "num_action_samples"), CASES)
-def test_update(benchmark: Any, replay: Replay, estimator: str, baseline: str | None, num_action_samples: int) -> None:
+def test_update(benchmark: Any, replay: Replay, estimator: str, baseline: str, num_action_samples: int) -> None:
     config = Config(estimator=estimator, baseline=baseline, num_action_samples=num_action_samples)
     set_up_torch(config, replay.device, OBS_SIZE, ACTION_SIZE)
     learner = Learner(config, OBS_SIZE, ACTION_SIZE, replay.device)

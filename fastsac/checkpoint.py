@@ -93,7 +93,8 @@ def load_checkpoint(
     def read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         for name, sha256 in (hashes := _read_manifest(place, groups)).items():
             if _sha256(place / name) != sha256:
-                raise FastsacError(f"{place / name} is damaged: SHA-256 differs from the manifest")
+                damage = f"{place / name} is damaged: SHA-256 differs from the manifest"
+                raise FastsacError(damage + _older_instead(place))
         with _reported(f"{place / STATE} is damaged", *_BAD_JSON):
             state = _parse_json((place / STATE).read_bytes())
         paths = [place / name for name in hashes if name != STATE]
@@ -103,18 +104,17 @@ def load_checkpoint(
 
 
 def latest_checkpoint(run_dir: Path) -> Path:
-    """Return the newest `run_dir/checkpoints/step-*` that has all its files in full (`load_checkpoint` checks hashes).
+    """Return the newest `run_dir/checkpoints/step-*`, with all its files in full (`load_checkpoint` checks hashes).
 
     Raises:
-        FastsacError: if there is none, with what was looked for.
+        FastsacError: if there is none, or it is damaged, with what could be used instead.
     """
-    problems = []
-    for directory in _step_directories(run_dir):
-        if not (problem := _problem(directory)):
-            return directory
-        problems.append(f" ({problem})")
-    looked_for = f"looked for {run_dir}/checkpoints/step-*/{MANIFEST} and the files it names"
-    raise FastsacError("".join([f"no complete checkpoint: {looked_for}", *problems[:1]]))
+    directories = _step_directories(run_dir)
+    if not directories:
+        raise FastsacError(f"no checkpoint: looked for {run_dir}/checkpoints/step-*/{MANIFEST}")
+    if problem := _problem(directories[0]):
+        raise FastsacError(problem + _older_instead(directories[0]))
+    return directories[0]
 
 
 def step_directory(run_dir: Path, step: int) -> Path:
@@ -139,6 +139,16 @@ def prune_checkpoints(run_dir: Path, keep: int) -> None:
             _remove_stale(run_dir / "checkpoints")
 
 
+def _older_instead(damaged: Path) -> str:
+    """Return what to add to an error about a damaged `step-*`: which older one could be used, if any."""
+    directories = _step_directories(damaged.parent.parent)
+    place = directories.index(damaged) if damaged in directories else len(directories)
+    for older in directories[place + 1 :]:
+        if not _problem(older):
+            return f"; {older.name} is complete: remove {damaged} to use it"
+    return ""
+
+
 @contextmanager
 def _reported(what: str, *kinds: type[Exception]) -> Iterator[None]:
     try:
@@ -152,7 +162,7 @@ def _step_directories(run_dir: Path) -> list[Path]:
     parent = run_dir / "checkpoints"
     with _reported(f"cannot read {parent}", OSError):
         entries = os.listdir(parent) if parent.exists() else []
-    names = {name.removeprefix(".").removesuffix(".replaced") for name in entries}
+    names = {name[1:].removesuffix(".replaced") if name.endswith(".replaced") else name for name in entries}
     steps = {name: int(match[1]) for name in names if (match := _STEP.fullmatch(name))}
     return [parent / name for name in sorted(steps, key=lambda name: (steps[name], name), reverse=True)]
 

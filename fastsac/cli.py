@@ -88,7 +88,7 @@ def _parse(arguments: list[str]) -> Train | Eval:
         if value:
             default = read_config(Path(value))
         if "--estimator" in names:  # another estimator does not inherit this one's choices
-            default = dataclasses.replace(default, baseline=None, num_action_samples=None)
+            default = dataclasses.replace(default, baseline="auto", num_action_samples=None)
     train = Annotated[Train, tyro.conf.subcommand("train", default=Train(config=default))]
     refusal = io.StringIO()
     try:
@@ -125,7 +125,7 @@ def _unframe(box: str) -> str:
 def default_run_dir(config: Config) -> Path:
     """Return a new name one level below `runs/`, whatever the environment's id contains."""
     env = re.sub(r"[^A-Za-z0-9._-]+", "-", config.env_id).strip(".-")
-    estimator = config.estimator if config.baseline is None else f"{config.estimator}-{config.baseline}"
+    estimator = config.estimator if config.baseline == "auto" else f"{config.estimator}-{config.baseline}"
     return Path("runs") / f"{env}_{estimator}_s{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -151,14 +151,17 @@ def _train(command: Train) -> None:
     if agent.stopped_by_signal:
         print(f"interrupted at step {agent.steps:,}; go on with: fastsac train --resume {run_dir}")
         return
-    curves = {config.estimator: [read_metric(run_dir, "eval_return")]}
-    curve = plot_curves(curves, run_dir / "learning_curve.png", config.env_id, "evaluation return")
     if agent.last_evaluation is not None:
         returns = agent.last_evaluation.returns
         print(
             f"evaluation return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes "
             f"after {agent.steps:,} steps and {agent.time_s:.0f} s"
         )
+    curves = {config.estimator: [read_metric(run_dir, "eval_return")]}
+    try:
+        curve = plot_curves(curves, run_dir / "learning_curve.png", config.env_id, "evaluation return")
+    except OSError as error:
+        raise FastsacError(f"cannot write {run_dir / 'learning_curve.png'}: {error.strerror or error}") from error
     if curve is not None:
         print(f"learning curve: {curve}")
 

@@ -20,8 +20,8 @@ class Config:
     """Environment steps, over all environments."""
     estimator: str = "pathwise"
     """The actor's gradient estimator: `pathwise` or `score`."""
-    baseline: str | None = None
-    """Baseline of the score function: `none`, `constant`, `value` or `loo` (the default)."""
+    baseline: str = "auto"
+    """Baseline of the score function: `none`, `constant`, `value` or `loo`, which `auto` takes."""
     num_action_samples: int | None = None
     """Action samples per state in the actor's update (K). Default: 2 with `loo`, else 1."""
     seed: int = 0
@@ -91,7 +91,7 @@ class Config:
         """Raise UsageError for the first setting that is out of its range."""
         for name in ("env_id", "estimator", "baseline"):
             value = getattr(self, name)
-            if not isinstance(value, str) and not (value is None and name == "baseline"):
+            if not isinstance(value, str):
                 raise UsageError(f"{_flag(name)} must be a name, got {value!r}")
         if not isinstance(self.checkpoint_replay, bool):
             raise UsageError(f"--checkpoint-replay must be true or false, got {self.checkpoint_replay!r}")

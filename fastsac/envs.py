@@ -74,7 +74,8 @@ class Spaces(NamedTuple):
 
     def scale(self, action: Floats) -> Floats:
         """Map actions from the policy's [-1, 1] to the environment's own units."""
-        return self.action_low + 0.5 * (action + 1.0) * (self.action_high - self.action_low)
+        scaled = self.action_low + 0.5 * (action + 1.0) * (self.action_high - self.action_low)
+        return np.clip(scaled, self.action_low, self.action_high)  # rounding must not lead out of the space
 
 
 def read_spaces(env_id: str, obs_space: Any, action_space: Any) -> Spaces:
@@ -90,7 +91,7 @@ def read_spaces(env_id: str, obs_space: Any, action_space: Any) -> Spaces:
         raise UsageError(f"{env_id} has actions {action_space.dtype}{action_space.shape}; SAC needs a vector of floats")
     # some specifications say "unbounded" with the largest finite number
     if not (np.isfinite(low).all() and np.isfinite(high).all() and (high - low < 1e30).all() and (low < high).all()):
-        raise UsageError(f"{env_id} has an unbounded action space ({low} to {high}); SAC needs finite bounds")
+        raise UsageError(f"{env_id} has an unbounded action space; SAC needs finite bounds")
     parts = dict(obs_space.spaces) if type(obs_space).__name__ == "Dict" else {"": obs_space}
     for key, part in parts.items():
         if type(part).__name__ != "Box":
@@ -188,13 +189,11 @@ class VectorEnv:
         self._backend.close()
 
     def _check_finite(self, what: str, values: Floats) -> None:
-        finite = np.isfinite(values)
-        if finite.all():
+        if np.isfinite(values).all():
             return
-        index = int(np.flatnonzero(~finite.reshape(self.num_envs, -1).all(1))[0])
-        raise FastsacError(
-            f"{self.env_id}, environment {index}, step {self._steps}: {what} not finite: {values[index]}"
-        )
+        index, *column = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
+        value = f"{values[index, *column]}" + "".join(f" in column {i}" for i in column)
+        raise FastsacError(f"{self.env_id}, environment {index}, step {self._steps}: {what} not finite: {value}")
 
     @contextmanager
     def _naming_the_environment(self) -> Iterator[None]:

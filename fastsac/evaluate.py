@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from fastsac.envs import Floats, VectorEnv
 from fastsac.errors import FastsacError, UsageError
 
+LONGEST_EPISODE = 100_000  # steps
 #: obs [N, O] -> action [N, A] in [-1, 1]
 Policy = Callable[[Floats], Floats]
 
@@ -43,7 +45,7 @@ def evaluate(
     """Play whole episodes from a reset on.
 
     Each environment plays a share of the episodes that is fixed in advance: taking those that end first would favour
-    the short ones. Episodes must end by themselves or by a time limit.
+    the short ones.
 
     Args:
         policy: obs [N, O] -> action [N, A].
@@ -51,6 +53,9 @@ def evaluate(
         episodes: how many, over all environments.
         should_stop: asked before every step; if it says so, only the episodes that have ended are returned.
         before_step: called before every step, for pictures.
+
+    Raises:
+        FastsacError: if an episode ends neither by itself nor by a time limit.
     """
     share = np.full(envs.num_envs, episodes // envs.num_envs)
     share[: episodes % envs.num_envs] += 1
@@ -59,6 +64,11 @@ def evaluate(
     episode_return, episode_length = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=np.int64)
     obs = envs.reset()
     while (played < share).any() and not (should_stop is not None and should_stop()):
+        if episode_length[played < share].max() >= LONGEST_EPISODE:
+            raise FastsacError(
+                f"{envs.env_id}: an episode has not ended after {LONGEST_EPISODE:,} steps, so it cannot be evaluated: "
+                "give the environment a time limit (max_episode_steps), or switch evaluations off (--eval-every 0)"
+            )
         if before_step is not None:
             before_step()
         envs.send(policy(obs))
@@ -100,8 +110,8 @@ def record_video(policy: Policy, envs: VectorEnv, path: Path) -> Evaluation:
     except OSError as error:
         raise FastsacError(f"cannot write the video {path}: {error.strerror or error}") from error
     finally:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fastsac.envs import Step
 from fastsac.errors import FastsacError
+from fastsac.run_dir import METRICS
 
 Value = float | int | Tensor
 
@@ -39,19 +41,19 @@ class Logger:
         self._started = time.perf_counter() - time_s
         self._total_steps = total_steps
         self._file: IO[str] | None = None
-        self._tensorboard: Any = None
-        self._display = _make_display(total_steps, step) if progress else None
+        self._events: _Events | None = None
         self._last = (time.perf_counter(), step, 0)
         if run_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            path = run_dir / "metrics.jsonl"
+            path = run_dir / METRICS
             with _reporting(path):
                 if path.exists():
                     kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-                    path.write_text("".join(f"{line}\n" for line in kept))
+                    temporary = path.with_name(f".{METRICS}.{os.getpid()}")
+                    temporary.write_text("".join(f"{line}\n" for line in kept))
+                    temporary.replace(path)
                 self._file = path.open("a")
-                self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+                self._events = _Events(run_dir / "tensorboard", step)
+        self._display = _make_display(total_steps, step) if progress else None
 
     @property
     def time_s(self) -> float:
@@ -75,12 +77,11 @@ class Logger:
         row |= {key: float(value) for key, value in values.items()}
         # JSON has no word for NaN
         row = {key: value for key, value in row.items() if math.isfinite(value)}
-        if self._file is not None:
+        if self._file is not None and self._events is not None:
             with _reporting(Path(self._file.name)):
                 self._file.write(json.dumps(row) + "\n")
                 self._file.flush()
-                for key in row.keys() - {"step", "updates", "time_s"}:
-                    self._tensorboard.add_scalar(key, row[key], step)
+                self._events.add({key: row[key] for key in row.keys() - {"step", "updates", "time_s"}}, step)
         if self._display is not None:
             self._display.show(row)
 
@@ -97,10 +98,38 @@ class Logger:
     ) -> None:
         if self._display is not None:
             self._display.close()
-        if self._file is not None:
+        if self._file is not None and self._events is not None:
             with _reporting(Path(self._file.name)) if error is None else suppress(OSError):
                 self._file.close()
-                self._tensorboard.close()
+                self._events.close()
+
+
+class _Events:
+    """TensorBoard events, written at once: the usual writer's thread would print a traceback if the disk is full."""
+
+    def __init__(self, directory: Path, step: int) -> None:
+        """Open a new file; what earlier files hold behind `step` is no longer shown."""
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._proto, self._summary = event_pb2, summary_pb2
+        directory.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
+        self._writer = RecordWriter((directory / name).open("xb"))
+        self._write(file_version="brain.Event:2")
+        if step:
+            self._write(step=step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        scalars = [self._summary.Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
+        self._write(step=step, summary=self._summary.Summary(value=scalars))
+
+    def _write(self, **fields: Any) -> None:
+        self._writer.write(self._proto.Event(wall_time=time.time(), **fields).SerializeToString())
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 @contextmanager

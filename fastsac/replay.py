@@ -157,7 +157,10 @@ class Replay:
         rings = {"obs": self._obs, "action": self._action, "reward": self._reward, "terminated": self._terminated}
         same_shape = all(tensors[name].shape[1:] == ring.shape[1:] for name, ring in rings.items())
         if counters["num_rows"] != self.num_rows or not same_shape:
-            raise UsageError("the stored replay has another --num-envs, --buffer-size, observation or action size")
+            raise UsageError(
+                "the stored replay has another --num-envs, --buffer-size, observation or action size; "
+                "--no-checkpoint-replay goes on without it"
+            )
         for name, ring in rings.items():
             ring[: len(tensors[name])] = tensors[name].to(self.device)
         self._queue.copy_(tensors["queue"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ from fastsac.config import Config
 from fastsac.errors import FastsacError, UsageError
 
 CONFIG = "config.json"
+METRICS = "metrics.jsonl"
 
 
 def refuse_if_taken(directory: Path) -> None:
     """Raise UsageError if the directory already holds a run."""
-    if (directory / CONFIG).exists() or (directory / "checkpoints").exists():
-        raise UsageError(
-            f"{directory} already holds a run: choose another directory, or go on with it (--resume, SAC.load)"
-        )
+    if not any((directory / name).exists() for name in (CONFIG, METRICS, "checkpoints")):
+        return
+    if any((directory / "checkpoints").glob("step-*")):
+        advice = "choose another directory, or go on with it (--resume, SAC.load)"
+    else:
+        advice = "it ended before its first checkpoint, so choose another directory or delete this one"
+    raise UsageError(f"{directory} already holds a run: {advice}")
 
 
 def write_config(directory: Path, config: Config) -> None:
@@ -36,8 +41,8 @@ def write_config(directory: Path, config: Config) -> None:
     except OSError as error:
         raise FastsacError(f"cannot write to the run directory {directory}: {error.strerror}") from error
     finally:
-        if directory.is_dir():
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def read_config(directory: Path) -> Config:

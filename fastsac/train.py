@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,13 +113,16 @@ class SAC:
             self.config = dataclasses.replace(self.config, total_steps=total_steps)
         config, total_steps = self.config, self.config.total_steps
         obs = self._begin()
-        directory = None if run_dir is None else self._claim(Path(run_dir))
+        directory = None if run_dir is None else Path(run_dir)
         episodes, metrics = EpisodeStatistics(config.num_envs), dict[str, Tensor]()
-        with Logger(directory, total_steps, self.steps, self.time_s, progress) as logger, _stop_signals() as stop:
+        with (
+            _stop_signals() as stop,  # before anything is written
+            Logger(directory and self._claim(directory), total_steps, self.steps, self.time_s, progress) as logger,
+        ):
             if self.updates and self._warm_up_left:
                 logger.say(f"the replay starts empty: {self._warm_up_left} steps refill it before the next update")
             logger.start_rates(self.steps, self.updates)
-            reached = False
+            reached = saved = False
             while self.steps < total_steps and not stop and not reached:
                 before = self.steps
                 obs, step, new_metrics = self._step(obs)
@@ -131,10 +134,11 @@ class SAC:
                 if config.eval_every and (done or self._crossed(config.eval_every, before)):
                     reached = self._evaluate_and_log(logger, stop)
                 self.time_s = logger.time_s
-                if directory and self._crossed(config.checkpoint_every, before):
+                saved = self._crossed(config.checkpoint_every, before)
+                if directory and saved:
                     self.save(directory)
             self.stopped_by_signal = self.steps < total_steps and not reached
-            if directory:
+            if directory and not saved:
                 self.save(directory)
 
     def _begin(self) -> Tensor:
@@ -176,8 +180,10 @@ class SAC:
 
     def _evaluate_and_log(self, logger: Logger, stop: list[int]) -> bool:
         """Evaluate the deterministic policy, unless a signal stops it; return whether it reached the target."""
+        self.last_evaluation = None
         evaluation = self.evaluate(self.config.eval_episodes, should_stop=lambda: bool(stop))
         if len(evaluation.returns) < self.config.eval_episodes:
+            logger.say("the evaluation was interrupted")
             return False
         self.last_evaluation = evaluation
         mean = float(evaluation.returns.mean())
@@ -190,6 +196,8 @@ class SAC:
         self, episodes: int, seed: int | None = None, should_stop: Callable[[], bool] | None = None
     ) -> Evaluation:
         """Play episodes with the deterministic policy on environments of their own (see `fastsac.evaluate`)."""
+        if episodes < 1:
+            raise UsageError(f"an evaluation needs at least 1 episode, got {episodes}")
         if self._eval_envs is None or seed is not None:
             if self._eval_envs is not None:
                 self._eval_envs.close()
@@ -230,6 +238,8 @@ class SAC:
             ValueError: if the observation's shape does not fit.
         """
         key, shape = next(iter(self.spaces.obs_shapes.items()))
+        if key and (not isinstance(obs, Mapping) or key not in obs):
+            raise ValueError(f"the observation must be a dict with the keys {list(self.spaces.obs_shapes)}")
         single = np.asarray(obs[key] if key else obs).ndim == len(shape)
         if single:
             obs = {k: np.asarray(v)[None] for k, v in obs.items()} if key else np.asarray(obs)[None]
@@ -253,22 +263,20 @@ class SAC:
             FastsacError: if it cannot be written; what was saved before stays.
         """
         directory = self._claim(Path(run_dir))
-        learner_tensors, learner_counters = self.learner.state()
-        groups, state = (
-            {"learner": learner_tensors},
-            {
-                "config": dataclasses.asdict(self.config),
-                "steps": self.steps,
-                "time_s": self.time_s,
-                "updates_due": self._updates_due,
-                "warm_up_left": self._warm_up_left,
-                "exploration": self._exploration.bit_generator.state,
-                "learner": learner_counters,
-                "obs_shapes": self.spaces.obs_shapes,
-                "action_low": self.spaces.action_low.tolist(),
-                "action_high": self.spaces.action_high.tolist(),
-            },
-        )
+        tensors, counters = self.learner.state()
+        groups = {"learner": tensors}
+        state = {
+            "config": dataclasses.asdict(self.config),
+            "steps": self.steps,
+            "time_s": self.time_s,
+            "updates_due": self._updates_due,
+            "warm_up_left": self._warm_up_left,
+            "exploration": self._exploration.bit_generator.state,
+            "learner": counters,
+            "obs_shapes": self.spaces.obs_shapes,
+            "action_low": self.spaces.action_low.tolist(),
+            "action_high": self.spaces.action_high.tolist(),
+        }
         if self.config.checkpoint_replay and self._replay is not None:
             groups["replay"], state["replay"] = self._replay.state()
         path = checkpoint.step_directory(directory, self.steps)

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import platform
+import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -509,32 +511,37 @@ def test_step_directory(tmp_path: Path) -> None:
     assert step_directory(tmp_path, 20_000) == tmp_path / "checkpoints/step-000000020000"
 
 
-def test_latest_is_the_highest_step_that_is_complete(tmp_path: Path) -> None:
+def test_latest_is_the_highest_step(tmp_path: Path) -> None:
     parent = tmp_path / "checkpoints"
     for name in ("step-9", "step-000000000010", "step-000000000008", "best"):
         save(parent / name, 1.0)
-    for name in ("step-20", "step-30", "step-40", "step-50", ".step-60.tmp-host-1-00000000", "step-x", ".step-80"):
+    for name in (".step-60.tmp-host-1-00000000", "step-x", ".step-80"):
         (parent / name).mkdir()
-    (parent / "step-30/learner.safetensors").write_bytes(b"half")
-    for name in ("step-40", "step-50"):
-        os.rmdir(parent / name)
-        save(parent / name)
-    (parent / "step-40/replay.safetensors").unlink()
-    (parent / "step-50/state.json").write_bytes(b"{")
-    (parent / "step-70").touch()
     assert latest_checkpoint(tmp_path) == parent / "step-000000000010"
 
 
-def test_no_latest_says_what_was_looked_for(tmp_path: Path) -> None:
-    looked_for = f"no complete checkpoint: looked for {tmp_path}/checkpoints/step-*/manifest.json"
-    with pytest.raises(FastsacError) as caught:
+@pytest.mark.parametrize("damage", ["learner.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_latest_is_no_older_policy(tmp_path: Path, damage: str) -> None:
+    for step in (1, 2, 3):
+        save(step_directory(tmp_path, step), step)
+    for step in (2, 3):
+        (step_directory(tmp_path, step) / damage).unlink()
+    newest = step_directory(tmp_path, 3)
+    advice = f"; step-000000000001 is complete: remove {newest} to use it"
+    with pytest.raises(FastsacError, match=rf"{re.escape(damage)} is missing{re.escape(advice)}$"):
         latest_checkpoint(tmp_path)
-    assert str(caught.value).startswith(looked_for)
+    shutil.rmtree(newest)
+    shutil.rmtree(step_directory(tmp_path, 2))
+    assert loaded_value(latest_checkpoint(tmp_path)) == 1.0
+
+
+def test_no_latest_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(FastsacError, match=r"^no checkpoint: looked for .*/checkpoints/step-\*/manifest\.json$"):
+        latest_checkpoint(tmp_path)
     save(step_directory(tmp_path, 3))
     (step_directory(tmp_path, 3) / "replay.safetensors").unlink()
-    with pytest.raises(FastsacError, match=r"replay\.safetensors is missing") as caught:
+    with pytest.raises(FastsacError, match=r"replay\.safetensors is missing$"):
         latest_checkpoint(tmp_path)
-    assert str(caught.value).startswith(looked_for)
 
 
 @pytest.mark.parametrize(

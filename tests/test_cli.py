@@ -97,6 +97,7 @@ def test_video_of_a_mujoco_task_from_envpool(tmp_path):
         ("--estimator pathwise --baseline value", "takes no --baseline"),
         ("--estimator scor", "did you mean score?"),
         ("--estimator score --baseline lo", "did you mean loo?"),
+        ("--estimator score --baseline None", "did you mean none?"),
         ("--total-steps -5", "--total-steps must be a whole number of at least 1, got -5"),
         ("--total-steps 1.5", "--total-steps: it must be a whole number, got '1.5'"),
         ("--utd many", "--utd: it must be a number, got 'many'"),
@@ -131,6 +132,16 @@ def test_cuda_where_there_is_none(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run("train", *TINY, "--device", "cuda") == 2
     assert "PyTorch sees no CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_run_that_ended_before_its_first_checkpoint(tmp_path, capsys):
+    for name in ("config.json", "metrics.jsonl"):
+        directory = tmp_path / name[0]
+        directory.mkdir()
+        (directory / name).write_text('{"step": 5}\n')
+        assert run("train", *TINY, "--run-dir", directory) == 2
+        assert "delete this one" in capsys.readouterr().err
+        assert (directory / name).read_text() == '{"step": 5}\n'
 
 
 def test_a_taken_run_directory(trained, capsys):
@@ -236,6 +247,21 @@ def test_no_space_left(tmp_path, trained, capsys, monkeypatch):
     monkeypatch.undo()
     assert run("eval", trained, "--episodes", 1) == 0
     assert not [path for path in trained.glob("checkpoints/*") if "step-000000000100" not in path.name]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits on files")
+def test_a_file_that_cannot_grow_is_one_line(tmp_path):
+    import resource
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+
+    command = [sys.executable, "-m", "fastsac", "train", *TINY, "--total-steps", "5000", "--run-dir", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    *progress, last = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert last == f"fastsac: cannot write {tmp_path / 'run' / 'metrics.jsonl'}: File too large"
+    assert all(line.startswith(("fastsac: Pendulum-v1", "step ")) for line in progress)
 
 
 def test_a_run_directory_that_cannot_be_made(tmp_path, capsys):

@@ -60,6 +60,7 @@ class Fixed(gymnasium.Env):
 BAD_SPACES = {
     "FastsacDiscrete-v0": ({"action_space": Discrete(3)}, "Discrete action space"),
     "FastsacUnbounded-v0": ({"action_space": Box(-np.inf, np.inf, (2,), np.float32)}, "unbounded"),
+    "FastsacWide-v0": ({"action_space": Box(-np.inf, np.inf, (30,), np.float32)}, "unbounded"),
     "FastsacHalfBounded-v0": ({"action_space": Box(0.0, np.inf, (2,), np.float32)}, "unbounded"),
     "FastsacBogus-v0": ({"action_space": Box(-3.4e38, 3.4e38, (2,), np.float32)}, "unbounded"),
     "FastsacInteger-v0": ({"action_space": Box(0, 3, (2,), np.int64)}, "vector of floats"),
@@ -328,6 +329,22 @@ def test_an_environment_that_raises_is_named(make: Any) -> None:
     assert one_line(error) == "FastsacCountdown-v0 failed at step 2: RuntimeError: the simulator broke"
 
 
+def test_what_is_not_finite_is_named_in_one_line_however_wide(make: Any) -> None:
+    envs = make("Ant-v5", 2, 0)
+    obs = envs.reset()
+    obs[1, 40] = np.nan
+    with pytest.raises(FastsacError) as error:
+        envs._check_finite("observation", obs)
+    assert one_line(error) == "Ant-v5, environment 1, step 0: observation not finite: nan in column 40"
+
+
+def test_scaled_actions_never_leave_the_space() -> None:
+    low, high = np.array([-0.3, -7.1], np.float32), np.array([1.1, 3.3], np.float32)
+    spaces = Spaces({"": (1,)}, low, high)
+    for action in np.linspace(-1.0, 1.0, 1001, dtype=np.float32):
+        assert Box(low, high).contains(spaces.scale(np.full(2, action)))
+
+
 @pytest.mark.parametrize("env_id", BAD_SPACES)
 def test_unsupported_spaces_are_refused(env_id: str) -> None:
     with pytest.raises(UsageError, match=BAD_SPACES[env_id][1]) as error:
@@ -384,12 +401,22 @@ def test_evaluation_gives_each_environment_its_share(make: Any) -> None:
         np.testing.assert_array_equal(result.returns, result.lengths)
 
 
+def test_an_episode_that_never_ends_is_told(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastsac.evaluate.LONGEST_EPISODE", 50)
+    envs = make("FastsacCountdown-v0", 2, 0)
+    Countdown.made[0].length = 50
+    assert list(evaluate(lambda obs: zeros(envs), envs, 2).lengths) == [3, 50]
+    Countdown.made[0].length = 51
+    with pytest.raises(FastsacError, match="has not ended after 50 steps"):
+        evaluate(lambda obs: zeros(envs), envs, 2)
+
+
 def test_evaluation_leaves_reset_rows_out() -> None:
     """Against a stand-in whose reset rows carry rewards and flags that must not count."""
     steps = [(1.0, False, True), (2.0, True, True), (100.0, True, False), (4.0, False, True), (8.0, True, True)]
 
     class Stub:
-        num_envs = 1
+        env_id, num_envs = "Stub-v0", 1
 
         def __init__(self) -> None:
             self.left = iter(steps)

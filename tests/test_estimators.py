@@ -11,7 +11,7 @@ from fastsac.errors import UsageError
 from fastsac.estimators import ESTIMATORS, choose
 from fastsac.types import Estimate, QFunction
 
-PAIRS = [(name, baseline) for name, entry in ESTIMATORS.items() for baseline in entry.baselines or (None,)]
+PAIRS = [(name, baseline) for name, entry in ESTIMATORS.items() for baseline in entry.baselines or ("auto",)]
 every_pair = pytest.mark.parametrize(("name", "baseline"), PAIRS)
 ALPHA = torch.tensor(0.3, dtype=torch.float64)
 
@@ -29,12 +29,12 @@ def quadrature(nodes: int, samples: int, action_size: int) -> tuple[Tensor, Tens
 
 
 def estimate(
-    name: str, baseline: str | float | None, mean: Tensor, log_std: Tensor, noise: Tensor, q: QFunction
+    name: str, baseline: str | float, mean: Tensor, log_std: Tensor, noise: Tensor, q: QFunction
 ) -> tuple[Tensor, Estimate]:
     """One state's parameters [A], repeated over noise [K, B, A]: the gradients [B, 2A] of each row, and the rest."""
     batch = noise.shape[1]
     mean, log_std = (each.expand(batch, -1).clone().requires_grad_() for each in (mean, log_std))
-    b = tensor(baseline).expand(batch) if isinstance(baseline, float) else baseline or "none"
+    b = tensor(baseline).expand(batch) if isinstance(baseline, float) else baseline
     result = ESTIMATORS[name].estimator(mean, log_std, noise, q, ALPHA, b)
     return batch * torch.cat(torch.autograd.grad(result.loss, (mean, log_std)), 1), result
 
@@ -77,7 +77,7 @@ POLICIES = {
 
 @every_pair
 @pytest.mark.parametrize("policy", POLICIES)
-def test_expected_gradient(name: str, baseline: str | None, policy: str) -> None:
+def test_expected_gradient(name: str, baseline: str, policy: str) -> None:
     mean, log_std = POLICIES[policy]
     samples = choose(Config(estimator=name, baseline=baseline)).num_action_samples
     expected = oracle(mean, log_std, 128)
@@ -155,7 +155,7 @@ def test_loo_mean_and_variance_are_the_closed_form(samples: int, action_size: in
 def test_pathwise_mean_and_variance_are_the_closed_form() -> None:
     problem = quadratic(3)
     noise, weights = quadrature(5, 1, 3)
-    rows, _ = estimate("pathwise", None, problem.mean, problem.log_std, noise, problem.q_function)
+    rows, _ = estimate("pathwise", "auto", problem.mean, problem.log_std, noise, problem.q_function)
     w, M, _ = problem.terms(0.0)
     m2 = (M @ M).diag()
     expected = torch.cat([w * torch.exp(-problem.log_std), 2.0 * M.diag() - ALPHA])
@@ -193,15 +193,15 @@ class Problem:
         self.action = action
         return torch.einsum("kba,ea->keb", torch.sin(3.0 * action), self.weight)
 
-    def run(self, name: str, baseline: str | None, alpha: Tensor = ALPHA) -> Estimate:
-        argument = self.b if baseline == "value" else baseline or "none"
+    def run(self, name: str, baseline: str, alpha: Tensor = ALPHA) -> Estimate:
+        argument = self.b if baseline == "value" else baseline
         return ESTIMATORS[name].estimator(
             self.mean, self.log_std, self.noise.detach(), self.q_function, alpha, argument
         )
 
 
 @every_pair
-def test_the_parameters_alone_get_a_gradient(name: str, baseline: str | None) -> None:
+def test_the_parameters_alone_get_a_gradient(name: str, baseline: str) -> None:
     problem, alpha = Problem(), ALPHA.clone().requires_grad_()
     problem.run(name, baseline, alpha).loss.backward()
     assert alpha.grad is None
@@ -211,7 +211,7 @@ def test_the_parameters_alone_get_a_gradient(name: str, baseline: str | None) ->
 
 
 @every_pair
-def test_log_prob_and_soft_value(name: str, baseline: str | None) -> None:
+def test_log_prob_and_soft_value(name: str, baseline: str) -> None:
     problem = Problem()
     result = problem.run(name, baseline)
     u = problem.mean + problem.log_std.exp() * problem.noise
@@ -234,7 +234,7 @@ def test_score_keeps_the_action_and_the_critic_out_of_autograd(baseline: str) ->
 
 def test_pathwise_differentiates_the_critic_in_the_action() -> None:
     problem = Problem()
-    loss = problem.run("pathwise", None, alpha=0.0 * ALPHA).loss
+    loss = problem.run("pathwise", "auto", alpha=0.0 * ALPHA).loss
     assert problem.action.grad_fn is not None
     loss.backward()
     assert (problem.mean.grad != 0.0).all()

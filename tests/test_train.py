@@ -10,8 +10,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastsac import SAC, Config, FastsacError, UsageError
+from fastsac.run_dir import write_config
 
 SMALL = Config(
     env_id="Pendulum-v1",
@@ -89,7 +91,17 @@ def test_metrics_file(tmp_path):
     assert {"actor_loss", "alpha", "entropy", "steps_per_s", "updates_per_s"} <= logged[-1].keys()
     (episodes,) = [row for row in rows if "episode_return" in row and row["step"] < 850]
     assert episodes["episode_length"] == 200
-    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_tensorboard_shows_what_metrics_hold_also_after_going_on(tmp_path):
+    agent = SAC(small())
+    agent.learn(total_steps=600, run_dir=tmp_path / "run")
+    agent.steps = 400  # as if the run had been cut after its checkpoint at step 400
+    agent.learn(total_steps=900, run_dir=tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    expected = {row["step"]: row["critic_loss"] for row in rows_of(tmp_path / "run") if "critic_loss" in row}
+    assert {e.step: e.value for e in events.Scalars("critic_loss")} == pytest.approx(expected)
+    assert max(expected) == 900
 
 
 def test_target_return_ends_the_run():
@@ -119,6 +131,14 @@ def test_predict_dict_observations():
     many = agent.predict({key: np.stack([value] * 3) for key, value in obs.items()})
     assert one.shape == (6,)
     np.testing.assert_allclose(many, np.stack([one] * 3), rtol=1e-5)
+    for wrong in (np.zeros(24), {"velocity": np.ones(9)}, {"height": 1.2, "orientations": np.zeros(14)}):
+        with pytest.raises(ValueError, match="the keys"):
+            agent.predict(wrong)
+
+
+def test_an_evaluation_of_nothing():
+    with pytest.raises(UsageError, match="at least 1 episode, got 0"):
+        SAC(small()).evaluate(0)
 
 
 def test_save_and_load(tmp_path):
@@ -190,6 +210,26 @@ def test_a_signal_saves_and_returns(tmp_path, number):
     assert agent.stopped_by_signal
     assert SAC.load(tmp_path / "run").steps == agent.steps
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+def test_a_signal_before_the_first_step_leaves_a_run_to_go_on_with(tmp_path, monkeypatch):
+    def write(*arguments):
+        monkeypatch.undo()
+        write_config(*arguments)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("fastsac.train.write_config", write)
+    SAC(small()).learn(total_steps=10**9, run_dir=tmp_path / "run")
+    assert SAC.load(tmp_path / "run").steps == 0
+
+
+def test_the_last_checkpoint_is_written_once(tmp_path, monkeypatch):
+    saved = []
+    agent = SAC(small(checkpoint_every=100))
+    monkeypatch.setattr(agent, "save", lambda directory: saved.append(agent.steps))
+    agent.learn(total_steps=200, run_dir=tmp_path / "a")
+    agent.learn(total_steps=240, run_dir=tmp_path / "b")
+    assert saved == [100, 200, 240]
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def choose(config: Config) -> Choice:
         hint = did_you_mean(config.estimator, ESTIMATORS) or f"; known: {', '.join(ESTIMATORS)}"
         raise UsageError(f"unknown --estimator {config.estimator!r}{hint}")
     baseline = config.baseline
-    if baseline is None:
+    if baseline == "auto":
         baseline = entry.baselines[0] if entry.baselines else "none"
     elif not entry.baselines:
         raise UsageError(f"--estimator {config.estimator} takes no --baseline (it was given {baseline!r})")
