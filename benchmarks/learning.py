@@ -52,7 +52,7 @@ SUITES = {
         {"pathwise": PATHWISE, "score, loo": f"{SCORE} loo"},
         3,
     ),
-    "hopper": Suite("--env-id Hopper-v5 --total-steps 100000 --eval-every 5000", {"pathwise": PATHWISE}, 1),
+    "hopper": Suite("--env-id Hopper-v5 --total-steps 200000 --eval-every 5000", {"pathwise": PATHWISE}, 1),
     "walker": Suite("--env-id WalkerWalk-v1 --total-steps 50000 --eval-every 5000", {"pathwise": PATHWISE}, 1),
 }
 _lock = threading.Lock()
