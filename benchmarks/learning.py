@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.machine import describe_machine, write_json
 from fastsac.plot import plot_curves, read_metric
+from fastsac.run_dir import read_config
 
 RESULTS = Path("benchmarks/results")
 FINAL_EPISODES, FINAL_SEED = 20, 12345
@@ -97,6 +98,9 @@ def train(suite: str, variant: str, seed: int, directory: Path) -> None:
     with run_dir.with_suffix(".log").open("w") as log:
         command = [*fastsac, "train", *options.split(), "--run-dir", str(run_dir)]
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+        steps, _ = read_metric(run_dir, "updates")
+        if steps[-1] < read_config(run_dir).total_steps:
+            raise RuntimeError(f"{run_dir} was interrupted at step {steps[-1]}: start again to repeat it")
         command = [*fastsac, "eval", str(run_dir), "--json"]
         command += ["--episodes", str(FINAL_EPISODES), "--seed", str(FINAL_SEED)]
         evaluation = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, check=True)
