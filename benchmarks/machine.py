@@ -85,7 +85,7 @@ def _describe_cpu() -> dict[str, Any]:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "model": fields.get("model name") or platform.processor() or platform.machine(),
-        "family_and_model": [int(fields[key]) for key in ("cpu family", "model") if key in fields],
+        "family_and_model": [fields[key] for key in ("cpu family", "model") if key in fields],
         "cores": os.cpu_count(),
         "cores_allowed": allowed,
         "flags": [flag for flag in CPU_FLAGS if flag in present],

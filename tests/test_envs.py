@@ -9,7 +9,6 @@ from gymnasium.spaces import Box, Dict, Discrete, Tuple
 
 from fastsac.envs import Spaces, Step, VectorEnv, environment_seeds, make_envs
 from fastsac.errors import FastsacError, UsageError
-from fastsac.evaluate import evaluate
 
 LOW, HIGH = np.array([-1.0, 0.0], np.float32), np.array([3.0, 10.0], np.float32)
 REALS = Box(-np.inf, np.inf, (2,), np.float32)
@@ -390,48 +389,3 @@ def test_a_missing_dependency_is_not_an_unknown_environment() -> None:
     with pytest.raises(FastsacError, match="Box2D is not installed") as error:
         make_envs("FastsacNeedy-v0", 2, 0)
     assert "unknown" not in one_line(error)
-
-
-def test_evaluation_gives_each_environment_its_share(make: Any) -> None:
-    envs = make("FastsacCountdown-v0", 3, 0)
-    Countdown.made[0].length, Countdown.made[1].length, Countdown.made[2].length = 1, 4, 30
-    for _ in range(2):  # the second time from the middle of episodes on
-        result = evaluate(lambda obs: zeros(envs), envs, 5)
-        assert sorted(result.lengths) == [1, 1, 4, 4, 30]
-        np.testing.assert_array_equal(result.returns, result.lengths)
-
-
-def test_an_episode_that_never_ends_is_told(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastsac.evaluate.LONGEST_EPISODE", 50)
-    envs = make("FastsacCountdown-v0", 2, 0)
-    Countdown.made[0].length = 50
-    assert list(evaluate(lambda obs: zeros(envs), envs, 2).lengths) == [3, 50]
-    Countdown.made[0].length = 51
-    with pytest.raises(FastsacError, match="has not ended after 50 steps"):
-        evaluate(lambda obs: zeros(envs), envs, 2)
-
-
-def test_evaluation_leaves_reset_rows_out() -> None:
-    """Against a stand-in whose reset rows carry rewards and flags that must not count."""
-    steps = [(1.0, False, True), (2.0, True, True), (100.0, True, False), (4.0, False, True), (8.0, True, True)]
-
-    class Stub:
-        env_id, num_envs = "Stub-v0", 1
-
-        def __init__(self) -> None:
-            self.left = iter(steps)
-
-        def reset(self) -> np.ndarray:
-            return np.zeros((1, 2), np.float32)
-
-        def send(self, action: np.ndarray) -> None:
-            pass
-
-        def recv(self) -> Step:
-            reward, done, valid = next(self.left)
-            return Step(self.reset(), *(np.array([x]) for x in (np.float32(reward), False, done, valid)))
-
-    result = evaluate(lambda obs: obs, Stub(), 2)  # type: ignore[arg-type]
-    assert result.returns.tolist() == [3.0, 12.0]
-    assert result.lengths.tolist() == [2, 2]
-    assert result.summary() == {"return_mean": 7.5, "return_std": 4.5, "returns": [3.0, 12.0], "lengths": [2, 2]}
