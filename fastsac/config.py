@@ -67,8 +67,9 @@ class Config:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is a GPU."""
-    engine: Literal["auto", "reference"] = "auto"
-    """How an update is carried out; `auto` takes the fastest that serves the configuration."""
+    engine: Literal["auto", "reference", "graphed"] = "auto"
+    """How an update is carried out: `reference` is eager PyTorch, `graphed` a CUDA graph of it with Triton kernels;
+    `auto` takes the fastest that serves the configuration."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` allows matrix products of reduced precision: TF32 on CUDA, bfloat16 on CPUs whose library has it."""
     num_threads: int = 0
@@ -148,7 +149,7 @@ _CHOICES = {
     "env_backend": ("auto", "envpool", "gymnasium"),
     "activation": ("relu", "elu", "silu", "tanh"),
     "device": ("auto", "cpu", "cuda"),
-    "engine": ("auto", "reference"),
+    "engine": ("auto", "reference", "graphed"),
     "precision": ("fp32", "bf16"),
 }
 _TINY, _HUGE = sys.float_info.min, sys.float_info.max

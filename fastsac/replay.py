@@ -18,6 +18,8 @@ from torch import Tensor
 
 from fastsac.errors import UsageError
 from fastsac.types import Batch
+from fastsac_kernels import PhiloxState, replay_gather
+from fastsac_kernels.launch import Backend
 
 
 class Replay:
@@ -62,10 +64,12 @@ class Replay:
         self._first = 0  # the queue's oldest entry
         self._begun = False
         self.size = 0  # transitions that can be drawn
+        self._span = torch.zeros(2, dtype=torch.int64, device=self.device)  # _first and size, for the device to read
 
     def begin(self, obs: Tensor) -> None:
         """Take the observations [N, O] after a reset of all environments; they do not join what was before."""
         self._advance(obs)
+        self._enqueue(np.empty(0, np.int64))
         self._begun = True
 
     def add(
@@ -103,35 +107,33 @@ class Replay:
         self._obs[self._row] = obs
 
     def _enqueue(self, indices: NDArray[np.int64]) -> None:
+        number = len(indices)
         start = (self._first + self.size) % len(self._queue)
-        values = torch.from_numpy(indices).to(self.device, non_blocking=True)
-        head = min(len(indices), len(self._queue) - start)
+        self.size += number
+        numbers = np.append(indices, [self._first, self.size])  # one transfer for both
+        values = torch.from_numpy(numbers).to(self.device, non_blocking=True)
+        head = min(number, len(self._queue) - start)
         self._queue[start : start + head] = values[:head]
-        self._queue[: len(indices) - head] = values[head:]
-        self.size += len(indices)
+        self._queue[: number - head] = values[head:number]
+        self._span.copy_(values[number:])
 
-    def sample(self, batch_size: int) -> Batch:
+    def sample(self, batch_size: int, rng: PhiloxState | None = None, backend: Backend = "reference") -> Batch:
         """Draw `batch_size` transitions, uniformly and with replacement; nothing waits for the device.
+
+        Args:
+            batch_size: B.
+            rng: draws on the device, also inside a CUDA graph that is replayed while the ring fills; None takes the
+                generator of the ring's own.
+            backend: of the gather.
 
         Raises:
             ValueError: if nothing was added yet.
         """
         if self.size == 0:
             raise ValueError("the replay is empty: add transitions before sampling")
-        draws = torch.randint(self.size, (batch_size,), device=self.device, generator=self.generator)
-        return self.gather(self._queue[(draws + self._first) % len(self._queue)])
-
-    def gather(self, index: Tensor) -> Batch:
-        """Return the transitions at flat indices (row * N + environment) [B]."""
-        obs = self._obs.flatten(0, 1)
-        following = (index + self.num_envs) % obs.shape[0]
-        return Batch(
-            obs=obs.index_select(0, index),
-            action=self._action.flatten(0, 1).index_select(0, index),
-            reward=self._reward.flatten().index_select(0, index),
-            next_obs=obs.index_select(0, following),
-            terminated=self._terminated.flatten().index_select(0, index),
-        )
+        draws = rng or torch.randint(self.size, (batch_size,), device=self.device, generator=self.generator)
+        ring = self._obs, self._action, self._reward, self._terminated
+        return Batch(*replay_gather(*ring, self._queue, self._span, draws, batch_size, backend))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int | list[int]]]:
         """Return the written part: tensors, and the ring's counters for JSON."""
@@ -168,6 +170,7 @@ class Replay:
         if self.generator is not None and "generator" in tensors:
             restore_generator(self.generator, tensors["generator"])
         self._row, self._first, self.size = counters["row"], counters["first"], counters["size"]
+        self._span.copy_(torch.tensor([self._first, self.size]))
         self._begun = True
 
 

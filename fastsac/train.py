@@ -21,7 +21,7 @@ from fastsac.envs import Floats, Spaces, Step, VectorEnv, make_envs
 from fastsac.errors import FastsacError, UsageError
 from fastsac.estimators import choose
 from fastsac.evaluate import Evaluation, evaluate, record_video
-from fastsac.learner import Learner, resolve_device, set_up_torch
+from fastsac.learner import choose_engine, make_learner, resolve_device, set_up_torch
 from fastsac.logger import EpisodeStatistics, Logger
 from fastsac.replay import Replay
 from fastsac.run_dir import config_from_dict, refuse_if_taken, write_config
@@ -42,6 +42,7 @@ class SAC:
         choose(config)  # refuses what does not go together before anything is started
         self.config = config
         self.device = resolve_device(config.device)
+        self.engine, self.engine_reason = choose_engine(config, self.device)
         self._envs: VectorEnv | None = None
         self._eval_envs: VectorEnv | None = None
         self.steps = 0
@@ -50,7 +51,7 @@ class SAC:
             self.spaces = self.envs.spaces
         sizes = self.spaces.obs_size, self.spaces.action_size
         self.num_threads = set_up_torch(config, self.device, *sizes)
-        self.learner = Learner(config, *sizes, self.device, seed=_child_seed(config.seed, _LEARNER))
+        self.learner = make_learner(config, *sizes, self.device, seed=_child_seed(config.seed, _LEARNER))
         self._replay: Replay | None = None
         self._exploration = np.random.default_rng(_child_seed(config.seed, _EXPLORATION))
         self._warm_up_left = config.learning_starts
@@ -64,11 +65,6 @@ class SAC:
     def updates(self) -> int:
         """Gradient updates made."""
         return self.learner.updates
-
-    @property
-    def engine(self) -> str:
-        """The engine that carries out the updates."""
-        return self.learner.engine
 
     @property
     def envs(self) -> VectorEnv:

@@ -10,6 +10,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from fastsac_kernels import PhiloxState, sample_squashed_gaussian
+from fastsac_kernels.launch import Backend
+
 #: actions [K, B, A] -> the critics there, [K, E, B]
 QFunction = Callable[[Tensor], Tensor]
 
@@ -27,8 +30,20 @@ class Batch(NamedTuple):
 class Sampler(Protocol):
     """Where a learner gets its batches from: the replay, or a fixed batch in a test."""
 
-    def sample(self, batch_size: int) -> Batch:
-        """Return a batch of `batch_size` transitions."""
+    def sample(self, batch_size: int, rng: PhiloxState | None = None, backend: Backend = "reference") -> Batch:
+        """Return a batch of `batch_size` transitions, drawn with `rng` or else a generator of its own."""
+
+
+class Draw(NamedTuple):
+    """What an estimator samples its actions with."""
+
+    rng: PhiloxState | Tensor  # a generator's state, or standard normal numbers [K, B, A]
+    num_samples: int  # K
+    backend: Backend = "reference"  # of all kernels in the estimator
+
+    def sample(self, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+        """Return K actions [K, B, A] and their log-probabilities [K, B] for mean and log_std [B, A]."""
+        return sample_squashed_gaussian(mean, log_std, *self)
 
 
 class Estimate(NamedTuple):
@@ -36,21 +51,25 @@ class Estimate(NamedTuple):
 
     loss: Tensor  # scalar; differentiable in mean and log_std
     log_prob: Tensor  # [K, B], detached
-    soft_value: Tensor  # [B], detached: mean over K of min_E q - alpha * log_prob, an unbiased estimate of V(s)
+    q: Tensor  # [K, E, B], detached: the critics at the sampled actions
+
+    def soft_value(self, alpha: Tensor) -> Tensor:
+        """Return the mean over K of min_E q - alpha * log_prob, [B]: an unbiased estimate of V(s)."""
+        return (self.q.amin(1) - alpha * self.log_prob).mean(0)
 
 
 class Estimator(Protocol):
     """One way to estimate the gradient of E[alpha * log_prob - min_E q] in the policy's parameters."""
 
     def __call__(
-        self, mean: Tensor, log_std: Tensor, noise: Tensor, q_function: QFunction, alpha: Tensor, baseline: str | Tensor
+        self, mean: Tensor, log_std: Tensor, draw: Draw, q_function: QFunction, alpha: Tensor, baseline: str | Tensor
     ) -> Estimate:
         """Return the loss whose gradient is the estimate.
 
         Args:
             mean: [B, A], of the Gaussian before squashing.
             log_std: [B, A].
-            noise: [K, B, A], standard normal.
+            draw: samples the actions; a loss that needs their noise again takes it from ``draw.rng``.
             q_function: the critics as a function of the action, differentiable in it.
             alpha: scalar tensor, a constant here.
             baseline: the baseline's name, or its values b(s) [B] where a network supplies them.

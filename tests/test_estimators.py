@@ -9,7 +9,7 @@ from torch import Tensor
 from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.estimators import ESTIMATORS, choose
-from fastsac.types import Estimate, QFunction
+from fastsac.types import Draw, Estimate, QFunction
 
 PAIRS = [(name, baseline) for name, entry in ESTIMATORS.items() for baseline in entry.baselines or ("auto",)]
 every_pair = pytest.mark.parametrize(("name", "baseline"), PAIRS)
@@ -35,7 +35,7 @@ def estimate(
     batch = noise.shape[1]
     mean, log_std = (each.expand(batch, -1).clone().requires_grad_() for each in (mean, log_std))
     b = tensor(baseline).expand(batch) if isinstance(baseline, float) else baseline
-    result = ESTIMATORS[name].estimator(mean, log_std, noise, q, ALPHA, b)
+    result = ESTIMATORS[name].estimator(mean, log_std, Draw(noise, len(noise)), q, ALPHA, b)
     return batch * torch.cat(torch.autograd.grad(result.loss, (mean, log_std)), 1), result
 
 
@@ -171,7 +171,7 @@ def test_no_baseline_biases_and_the_notes_sign_only_adds_variance() -> None:
         return *moments(rows, weights), result
 
     expected, variance, result = run("none")
-    value = (weights @ result.soft_value).item()
+    value = (weights @ result.soft_value(ALPHA)).item()
     found = {name: run(b) for name, b in (("constant", "constant"), ("ours", -value), ("printed", value))}
     for gradient, _, _ in found.values():
         torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
@@ -196,7 +196,7 @@ class Problem:
     def run(self, name: str, baseline: str, alpha: Tensor = ALPHA) -> Estimate:
         argument = self.b if baseline == "value" else baseline
         return ESTIMATORS[name].estimator(
-            self.mean, self.log_std, self.noise.detach(), self.q_function, alpha, argument
+            self.mean, self.log_std, Draw(self.noise.detach(), len(self.noise)), self.q_function, alpha, argument
         )
 
 
@@ -219,9 +219,9 @@ def test_log_prob_and_soft_value(name: str, baseline: str) -> None:
     q = problem.q_function(torch.tanh(u)).detach()
     assert 0 < (q[:, 0] < q[:, 1]).sum() < q[:, 0].numel()
     torch.testing.assert_close(result.log_prob, log_prob)
-    torch.testing.assert_close(result.soft_value, (torch.minimum(q[:, 0], q[:, 1]) - ALPHA * log_prob).mean(0))
+    torch.testing.assert_close(result.soft_value(ALPHA), (torch.minimum(q[:, 0], q[:, 1]) - ALPHA * log_prob).mean(0))
     assert not result.log_prob.requires_grad
-    assert not result.soft_value.requires_grad
+    assert not result.soft_value(ALPHA).requires_grad
 
 
 @pytest.mark.parametrize("baseline", ESTIMATORS["score"].baselines)

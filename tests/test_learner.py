@@ -47,7 +47,7 @@ class Fixed:
             terminated=torch.rand(size, generator=g) < 0.3,
         )
 
-    def sample(self, batch_size: int) -> Batch:
+    def sample(self, batch_size: int, rng: Any = None, backend: str = "reference") -> Batch:
         assert batch_size == len(self.batch.obs)
         return self.batch
 

@@ -14,6 +14,7 @@ import fastsac.replay
 from fastsac.errors import UsageError
 from fastsac.replay import Replay, bytes_needed
 from fastsac.types import Batch
+from fastsac_kernels import replay_gather
 
 OBS, ACTION = 3, 2
 READS = ["item", "tolist", "cpu", "numpy", "__int__", "__float__", "__bool__", "__index__", "__array__"]
@@ -46,8 +47,11 @@ def wide(values: list[float], size: int) -> torch.Tensor:
 
 def everything(replay: Replay) -> list[Transition]:
     """All that can be drawn, the oldest first."""
-    positions = (torch.arange(replay.size) + replay._first) % len(replay._queue)
-    return rows(replay.gather(replay._queue[positions]))
+    assert replay._span.tolist() == [replay._first, replay.size]
+    if replay.size == 0:
+        return []
+    parts = replay._obs, replay._action, replay._reward, replay._terminated, replay._queue, replay._span
+    return rows(Batch(*replay_gather(*parts, torch.arange(replay.size), replay.size)))
 
 
 def poisoned(capacity: int, num_envs: int, seed: int = 0) -> Replay:

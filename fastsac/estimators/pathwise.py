@@ -12,16 +12,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastsac.types import Estimate, QFunction
-from fastsac_kernels import pathwise_loss, sample_squashed_gaussian
+from fastsac.types import Draw, Estimate, QFunction
+from fastsac_kernels import pathwise_loss
 
 
 def pathwise(
-    mean: Tensor, log_std: Tensor, noise: Tensor, q_function: QFunction, alpha: Tensor, baseline: str | Tensor
+    mean: Tensor, log_std: Tensor, draw: Draw, q_function: QFunction, alpha: Tensor, baseline: str | Tensor
 ) -> Estimate:
     """Return the pathwise estimate; there is nothing for a baseline to correct (see `fastsac.types.Estimator`)."""
-    action, log_prob = sample_squashed_gaussian(mean, log_std, noise)
+    action, log_prob = draw.sample(mean, log_std)
     q = q_function(action)
-    loss = pathwise_loss(log_prob, q, alpha)
-    log_prob = log_prob.detach()
-    return Estimate(loss, log_prob, (q.detach().amin(1) - alpha.detach() * log_prob).mean(0))
+    loss = pathwise_loss(log_prob, q, alpha, draw.backend)
+    return Estimate(loss, log_prob.detach(), q.detach())

@@ -13,16 +13,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsac.types import Estimate, QFunction
-from fastsac_kernels import sample_squashed_gaussian, score_function_loss
+from fastsac.types import Draw, Estimate, QFunction
+from fastsac_kernels import score_function_loss
 
 
 def score(
-    mean: Tensor, log_std: Tensor, noise: Tensor, q_function: QFunction, alpha: Tensor, baseline: str | Tensor
+    mean: Tensor, log_std: Tensor, draw: Draw, q_function: QFunction, alpha: Tensor, baseline: str | Tensor
 ) -> Estimate:
     """Return the score-function estimate (see `fastsac.types.Estimator`)."""
     with torch.no_grad():  # a sample that kept its graph would cancel the mean's gradient without a word
-        action, log_prob = sample_squashed_gaussian(mean, log_std, noise)
+        action, log_prob = draw.sample(mean, log_std)
         q = q_function(action)
-    loss = score_function_loss(mean, log_std, noise, q, alpha, baseline)
-    return Estimate(loss, log_prob, (q.amin(1) - alpha.detach() * log_prob).mean(0))
+    loss = score_function_loss(mean, log_std, draw.rng, q, alpha, baseline, draw.backend)
+    return Estimate(loss, log_prob, q)

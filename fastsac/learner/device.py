@@ -11,6 +11,8 @@ from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.learner.reference import Learner
 from fastsac.types import Batch
+from fastsac_kernels import PhiloxState
+from fastsac_kernels.launch import Backend
 
 
 def resolve_device(name: str) -> torch.device:
@@ -41,7 +43,7 @@ class _FixedBatch:
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
 
-    def sample(self, batch_size: int) -> Batch:
+    def sample(self, batch_size: int, rng: PhiloxState | None = None, backend: Backend = "reference") -> Batch:
         return self._batch
 
 

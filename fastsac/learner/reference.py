@@ -13,16 +13,20 @@ from fastsac.errors import UsageError
 from fastsac.estimators import choose
 from fastsac.networks import Actor, Critic, ValueNetwork
 from fastsac.replay import restore_generator
-from fastsac.types import Batch, Sampler
-from fastsac_kernels import sample_squashed_gaussian, td_loss
+from fastsac.types import Batch, Draw, Sampler
+from fastsac_kernels import td_loss
+from fastsac_kernels.launch import Backend
 
 Metrics = dict[str, Tensor]
+#: what random numbers are drawn for: the generator's streams
+NEXT_ACTION, ACTION, BATCH, ACTING = range(4)
 
 
 class Learner:
     """Actor, critics, targets, temperature and optimisers, all on one device. Only `update` writes them."""
 
     engine = "reference"
+    backend: Backend = "reference"
 
     def __init__(
         self, config: Config, obs_size: int, action_size: int, device: torch.device | str = "cpu", seed: int = 0
@@ -79,7 +83,7 @@ class Learner:
         mean, log_std = self.actor(obs)
         if deterministic:
             return torch.tanh(mean)
-        return sample_squashed_gaussian(mean, log_std, self._noise(1, mean))[0][0]
+        return self._draw(ACTING, 1, mean).sample(mean, log_std)[0][0]
 
     def update(self, replay: Sampler, num_updates: int = 1) -> Metrics:
         """Make `num_updates` gradient updates, each on a new batch, without waiting for the device.
@@ -90,33 +94,41 @@ class Learner:
         """
         metrics: Metrics = {}
         for _ in range(num_updates):
-            batch = replay.sample(self.config.batch_size)
-            metrics |= self._update_critic(batch)
-            if self.updates % self.config.actor_every == 0:
-                metrics |= self._update_actor_and_alpha(batch.obs)
-            self._update_targets()
+            metrics |= self._update_once(replay, self.updates % self.config.actor_every == 0)
             self.updates += 1
         return metrics
+
+    def _update_once(self, replay: Sampler, with_actor: bool) -> Metrics:
+        batch = self._sample_batch(replay)
+        metrics = self._update_critic(batch)
+        if with_actor:
+            metrics |= self._update_actor_and_alpha(batch.obs)
+        self._update_targets()
+        return metrics
+
+    def _sample_batch(self, replay: Sampler) -> Batch:
+        return replay.sample(self.config.batch_size)
 
     def _update_critic(self, batch: Batch) -> Metrics:
         with torch.no_grad():
             mean, log_std = self.actor(batch.next_obs)
-            next_action, next_log_prob = sample_squashed_gaussian(mean, log_std, self._noise(1, mean))
+            next_action, next_log_prob = self._draw(NEXT_ACTION, 1, mean).sample(mean, log_std)
             next_q = self.target_critic(batch.next_obs, next_action[0])
         q = self.critic(batch.obs, batch.action)
-        loss = td_loss(q, batch.reward, batch.terminated, next_q, next_log_prob[0], self.alpha, self.config.gamma)
+        target = batch.reward, batch.terminated, next_q, next_log_prob[0]
+        loss = td_loss(q, *target, self.alpha, self.config.gamma, self.backend)
         self._descend("critic", loss)
         return {"critic_loss": loss.detach(), "q": q.detach().mean()}
 
     def _update_actor_and_alpha(self, obs: Tensor) -> Metrics:
         mean, log_std = self.actor(obs)
-        noise = self._noise(self.choice.num_action_samples, mean)
+        draw = self._draw(ACTION, self.choice.num_action_samples, mean)
         alpha = self.alpha
         baseline: str | Tensor = self.choice.baseline
         if self.value is not None:
             baseline = -self.value(obs, frozen=True)
         estimate = self.choice.estimator(
-            mean, log_std, noise, lambda action: self.critic.of_samples(obs, action), alpha, baseline
+            mean, log_std, draw, lambda action: self.critic.of_samples(obs, action), alpha, baseline
         )
         self._descend("actor", estimate.loss)
         entropy = -estimate.log_prob.mean()
@@ -124,7 +136,7 @@ class Learner:
         if "alpha" in self.optimizers:
             self._descend("alpha", self.log_alpha.exp() * (entropy - self.target_entropy))
         if self.value is not None:
-            value_loss = (self.value(obs) - estimate.soft_value).square().mean()
+            value_loss = (self.value(obs) - estimate.soft_value(alpha)).square().mean()
             self._descend("value", value_loss)
             metrics["value_loss"] = value_loss.detach()
         return metrics
@@ -138,11 +150,11 @@ class Learner:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizers[name].step()
 
-    def _noise(self, num_samples: int, mean: Tensor) -> Tensor:
-        return torch.randn((num_samples, *mean.shape), device=self.device, generator=self.generator)
+    def _draw(self, purpose: int, num_samples: int, mean: Tensor) -> Draw:
+        noise = torch.randn((num_samples, *mean.shape), device=self.device, generator=self.generator)
+        return Draw(noise, num_samples, self.backend)
 
-    @staticmethod
-    def _adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
+    def _adam(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
         return torch.optim.Adam(parameters, lr=lr, fused=True)
 
     def _networks(self) -> dict[str, nn.Module]:

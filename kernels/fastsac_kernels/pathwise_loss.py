@@ -3,33 +3,100 @@
     loss = mean_{K,B} [ alpha * log_prob - min_E q ]
 
 (Haarnoja et al. 2018, arXiv 1812.05905, eq. 9.) Its gradient reaches the policy through `log_prob` and, by way of the
-action, through `q`.
+action, through `q`; equal critics share it. On CUDA one Triton kernel computes the loss and both gradients, and the
+backward pass is one more that multiplies them by the upstream gradient.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from fastsac_kernels.launch import Backend, use_triton
+from fastsac_kernels.squashed_gaussian import wide
 
-def pathwise_loss(log_prob: Tensor, q: Tensor, alpha: Tensor | float) -> Tensor:
+
+def pathwise_loss(log_prob: Tensor, q: Tensor, alpha: Tensor | float, backend: Backend = "auto") -> Tensor:
     """Return the scalar loss, differentiable in `log_prob` and `q`; `alpha` is taken as a constant.
 
     Args:
         log_prob: [K, B], log-probability of K action samples for each of B states.
         q: [K, E, B], the E critics at those actions.
         alpha: scalar.
+        backend: "auto" takes the Triton kernel for CUDA tensors, PyTorch for others.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit, or for another backend.
+        TypeError: for a dtype that the Triton kernel does not take.
+        RuntimeError: if Triton cannot run here.
     """
-    check_loss_shapes(log_prob, q, alpha)
+    check_loss_shapes(list(log_prob.shape), q, alpha)
     alpha = alpha.detach() if isinstance(alpha, Tensor) else alpha
-    return (alpha * log_prob - q.amin(1)).mean()
+    if use_triton(backend, q):
+        loss: Tensor = pathwise_loss_op(log_prob, q, *alpha_arguments(alpha))[0]
+        return loss
+    return (alpha * wide(log_prob) - wide(q).amin(1)).mean()
 
 
-def check_loss_shapes(log_prob: Tensor, q: Tensor, alpha: Tensor | float) -> None:
-    """Raise ValueError unless log_prob is [K, B], q is [K, E, B] and alpha is a scalar."""
+def check_loss_shapes(shape: list[int], q: Tensor, alpha: Tensor | float) -> None:
+    """For log_prob's shape: raise ValueError unless log_prob is [K, B], q is [K, E, B] and alpha is a scalar."""
     if isinstance(alpha, Tensor) and alpha.numel() != 1:
         raise ValueError(f"alpha must be a scalar, got {list(alpha.shape)}")
-    if log_prob.dim() != 2 or q.dim() != 3 or q.shape[::2] != log_prob.shape:
-        raise ValueError(f"log_prob must be [K, B] and q [K, E, B], got {list(log_prob.shape)} and {list(q.shape)}")
+    if len(shape) != 2 or q.dim() != 3 or list(q.shape[::2]) != shape:
+        raise ValueError(f"log_prob must be [K, B] and q [K, E, B], got {shape} and {list(q.shape)}")
+    if 0 in q.shape:
+        raise ValueError(f"q [K, E, B] must not be empty, got {list(q.shape)}")
+
+
+def alpha_arguments(alpha: Tensor | float) -> tuple[Tensor | None, float]:
+    """Return the temperature as the registered operators take it: a device tensor, or else a number."""
+    return (alpha.detach(), 0.0) if isinstance(alpha, Tensor) else (None, float(alpha))
+
+
+@torch.library.custom_op("fastsac_kernels::scale", mutates_args=(), device_types=("cuda", "cpu"))
+def scale_op(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """One launch: a loss's gradient [n], saved by its forward pass, times the upstream gradient, a scalar."""
+    from fastsac_kernels import scale_triton
+
+    return scale_triton.backward(gradient, upstream, dtype)
+
+
+@scale_op.register_fake
+def _(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty(gradient.shape, dtype=dtype)
+
+
+@torch.library.custom_op("fastsac_kernels::pathwise_loss", mutates_args=(), device_types=("cuda", "cpu"))
+def pathwise_loss_op(log_prob: Tensor, q: Tensor, alpha: Tensor | None, alpha_value: float) -> tuple[Tensor, Tensor]:
+    """One launch: the loss, and the gradients of q as [E, K, B] and of log_prob as [K, B] in one tensor."""
+    from fastsac_kernels import pathwise_loss_triton
+
+    return pathwise_loss_triton.forward(log_prob, q, alpha_value if alpha is None else alpha)
+
+
+@pathwise_loss_op.register_fake
+def _(log_prob: Tensor, q: Tensor, alpha: Tensor | None, alpha_value: float) -> tuple[Tensor, Tensor]:
+    gradient = q.new_empty(q.numel() + log_prob.numel(), dtype=torch.float32)
+    return q.new_empty((), dtype=torch.float32), gradient
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    log_prob, q, _, _ = inputs
+    ctx.q_shape, ctx.dtypes = q.shape, (log_prob.dtype, q.dtype)
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    num_samples, critics, batch = ctx.q_shape
+    scaled = scale_op(gradient, upstream, torch.promote_types(*ctx.dtypes))
+    grad_q, grad_log_prob = scaled.split([num_samples * critics * batch, num_samples * batch])
+    grad_q = grad_q.view(critics, num_samples, batch).transpose(0, 1)
+    return grad_log_prob.view(num_samples, batch).to(ctx.dtypes[0]), grad_q.to(ctx.dtypes[1]), None, None
+
+
+pathwise_loss_op.register_autograd(_backward, setup_context=_setup_context)

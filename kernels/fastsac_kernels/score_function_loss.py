@@ -14,44 +14,71 @@ is that of the pathwise gradient for every b that does not depend on the sample 
     constant   -alpha                                     the "+1" that the derivation of the gradient leaves over
     loo        mean of f over the other K - 1 samples     unbiased, no extra network (Kool et al. 2019)
     a tensor   b(s) [B], e.g. -V(s) for a soft value V    f is close to -V, so f - b is close to 0
+
+On CUDA one Triton kernel draws the noise again and computes log_prob, the advantage, the loss and both gradients; one
+more multiplies them by the upstream gradient.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsac_kernels.pathwise_loss import check_loss_shapes
-from fastsac_kernels.squashed_gaussian import sample_squashed_gaussian
+from fastsac_kernels.launch import Backend, use_triton
+from fastsac_kernels.pathwise_loss import alpha_arguments, check_loss_shapes, scale_op
+from fastsac_kernels.philox import PhiloxState
+from fastsac_kernels.squashed_gaussian import (
+    check_sample_shapes,
+    noise_of,
+    rng_arguments,
+    sample_squashed_gaussian,
+    wide,
+)
 
 
 def score_function_loss(
     mean: Tensor,
     log_std: Tensor,
-    noise: Tensor,
+    rng: PhiloxState | Tensor,
     q: Tensor,
     alpha: Tensor | float,
     baseline: str | Tensor,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Return the scalar loss, differentiable in `mean` and `log_std` only; q, alpha and the baseline are constants.
 
     Args:
         mean: [B, A], the Gaussian's mean before squashing.
         log_std: [B, A], the logarithm of its standard deviation.
-        noise: [K, B, A], the standard normal numbers that the actions were sampled with.
+        rng: the generator as it was when the actions were sampled, or the noise [K, B, A] that they were sampled with.
         q: [K, E, B], the E critics at those actions.
         alpha: scalar.
         baseline: a name, or b(s) as a tensor [B] that is subtracted from f (so a soft value V is passed as -V).
+        backend: "auto" takes the Triton kernel for CUDA tensors, PyTorch for others.
 
     Raises:
-        ValueError: if the shapes do not fit, the baseline's name is unknown, or ``"loo"`` gets a single sample.
+        ValueError: if the shapes do not fit, the baseline's name is unknown, ``"loo"`` gets a single sample, or for
+            another backend.
+        TypeError: for a dtype that the Triton kernel does not take.
+        RuntimeError: if Triton cannot run here.
     """
+    check_sample_shapes(mean, log_std, rng)
+    num_samples = (rng if isinstance(rng, Tensor) else q).shape[0]
+    check_loss_shapes([num_samples, mean.shape[0]], q, alpha)
+    _check_baseline(baseline, num_samples, mean.shape[0])
+    if use_triton(backend, mean):
+        name, value = ("tensor", baseline.detach()) if isinstance(baseline, Tensor) else (baseline, None)
+        arguments = *rng_arguments(rng), q.detach(), *alpha_arguments(alpha), name, value
+        loss: Tensor = score_function_loss_op(mean, log_std, *arguments)[0]
+        return loss
+    mean, log_std = wide(mean), wide(log_std)
     with torch.no_grad():
-        _, log_prob = sample_squashed_gaussian(mean, log_std, noise)
-        check_loss_shapes(log_prob, q, alpha)
-        f = alpha * log_prob - q.amin(1)
+        noise = noise_of(rng, (num_samples, *mean.shape))
+        _, log_prob = sample_squashed_gaussian(mean, log_std, noise, backend="reference")
+        f = alpha * log_prob - wide(q).amin(1)
         advantage = f - _baseline(f, alpha, baseline)
         deviation = log_std.exp() * noise  # u - mean; taking the difference would cancel at small sigma
     z = (deviation + (mean.detach() - mean)) * torch.exp(-log_std)
@@ -59,19 +86,71 @@ def score_function_loss(
     return (log_normal * advantage).mean()
 
 
+def _check_baseline(baseline: str | Tensor, num_samples: int, batch: int) -> None:
+    if isinstance(baseline, Tensor):
+        if list(baseline.shape) != [batch]:
+            raise ValueError(f"a baseline tensor must be [B] = {[batch]}, got {list(baseline.shape)}")
+    elif baseline not in ("none", "constant", "loo"):
+        raise ValueError(f"unknown baseline {baseline!r}; known: none, constant, loo, or a tensor [B]")
+    elif baseline == "loo" and num_samples < 2:
+        raise ValueError("baseline 'loo' needs at least 2 action samples per state, got 1")
+
+
 def _baseline(f: Tensor, alpha: Tensor | float, baseline: str | Tensor) -> Tensor | float:
     """What to subtract from f [K, B]."""
     if isinstance(baseline, Tensor):
-        if baseline.shape != f.shape[1:]:
-            raise ValueError(f"a baseline tensor must be [B] = {list(f.shape[1:])}, got {list(baseline.shape)}")
-        return baseline
-    if baseline == "none":
-        return 0.0
+        return wide(baseline)
     if baseline == "constant":
         return -alpha
-    if baseline == "loo":
-        num_samples = f.shape[0]
-        if num_samples < 2:
-            raise ValueError("baseline 'loo' needs at least 2 action samples per state, got 1")
-        return (f.sum(0) - f) / (num_samples - 1)
-    raise ValueError(f"unknown baseline {baseline!r}; known: none, constant, loo, or a tensor [B]")
+    return (f.sum(0) - f) / (f.shape[0] - 1) if baseline == "loo" else 0.0
+
+
+@torch.library.custom_op("fastsac_kernels::score_function_loss", mutates_args=(), device_types=("cuda", "cpu"))
+def score_function_loss_op(
+    mean: Tensor,
+    log_std: Tensor,
+    rng: Tensor,
+    stream: int,
+    q: Tensor,
+    alpha: Tensor | None,
+    alpha_value: float,
+    baseline: str,
+    baseline_value: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One launch: the loss, and its gradients for mean [B, A] and log_std [B, A] in one tensor."""
+    from fastsac_kernels import score_function_loss_triton
+
+    alpha_ = alpha_value if alpha is None else alpha
+    return score_function_loss_triton.forward(mean, log_std, rng, stream, q, alpha_, baseline, baseline_value)
+
+
+@score_function_loss_op.register_fake
+def _(
+    mean: Tensor,
+    log_std: Tensor,
+    rng: Tensor,
+    stream: int,
+    q: Tensor,
+    alpha: Tensor | None,
+    alpha_value: float,
+    baseline: str,
+    baseline_value: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return mean.new_empty((), dtype=torch.float32), mean.new_empty(2 * mean.numel(), dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    mean, log_std = inputs[:2]
+    ctx.shape, ctx.dtypes = mean.shape, (mean.dtype, log_std.dtype)
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    scaled = scale_op(gradient, upstream, torch.promote_types(*ctx.dtypes)).view(2, *ctx.shape)
+    return (scaled[0].to(ctx.dtypes[0]), scaled[1].to(ctx.dtypes[1]), *[None] * 7)
+
+
+score_function_loss_op.register_autograd(_backward, setup_context=_setup_context)

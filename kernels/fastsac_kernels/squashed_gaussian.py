@@ -13,6 +13,8 @@ For noise eps ~ N(0, I)::
 
 Both stay accurate for any |u|. The common ``log(1 - action^2 + 1e-6)`` is off by 0.27 at u = 7 and by 4.8 at u = 10,
 and has no gradient left there to pull a saturated policy back.
+
+On CUDA one Triton kernel draws the noise and does all of it, and one more goes back. Neither the noise nor u is stored.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fastsac_kernels.launch import Backend, use_triton
+from fastsac_kernels.philox import PhiloxState, philox_normal
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
@@ -54,30 +59,114 @@ def squash(u: Tensor) -> tuple[Tensor, Tensor]:
     return action, log_jacobian
 
 
-def sample_squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def sample_squashed_gaussian(
+    mean: Tensor, log_std: Tensor, rng: PhiloxState | Tensor, num_samples: int | None = None, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
     """Sample actions in [-1, 1] and their log-probabilities, differentiable in `mean` and `log_std`.
 
     Args:
         mean: [B, A], the Gaussian's mean before squashing.
         log_std: [B, A], the logarithm of its standard deviation.
-        noise: [K, B, A], standard normal numbers; K samples for each of the B states.
+        rng: the generator, which stays as it is, or standard normal numbers [K, B, A].
+        num_samples: K, samples for each of the B states; 1 by default, or as many as there are in a tensor `rng`.
+        backend: "auto" takes the Triton kernels for CUDA tensors, PyTorch for others.
 
     Returns:
-        ``action`` [K, B, A] in the policy's own units, and ``log_prob`` [K, B], its log-density in those units.
+        ``action`` [K, B, A] in the policy's own units and in the dtype of `mean`, and ``log_prob`` [K, B], its
+        log-density in those units. bfloat16 is computed in float32, and ``log_prob`` is float32 then.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit, or for another backend.
+        TypeError: for a dtype that the Triton kernels do not take.
+        RuntimeError: if Triton cannot run here.
     """
-    check_sample_shapes(mean, log_std, noise)
+    check_sample_shapes(mean, log_std, rng, num_samples)
+    num_samples = rng.shape[0] if isinstance(rng, Tensor) else num_samples or 1
+    if use_triton(backend, mean):
+        action, log_prob = squashed_gaussian_op(mean, log_std, *rng_arguments(rng), num_samples)
+        return action, log_prob
+    noise = noise_of(rng, (num_samples, *mean.shape))
+    dtype = mean.dtype
+    mean, log_std = wide(mean), wide(log_std)
     u = mean + log_std.exp() * noise
     action, log_jacobian = squash(u)
     log_prob = (-0.5 * noise.square() - log_std - _HALF_LOG_2PI - log_jacobian).sum(-1)
-    return action, log_prob
+    return action.to(dtype), log_prob
 
 
-def check_sample_shapes(mean: Tensor, log_std: Tensor, noise: Tensor) -> None:
-    """Raise ValueError unless mean and log_std are [B, A] and noise is [K, B, A] with K >= 1."""
+def wide(x: Tensor) -> Tensor:
+    """Return x in float32 if it is narrower: what everything is computed in."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def noise_of(rng: PhiloxState | Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the numbers that `rng` stands for."""
+    return philox_normal(rng, shape) if isinstance(rng, PhiloxState) else wide(rng)
+
+
+def rng_arguments(rng: PhiloxState | Tensor) -> tuple[Tensor, int]:
+    """Return a state [2] or noise [K, B, A], and the stream: what the registered operators take."""
+    return (rng.state, rng.stream) if isinstance(rng, PhiloxState) else (rng, 0)
+
+
+def check_sample_shapes(
+    mean: Tensor, log_std: Tensor, rng: PhiloxState | Tensor, num_samples: int | None = None
+) -> None:
+    """Raise ValueError unless mean and log_std are [B, A] and noise is [K, B, A], with no size of zero."""
     if mean.dim() != 2 or log_std.shape != mean.shape:
         raise ValueError(f"mean and log_std must both be [B, A], got {list(mean.shape)} and {list(log_std.shape)}")
-    if noise.dim() != 3 or noise.shape[1:] != mean.shape or noise.shape[0] < 1:
-        raise ValueError(f"noise must be [K, B, A] with [B, A] = {list(mean.shape)}, got {list(noise.shape)}")
+    if 0 in mean.shape:
+        raise ValueError(f"mean [B, A] must not be empty, got {list(mean.shape)}")
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if isinstance(rng, Tensor):
+        if rng.dim() != 3 or rng.shape[1:] != mean.shape or rng.shape[0] < 1:
+            raise ValueError(f"noise must be [K, B, A] with [B, A] = {list(mean.shape)}, got {list(rng.shape)}")
+        if num_samples is not None and rng.shape[0] != num_samples:
+            raise ValueError(f"noise must have K = {num_samples} samples, got {list(rng.shape)}")
+
+
+@torch.library.custom_op("fastsac_kernels::squashed_gaussian", mutates_args=(), device_types=("cuda", "cpu"))
+def squashed_gaussian_op(
+    mean: Tensor, log_std: Tensor, rng: Tensor, stream: int, num_samples: int
+) -> tuple[Tensor, Tensor]:
+    """One launch: action [K, B, A] and log_prob [K, B]."""
+    from fastsac_kernels import squashed_gaussian_triton
+
+    return squashed_gaussian_triton.forward(mean, log_std, rng, stream, num_samples)
+
+
+@torch.library.custom_op("fastsac_kernels::squashed_gaussian_backward", mutates_args=(), device_types=("cuda", "cpu"))
+def squashed_gaussian_backward_op(
+    grad_action: Tensor, grad_log_prob: Tensor, mean: Tensor, log_std: Tensor, rng: Tensor, stream: int
+) -> tuple[Tensor, Tensor]:
+    """One launch: the gradients [B, A] of mean and log_std."""
+    from fastsac_kernels import squashed_gaussian_triton
+
+    return squashed_gaussian_triton.backward(grad_action, grad_log_prob, mean, log_std, rng, stream)
+
+
+@squashed_gaussian_op.register_fake
+def _(mean: Tensor, log_std: Tensor, rng: Tensor, stream: int, num_samples: int) -> tuple[Tensor, Tensor]:
+    shape = (num_samples, *mean.shape)
+    return mean.new_empty(shape), mean.new_empty(shape[:2], dtype=torch.float32)
+
+
+@squashed_gaussian_backward_op.register_fake
+def _(
+    grad_action: Tensor, grad_log_prob: Tensor, mean: Tensor, log_std: Tensor, rng: Tensor, stream: int
+) -> tuple[Tensor, Tensor]:
+    return mean.new_empty(mean.shape), log_std.new_empty(log_std.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    mean, log_std, rng, ctx.stream, _ = inputs
+    ctx.save_for_backward(mean, log_std, rng)
+
+
+def _backward(ctx: Any, grad_action: Tensor, grad_log_prob: Tensor) -> tuple[Tensor | None, ...]:
+    grads = squashed_gaussian_backward_op(grad_action, grad_log_prob, *ctx.saved_tensors, ctx.stream)
+    return (*grads, None, None, None)
+
+
+squashed_gaussian_op.register_autograd(_backward, setup_context=_setup_context)

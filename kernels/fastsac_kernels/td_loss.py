@@ -3,13 +3,20 @@
     y    = reward + gamma * (1 - terminated) * (min_E next_q - alpha * next_log_prob)
     loss = sum_E mean_B (q - y)^2
 
-(Haarnoja et al. 2018, arXiv 1812.05905, eq. 5 and 7, with the minimum of Fujimoto et al. 2018.)
+(Haarnoja et al. 2018, arXiv 1812.05905, eq. 5 and 7, with the minimum of Fujimoto et al. 2018.) On CUDA one Triton
+kernel computes the target, the loss and the gradient, and one more multiplies it by the upstream gradient.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from fastsac_kernels.launch import Backend, use_triton
+from fastsac_kernels.pathwise_loss import alpha_arguments, scale_op
+from fastsac_kernels.squashed_gaussian import wide
 
 
 def td_loss(
@@ -20,6 +27,7 @@ def td_loss(
     next_log_prob: Tensor,
     alpha: Tensor | float,
     gamma: float,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Return the scalar loss, differentiable in `q` only.
 
@@ -31,16 +39,74 @@ def td_loss(
         next_log_prob: [B], the log-probability of those actions.
         alpha: scalar.
         gamma: discount per step.
+        backend: "auto" takes the Triton kernel for CUDA tensors, PyTorch for others.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit, or for another backend.
+        TypeError: for a dtype that the Triton kernel does not take.
+        RuntimeError: if Triton cannot run here.
     """
     if q.dim() != 2 or next_q.shape != q.shape:
         raise ValueError(f"q and next_q must both be [E, B], got {list(q.shape)} and {list(next_q.shape)}")
+    if 0 in q.shape:
+        raise ValueError(f"q [E, B] must not be empty, got {list(q.shape)}")
     for name, value in (("reward", reward), ("terminated", terminated), ("next_log_prob", next_log_prob)):
         if value.shape != q.shape[1:]:  # a [B, 1] here would broadcast to [B, B] without a word
             raise ValueError(f"{name} must be [B] = {list(q.shape[1:])}, got {list(value.shape)}")
+    if isinstance(alpha, Tensor) and alpha.numel() != 1:
+        raise ValueError(f"alpha must be a scalar, got {list(alpha.shape)}")
+    if use_triton(backend, q):
+        constants = (each.detach() for each in (reward, terminated, next_q, next_log_prob))
+        loss: Tensor = td_loss_op(q, *constants, *alpha_arguments(alpha), gamma)[0]
+        return loss
     with torch.no_grad():
-        next_value = next_q.amin(0) - alpha * next_log_prob
-        target = reward + gamma * torch.where(terminated.bool(), 0.0, next_value)
-    return (q - target).square().mean(1).sum()
+        next_value = wide(next_q).amin(0) - alpha * wide(next_log_prob)
+        target = wide(reward) + gamma * torch.where(terminated.bool(), 0.0, next_value)
+    return (wide(q) - target).square().mean(1).sum()
+
+
+@torch.library.custom_op("fastsac_kernels::td_loss", mutates_args=(), device_types=("cuda", "cpu"))
+def td_loss_op(
+    q: Tensor,
+    reward: Tensor,
+    terminated: Tensor,
+    next_q: Tensor,
+    next_log_prob: Tensor,
+    alpha: Tensor | None,
+    alpha_value: float,
+    gamma: float,
+) -> tuple[Tensor, Tensor]:
+    """One launch: the loss, and its gradient for q, [E * B]."""
+    from fastsac_kernels import td_loss_triton
+
+    alpha_ = alpha_value if alpha is None else alpha
+    return td_loss_triton.forward(q, reward, terminated, next_q, next_log_prob, alpha_, gamma)
+
+
+@td_loss_op.register_fake
+def _(
+    q: Tensor,
+    reward: Tensor,
+    terminated: Tensor,
+    next_q: Tensor,
+    next_log_prob: Tensor,
+    alpha: Tensor | None,
+    alpha_value: float,
+    gamma: float,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty((), dtype=torch.float32), q.new_empty(q.numel(), dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return (scale_op(gradient, upstream, ctx.dtype).view(ctx.shape), *[None] * 7)
+
+
+td_loss_op.register_autograd(_backward, setup_context=_setup_context)

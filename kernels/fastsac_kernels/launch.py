@@ -1,0 +1,95 @@
+"""Which backend serves a call, and how every Triton kernel of this package is launched."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "reference", "triton"]
+
+#: the most programs that one launch sums over
+MAX_PROGRAMS = 1024
+_tickets: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def use_triton(backend: Backend, tensor: Tensor) -> bool:
+    """Whether the Triton kernel serves the call: "auto" follows the tensor's device.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if backend not in ("auto", "reference", "triton"):
+        raise ValueError(f"backend must be 'auto', 'reference' or 'triton', got {backend!r}")
+    return backend == "triton" or (backend == "auto" and tensor.is_cuda)
+
+
+def launch(kernel: Any, programs: int | tuple[int, int], *arguments: Any, num_warps: int, **constants: Any) -> None:
+    """Launch `kernel` once. Products and sums are never contracted, so that a result is the same on every chip.
+
+    Raises:
+        ValueError: if the tensors are on different devices.
+        RuntimeError: on a CPU without Triton's interpreter.
+    """
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor.device != device:
+            raise ValueError(f"all tensors must be on one device, got {device} and {tensor.device}")
+    grid = programs if isinstance(programs, tuple) else (programs,)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=False, **constants)
+    elif _is_interpreted(kernel):
+        kernel[grid](*arguments, **constants)
+    else:
+        raise RuntimeError(
+            f"backend='triton' needs a CUDA GPU, but the tensors are on {device.type!r}: backend='reference' runs "
+            "anywhere (TRITON_INTERPRET=1, set before triton is imported, interprets the kernels on a CPU, very slowly)"
+        )
+
+
+def _is_interpreted(kernel: Any) -> bool:
+    from triton.runtime.jit import JITFunction
+
+    return not isinstance(kernel, JITFunction)
+
+
+def check_dtypes(**tensors: Tensor) -> None:
+    """Raise TypeError unless all are float32 or bfloat16, which is what the kernels compute in and load."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"backend='triton' takes float32 and bfloat16, but {name} is {tensor.dtype}")
+
+
+def row_block(rows: int, lanes: int, device: torch.device) -> tuple[int, int]:
+    """Return rows per program and warps per program, for rows that take `lanes` (a power of two) threads each.
+
+    Small problems are spread over many small programs. The interpreter pays by the program, so it gets few.
+    """
+    if device.type != "cuda":
+        return 1024, 1
+    num_warps = 1 if rows * lanes <= 2**15 else 4
+    return max(1, 32 * num_warps // lanes), num_warps
+
+
+def new_ticket(like: Tensor) -> Tensor:
+    """Return a zero with which the programs of one launch find out which of them is the last; it then is zero again.
+
+    One for each device and stream, on which launches follow one another. A CUDA graph, which may be replayed on
+    any stream, gets its own.
+    """
+    if not like.is_cuda:
+        return torch.zeros(1, dtype=torch.int32)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=like.device)
+    key = like.device, torch.cuda.current_stream(like.device).cuda_stream
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=like.device)
+    return _tickets[key]
+
+
+def power_of_two(number: int) -> int:
+    """Return the smallest power of two that is at least `number`."""
+    return 1 << max(0, number - 1).bit_length()

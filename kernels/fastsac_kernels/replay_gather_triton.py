@@ -1,0 +1,108 @@
+"""The Triton kernel for `replay_gather.py`: indices drawn, transitions copied, in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsac_kernels.launch import launch, power_of_two
+from fastsac_kernels.philox_triton import words
+
+
+@triton.jit
+def copy_rows(from_ptr, from_row, to_ptr, to_row, size, column, live):
+    """Copy some columns of rows of `size`."""
+    inside = live[:, None] & (column < size)[None, :]
+    values = tl.load(from_ptr + (from_row * size)[:, None] + column[None, :], mask=inside)
+    tl.store(to_ptr + (to_row * size)[:, None] + column[None, :], values, mask=inside)
+
+
+@triton.jit
+def _replay_gather_fwd_kernel(
+    obs_ptr,
+    action_ptr,
+    reward_ptr,
+    terminated_ptr,
+    queue_ptr,
+    span_ptr,
+    rng_ptr,
+    stream,
+    out_obs_ptr,
+    out_action_ptr,
+    out_reward_ptr,
+    out_next_obs_ptr,
+    out_terminated_ptr,
+    length,
+    N,
+    B,
+    obs_size,
+    action_size,
+    HAS_POSITIONS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    live = b < B
+    first = tl.load(span_ptr)
+    if HAS_POSITIONS:
+        position = tl.load(rng_ptr + b, mask=live, other=0)
+    else:
+        size = tl.load(span_ptr + 1)
+        low, high, _, _ = words(rng_ptr, stream, b, b * 0)
+        position = (high.to(tl.int64) * size + ((low.to(tl.int64) * size >> 32) & 0xFFFFFFFF)) >> 32
+    slot = first + position
+    index = tl.load(queue_ptr + tl.where(slot >= length, slot - length, slot), mask=live, other=0)
+    following = tl.where(index + N >= length, index + N - length, index + N)
+    row = b.to(tl.int64)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    copy_rows(obs_ptr, index, out_obs_ptr, row, obs_size, column, live)
+    copy_rows(obs_ptr, following, out_next_obs_ptr, row, obs_size, column, live)
+    copy_rows(action_ptr, index, out_action_ptr, row, action_size, column, live)
+    if tl.program_id(1) == 0:
+        tl.store(out_reward_ptr + b, tl.load(reward_ptr + index, mask=live), mask=live)
+        tl.store(out_terminated_ptr + b, tl.load(terminated_ptr + index, mask=live), mask=live)
+
+
+def forward(
+    obs: Tensor,
+    action: Tensor,
+    reward: Tensor,
+    terminated: Tensor,
+    queue: Tensor,
+    span: Tensor,
+    rng: Tensor,
+    stream: int,
+    batch_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return obs, action, reward, next_obs and terminated of `batch_size` transitions."""
+    for name, part in (("obs", obs), ("action", action), ("reward", reward), ("terminated", terminated)):
+        if not part.is_contiguous():
+            raise ValueError(f"the ring must be contiguous, {name} is not")
+    (_, num_envs, obs_size), action_size = obs.shape, action.shape[2]
+    device = obs.device
+    out_obs = torch.empty((batch_size, obs_size), dtype=obs.dtype, device=device)
+    out_action = torch.empty((batch_size, action_size), dtype=action.dtype, device=device)
+    out_reward = torch.empty(batch_size, dtype=reward.dtype, device=device)
+    out_next_obs = torch.empty((batch_size, obs_size), dtype=obs.dtype, device=device)
+    out_terminated = torch.empty(batch_size, dtype=terminated.dtype, device=device)
+    columns = max(obs_size, action_size)
+    block_c = min(128, power_of_two(columns))
+    block_b = max(1, 512 // block_c) if device.type == "cuda" else 1024
+    launch(
+        _replay_gather_fwd_kernel,
+        (triton.cdiv(batch_size, block_b), triton.cdiv(columns, block_c)),
+        *(obs, action, reward, _bytes(terminated), queue.contiguous(), span, rng.contiguous(), stream),
+        *(out_obs, out_action, out_reward, out_next_obs, _bytes(out_terminated)),
+        *(len(queue), num_envs, batch_size, obs_size, action_size),
+        HAS_POSITIONS=stream < 0,
+        BLOCK_B=block_b,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+    return out_obs, out_action, out_reward, out_next_obs, out_terminated
+
+
+def _bytes(flags: Tensor) -> Tensor:
+    return flags.view(torch.uint8) if flags.dtype == torch.bool else flags
