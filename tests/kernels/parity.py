@@ -1,0 +1,198 @@
+"""One problem per op, and the rule by which a kernel passes: at most twice eager PyTorch's own error.
+
+A case makes the op's inputs; `call` runs the op forward and backward, with upstream gradients that are not 1. The
+oracle is the reference in float64.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastsac_kernels
+from fastsac_kernels import PhiloxState
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+#: samples, batch, action size
+SIZES = [(1, 1, 1), (2, 33, 3), (1, 1000, 7), (3, 33, 8), (2, 1000, 17), (1, 33, 32)]
+BASELINES = ["none", "constant", "loo", "tensor"]
+
+
+def contiguous(x: Tensor) -> Tensor:
+    return x.contiguous()
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same numbers, with gaps between them and the dimensions in reverse order in memory."""
+    order = tuple(range(x.dim()))[::-1]
+    storage = torch.full((*x.permute(order).shape, 3), math.nan, dtype=x.dtype, device=x.device)
+    storage[..., 1] = x.permute(order)
+    return storage[..., 1].permute(order)
+
+
+def misaligned(x: Tensor) -> Tensor:
+    """The same numbers, at an address that is a multiple of nothing but their own size."""
+    storage = torch.full((x.numel() + 1,), math.nan, dtype=x.dtype, device=x.device)
+    storage[1:] = x.flatten()
+    return storage[1:].view(x.shape)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": contiguous,
+    "strided": strided,
+    "misaligned": misaligned,
+}
+
+
+@dataclass
+class Case:
+    """An op's floating-point inputs by name, those that get gradients, and everything else that it takes."""
+
+    op: str
+    floats: dict[str, Tensor]
+    leaves: tuple[str, ...]
+    rest: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype, device: str, layout: str = "contiguous") -> Case:
+        floats = {name: LAYOUTS[layout](x.to(device, dtype)) for name, x in self.floats.items()}
+        rest = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.rest.items()}
+        if isinstance(rest.get("rng"), PhiloxState):
+            rest["rng"] = PhiloxState(rest["rng"].state[0].item(), device, rest["rng"].stream)
+            rest["rng"].advance(self.rest["rng"].state[1].item())
+        return Case(self.op, floats, self.leaves, rest)
+
+    def call(self, backend: str) -> dict[str, Tensor]:
+        """The op's outputs, and the gradients of its leaves."""
+        arguments = {name: x.detach() for name, x in self.floats.items()}
+        leaves = {name: arguments[name].requires_grad_() for name in self.leaves}
+        outputs = getattr(fastsac_kernels, self.op)(**arguments, **self.rest, backend=backend)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+        if leaves:
+            upstream = [ramp(output) for output in outputs]
+            grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+            results |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+        return results
+
+
+def ramp(like: Tensor) -> Tensor:
+    """Upstream gradients that differ everywhere; -2.5 for a scalar, expanded as a mean's are."""
+    if like.dim() == 0:
+        return torch.full_like(like, -2.5)
+    values = torch.linspace(-1.0, 2.0, like.shape[-1], dtype=torch.float64, device=like.device).to(like.dtype)
+    return values.expand(like.shape)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+
+
+def policy(batch: int, size: int) -> dict[str, Tensor]:
+    return {"mean": 2.0 * normal(batch, size, seed=1), "log_std": 0.8 * normal(batch, size, seed=2) - 1.0}
+
+
+def state(seed: int = 2**40 + 3, offset: int = 2**33 + 5, stream: int = 3) -> PhiloxState:
+    rng = PhiloxState(seed, stream=stream)
+    rng.advance(offset)
+    return rng
+
+
+def sampler(samples: int = 2, batch: int = 33, size: int = 3, noise: bool = False) -> Case:
+    floats, rest = policy(batch, size), {}
+    if noise:
+        floats["rng"] = normal(samples, batch, size, seed=3)
+    else:
+        rest = {"rng": state(), "num_samples": samples}
+    return Case("sample_squashed_gaussian", floats, ("mean", "log_std"), rest)
+
+
+def pathwise(samples: int = 2, batch: int = 33, critics: int = 2, alpha: Any = 0.37) -> Case:
+    q = normal(samples, critics, batch, seed=4)
+    q[:, -1, ::5] = q[:, 0, ::5]  # equal critics share the gradient
+    floats = {"log_prob": 3.0 * normal(samples, batch, seed=5), "q": q}
+    return Case("pathwise_loss", floats, ("log_prob", "q"), {"alpha": alpha})
+
+
+def score(
+    samples: int = 2, batch: int = 33, size: int = 3, kind: str = "loo", noise: bool = False, alpha: Any = 0.37
+) -> Case:
+    samples = max(samples, 2) if kind == "loo" else samples
+    floats, rest = policy(batch, size), {"alpha": alpha, "baseline": kind}
+    floats["q"] = 40.0 + normal(samples, 2, batch, seed=6)  # an offset that the baseline should take away
+    if noise:
+        floats["rng"] = normal(samples, batch, size, seed=3)
+    else:
+        rest["rng"] = state()
+    if kind == "tensor":
+        floats["baseline"] = -40.0 + normal(batch, seed=7)
+        del rest["baseline"]
+    return Case("score_function_loss", floats, ("mean", "log_std"), rest)
+
+
+def td(critics: int = 2, batch: int = 33, alpha: Any = 0.37, flag: torch.dtype = torch.bool) -> Case:
+    terminated = torch.arange(batch) % 3 == 0
+    next_q, next_log_prob = 3.0 * normal(critics, batch, seed=3), normal(batch, seed=4)
+    next_q[:, terminated], next_log_prob[terminated] = math.nan, math.inf  # behind the end there is nothing to read
+    floats = {"q": normal(critics, batch, seed=1), "reward": 5.0 * normal(batch, seed=2)}
+    floats |= {"next_q": next_q, "next_log_prob": next_log_prob}
+    return Case("td_loss", floats, ("q",), {"terminated": terminated.to(flag), "alpha": alpha, "gamma": 0.9})
+
+
+def gather(batch: int = 33, obs_size: int = 5, size: int = 3, rows: int = 20, positions: bool = False) -> Case:
+    floats = {"obs": normal(rows, 3, obs_size), "action": normal(rows, 3, size), "reward": normal(rows, 3)}
+    span = torch.tensor([3 * rows - 7, 2 * rows])
+    rest = {"terminated": normal(rows, 3, seed=2) > 0.0, "span": span, "batch_size": batch, "rng": state()}
+    rest["queue"] = torch.randperm(3 * rows, generator=torch.Generator().manual_seed(0))
+    if positions:
+        rest["rng"] = torch.arange(batch) % (2 * rows)
+    return Case("replay_gather", floats, (), rest)
+
+
+CASES = {"sampler": sampler, "pathwise": pathwise, "score": score, "td": td, "gather": gather}
+
+
+def check(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> None:
+    """Raise AssertionError unless the kernel's values and gradients pass."""
+    rounded = case.to(dtype, "cpu")
+    oracle = rounded.to(torch.float64, "cpu").call("reference")
+    eager = rounded.call("reference")
+    kernel = case.to(dtype, device, layout).call("triton")
+    assert kernel.keys() == oracle.keys()
+    for name, expected in oracle.items():
+        found, by_eager = kernel[name].cpu(), eager[name]
+        assert found.dtype == by_eager.dtype, name
+        assert found.shape == expected.shape, name
+        error, allowed = ((x.double() - expected.double()).abs().max() for x in (found, by_eager))
+        slack = 2.0 * torch.finfo(torch.float32).eps * expected.double().abs().max()
+        if found.dtype == torch.bfloat16 and device == "cpu":  # the interpreter rounds towards zero
+            slack += torch.finfo(torch.bfloat16).eps * expected.double().abs().max()
+        assert error <= 2.0 * allowed + slack, f"{name}: off by {error:.2e}, eager by {allowed:.2e}"
+
+
+def mutate(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, module: str, old: str, new: str, dependents: tuple[str, ...] = ()
+) -> None:
+    """Put a changed copy of a kernel's module in its place, and load anew what has imported from it."""
+    for name in (module, *dependents):
+        original = importlib.import_module(f"fastsac_kernels.{name}")
+        source = Path(str(original.__file__)).read_text()
+        if name == module:
+            assert source.count(old) == 1, f"{old!r} is in {name} {source.count(old)} times"
+            source = source.replace(old, new)
+        (folder / f"{name}.py").write_text(source)
+        spec = importlib.util.spec_from_file_location(original.__name__, folder / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        mutant = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, original.__name__, mutant)
+        monkeypatch.setattr(fastsac_kernels, name, mutant)
+        spec.loader.exec_module(mutant)

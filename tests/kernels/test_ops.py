@@ -1,0 +1,197 @@
+"""The ops as PyTorch sees them: registration, torch.compile, CUDA graphs, the losses' shapes behind both backends."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastsac_kernels import (
+    PhiloxState,
+    pathwise_loss,
+    replay_gather,
+    sample_squashed_gaussian,
+    score_function_loss,
+    td_loss,
+)
+from fastsac_kernels.pathwise_loss import pathwise_loss_op, scale_op
+from fastsac_kernels.replay_gather import replay_gather_op
+from fastsac_kernels.score_function_loss import score_function_loss_op
+from fastsac_kernels.squashed_gaussian import squashed_gaussian_backward_op, squashed_gaussian_op
+from fastsac_kernels.td_loss import td_loss_op
+from tests.kernels.parity import CASES, DEVICES, Case
+
+every_device = pytest.mark.parametrize("device", DEVICES)
+every_op = pytest.mark.parametrize("op", CASES)
+
+
+def op_arguments(device: str) -> list[tuple[Any, tuple[Any, ...]]]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device)
+
+    samples, batch, size, critics = 2, 5, 3, 2
+    mean, log_std = normal(batch, size).requires_grad_(), normal(batch, size).requires_grad_()
+    state, alpha = PhiloxState(3, device).state, torch.tensor(0.3, device=device)
+    log_prob, q = normal(samples, batch), normal(critics, samples, batch).transpose(0, 1)
+    ring = normal(4, 2, 6), normal(4, 2, 3), normal(4, 2), normal(4, 2) > 0
+    queue, span = torch.arange(8, device=device), torch.tensor([3, 5], device=device)
+    ends = torch.zeros(batch, dtype=torch.bool, device=device)
+    return [
+        (squashed_gaussian_op, (mean, log_std, state, 1, samples)),
+        (squashed_gaussian_op, (mean, log_std, normal(samples, batch, size), 0, samples)),
+        (
+            squashed_gaussian_backward_op,
+            (normal(samples, batch, size), log_prob, mean.detach(), log_std.detach(), state, 1),
+        ),
+        (pathwise_loss_op, (log_prob.detach().requires_grad_(), q.detach().requires_grad_(), alpha, 0.0)),
+        (score_function_loss_op, (mean, log_std, state, 1, q.detach(), None, 0.3, "loo", None)),
+        (score_function_loss_op, (mean, log_std, state, 1, q.detach(), alpha, 0.0, "tensor", normal(batch))),
+        (
+            td_loss_op,
+            (q[0].detach().requires_grad_(), normal(batch), ends, q[1].detach(), normal(batch), alpha, 0.0, 0.9),
+        ),
+        (scale_op, (normal(7), alpha, torch.bfloat16)),
+        (replay_gather_op, (*ring, queue, span, state, 1, 4)),
+        (replay_gather_op, (*ring, queue, span, torch.arange(4, device=device), -1, 4)),
+    ]
+
+
+@every_device
+@pytest.mark.parametrize("index", range(10))
+def test_opcheck(index: int, device: str) -> None:
+    torch.library.opcheck(*op_arguments(device)[index])
+
+
+@every_device
+@every_op
+def test_compiles_into_one_graph(op: str, device: str) -> None:
+    case = CASES[op]().to(torch.float32, device)
+    if op in ("pathwise", "score", "td"):
+        case.rest["alpha"] = torch.tensor(0.37, device=device)
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    function = {
+        "sampler": sample_squashed_gaussian,
+        "pathwise": pathwise_loss,
+        "score": score_function_loss,
+        "td": td_loss,
+        "gather": replay_gather,
+    }[op]
+
+    def surrounded(**arguments: Any) -> Any:
+        results = function(**arguments, backend="triton")
+        results = results if isinstance(results, tuple) else (results,)
+        return tuple(2.0 * result if result.is_floating_point() else result for result in results)
+
+    def run(call: Callable[..., Any]) -> list[Tensor]:
+        arguments = {name: x.detach() for name, x in case.floats.items()}
+        leaves = [arguments[name].requires_grad_() for name in case.leaves]
+        outputs = call(**arguments, **case.rest)
+        grads = torch.autograd.grad([o.sum() for o in outputs], leaves) if leaves else ()
+        return [*outputs, *grads]
+
+    compiled = torch.compile(surrounded, fullgraph=True, backend=backend)
+    for found, expected in zip(run(compiled), run(surrounded), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def replayed(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A captured call's results after poisoning and a replay, and those of the same call without a graph."""
+    expected = case.call("triton")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        case.call("triton")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = case.call("triton")
+    for _ in range(2):
+        for tensor in found.values():
+            tensor.fill_(True if tensor.dtype == torch.bool else float("nan"))
+        graph.replay()
+    return found, expected
+
+
+@pytest.mark.gpu
+@every_op
+@pytest.mark.parametrize("batch", [33, 6000])
+def test_a_cuda_graph_repeats_the_call(op: str, batch: int) -> None:
+    found, expected = replayed(CASES[op](batch=batch).to(torch.float32, "cuda"))
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_draws_new_numbers_at_every_replay() -> None:
+    rng, mean = PhiloxState(0, "cuda"), torch.zeros(5, 3, device="cuda")
+    expected, ahead = [], rng.clone()
+    for _ in range(4):
+        expected.append(sample_squashed_gaussian(mean, mean, ahead)[0])
+        ahead.advance()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        action, _ = sample_squashed_gaussian(mean, mean, rng)
+        rng.advance()
+    for wanted in expected:
+        graph.replay()
+        assert torch.equal(action, wanted)
+
+
+@pytest.mark.gpu
+@every_op
+def test_one_kernel_forward_and_one_backward_on_a_gpu(op: str) -> None:
+    case = CASES[op](batch=1000).to(torch.float32, "cuda")
+    case.call("triton")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        case.call("triton")
+        torch.cuda.synchronize()
+    ours = [event.name for event in profile.events() if event.name.startswith("_") and event.name.endswith("_kernel")]
+    assert len(ours) == (2 if case.leaves else 1), ours
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_empty_problems_are_refused(backend: Any) -> None:
+    none, q = torch.zeros(0, 3), torch.zeros(1, 2, 0)
+    with pytest.raises(ValueError, match="must not be empty"):
+        sample_squashed_gaussian(none, none, PhiloxState(), backend=backend)
+    with pytest.raises(ValueError, match="must not be empty"):
+        pathwise_loss(torch.zeros(1, 0), q, 0.1, backend=backend)
+    with pytest.raises(ValueError, match="must not be empty"):
+        td_loss(q[0], q[0, 0], q[0, 0], q[0], q[0, 0], 0.1, 0.9, backend=backend)
+
+
+def test_the_number_of_samples_comes_from_the_noise_or_is_given() -> None:
+    mean = torch.zeros(2, 3)
+    assert sample_squashed_gaussian(mean, mean, PhiloxState())[0].shape == (1, 2, 3)
+    assert sample_squashed_gaussian(mean, mean, PhiloxState(), 4)[0].shape == (4, 2, 3)
+    assert sample_squashed_gaussian(mean, mean, torch.zeros(5, 2, 3))[0].shape == (5, 2, 3)
+    with pytest.raises(ValueError, match=r"noise must have K = 4 samples, got \[5, 2, 3\]"):
+        sample_squashed_gaussian(mean, mean, torch.zeros(5, 2, 3), 4)
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        sample_squashed_gaussian(mean, mean, PhiloxState(), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("action", torch.zeros(4, 3, 2), "obs, action, reward, terminated must be"),
+        ("reward", torch.zeros(4, 2, 1), "obs, action, reward, terminated must be"),
+        ("queue", torch.zeros(7, dtype=torch.int64), r"queue must be \[8\]"),
+        ("span", torch.zeros(3, dtype=torch.int64), r"span \[2\]"),
+        ("batch_size", 0, "batch_size at least 1"),
+        ("rng", torch.zeros(3, dtype=torch.int64), r"positions must be \[5\], got \[3\]"),
+    ],
+)
+def test_gather_refuses_wrong_shapes(name: str, value: Any, message: str) -> None:
+    arguments: dict[str, Any] = {"obs": torch.zeros(4, 2, 6), "action": torch.zeros(4, 2, 3)}
+    arguments |= {"reward": torch.zeros(4, 2), "terminated": torch.zeros(4, 2, dtype=torch.bool)}
+    arguments |= {"queue": torch.arange(8), "span": torch.tensor([0, 8]), "rng": PhiloxState(), "batch_size": 5}
+    with pytest.raises(ValueError, match=message):
+        replay_gather(**arguments | {name: value})
+
+
+def test_the_gather_wants_a_contiguous_ring() -> None:
+    ring = torch.zeros(6, 2, 4).transpose(0, 2), torch.zeros(4, 2, 3), torch.zeros(4, 2), torch.zeros(4, 2) > 0
+    with pytest.raises(ValueError, match="the ring must be contiguous, obs is not"):
+        replay_gather(*ring, torch.arange(8), torch.tensor([0, 8]), PhiloxState(), 5, backend="triton")

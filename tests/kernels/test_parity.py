@@ -1,0 +1,356 @@
+"""Every kernel against its reference, what it reads and writes, and how often it is launched."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastsac_kernels import PhiloxState, launch, sample_squashed_gaussian
+from tests.kernels.parity import (
+    BASELINES,
+    CASES,
+    DEVICES,
+    LAYOUTS,
+    SIZES,
+    Case,
+    check,
+    gather,
+    mutate,
+    pathwise,
+    sampler,
+    score,
+    td,
+)
+
+every_device = pytest.mark.parametrize("device", DEVICES)
+every_size = pytest.mark.parametrize(("samples", "batch", "size"), SIZES)
+every_op = pytest.mark.parametrize("op", CASES)
+bfloat16 = torch.bfloat16
+
+
+@every_device
+@every_size
+@pytest.mark.parametrize("noise", [False, True])
+def test_sampler(samples: int, batch: int, size: int, noise: bool, device: str) -> None:
+    check(sampler(samples, batch, size, noise), device)
+
+
+@every_device
+@every_size
+@pytest.mark.parametrize("kind", BASELINES)
+def test_score_function_loss(samples: int, batch: int, size: int, kind: str, device: str) -> None:
+    check(score(samples, batch, size, kind), device)
+
+
+@every_device
+@pytest.mark.parametrize(("samples", "batch", "critics"), [(1, 1, 1), (3, 33, 2), (2, 1000, 3), (1, 5000, 2)])
+def test_pathwise_loss(samples: int, batch: int, critics: int, device: str) -> None:
+    check(pathwise(samples, batch, critics), device)
+
+
+@every_device
+@pytest.mark.parametrize(("critics", "batch"), [(1, 1), (2, 33), (3, 1000), (2, 5000)])
+@pytest.mark.parametrize("flag", [torch.bool, torch.uint8])
+def test_td_loss(critics: int, batch: int, flag: torch.dtype, device: str) -> None:
+    check(td(critics, batch, flag=flag), device)
+
+
+@every_device
+@pytest.mark.parametrize(
+    ("batch", "obs_size", "size"), [(1, 1, 1), (33, 5, 3), (1000, 17, 6), (33, 376, 17), (7, 3, 9)]
+)
+@pytest.mark.parametrize("positions", [False, True])
+def test_gather_is_exact(batch: int, obs_size: int, size: int, positions: bool, device: str) -> None:
+    case = gather(batch, obs_size, size, positions=positions).to(torch.float32, device)
+    for found, expected in zip(case.call("triton").values(), case.call("reference").values(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@every_device
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, bfloat16], ids=str)
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("op", ["sampler", "pathwise", "score", "td"])
+def test_layouts_and_dtypes(op: str, layout: str, dtype: torch.dtype, noise: bool, device: str) -> None:
+    if noise and op not in ("sampler", "score"):
+        pytest.skip("takes no noise")
+    arguments = {"noise": True} if noise else {}
+    if op == "score":
+        arguments["kind"] = "tensor"
+    check(CASES[op](**arguments), device, dtype, layout)
+
+
+@every_device
+def test_mixed_dtypes(device: str) -> None:
+    for case, name in ((sampler(), "mean"), (score(), "log_std"), (pathwise(), "q"), (td(), "reward")):
+        case = case.to(torch.float32, device)
+        results = []
+        for backend in ("reference", "triton"):
+            case.floats[name] = case.floats[name].to(bfloat16)
+            results.append(case.call(backend))
+        for found, expected in zip(*(each.values() for each in results), strict=True):
+            assert found.dtype == expected.dtype
+            torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+@every_device
+@pytest.mark.parametrize("make", [pathwise, score, td])
+def test_alpha_may_be_a_device_tensor(make: Any, device: str) -> None:
+    number = make(alpha=0.25).to(torch.float32, device).call("triton")
+    for shape in ((), (1,)):
+        alpha = torch.full(shape, 0.25, device=device, requires_grad=True)
+        for key, found in make(alpha=alpha).to(torch.float32, device).call("triton").items():
+            assert torch.equal(found, number[key])
+
+
+@every_device
+@pytest.mark.parametrize("op", ["pathwise", "score", "td"])
+def test_a_sum_over_several_programs(op: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[op](batch=6000) if op != "score" else score(batch=700, size=7)
+    check(case, device)
+    monkeypatch.setattr(f"fastsac_kernels.{MODULES[op]}.MAX_PROGRAMS", 3)  # so that each takes several turns
+    if op == "score":
+        monkeypatch.setattr("fastsac_kernels.score_function_loss_triton.row_block", lambda *_: (64, 1))
+    for _ in range(2):  # the ticket is back at zero
+        check(case, device)
+
+
+@every_device
+@every_op
+def test_results_repeat_bit_for_bit(op: str, device: str) -> None:
+    case = CASES[op](batch=5000 if op in ("pathwise", "td") else 100).to(torch.float32, device)
+    first, second = case.call("triton"), case.call("triton")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@every_device
+@pytest.mark.parametrize("block", [1, 8, 64])
+@pytest.mark.parametrize("op", ["sampler", "score"])
+def test_block_sizes_do_not_matter(op: str, block: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[op](batch=20, size=7).to(torch.float32, device)
+    expected = case.call("triton")
+    for module in ("squashed_gaussian_triton", "score_function_loss_triton"):
+        monkeypatch.setattr(f"fastsac_kernels.{module}.row_block", lambda *_: (block, 1))
+    for name, found in case.call("triton").items():
+        assert torch.equal(found, expected[name]), name
+
+
+@every_device
+@pytest.mark.parametrize("u", [0.0, 1e-4, 0.62, 0.63, 5.0, 8.0, 9.01, 20.0, 50.0])
+@pytest.mark.parametrize("log_std", [-5.0, -1.0, 2.0])
+def test_saturation(u: float, log_std: float, device: str) -> None:
+    """Relative errors, where autograd's own 1 - tanh^2 has none of its digits left."""
+    for sign, eps in ((1.0, 0.0), (-1.0, 0.0), (1.0, 0.3), (-1.0, -0.3)):
+        mean = torch.tensor([[sign * u]], device=device, requires_grad=True)
+        scale = torch.tensor([[log_std]], device=device, requires_grad=True)
+        noise = torch.tensor([[[eps]]], device=device)
+        action, log_prob = sample_squashed_gaussian(mean, scale, noise, backend="triton")
+        slope = torch.autograd.grad(action, mean, retain_graph=True)[0]
+        found = [action, log_prob, slope, *torch.autograd.grad(log_prob, (mean, scale))]
+        moved = torch.tensor(mean.item() + math.exp(log_std) * noise.item(), dtype=torch.float64)
+        log_slope = 2.0 * (math.log(2.0) - moved.abs() - torch.log1p(torch.exp(-2.0 * moved.abs())))
+        expected = [
+            torch.tanh(moved),
+            -0.5 * noise.item() ** 2 - log_std - 0.5 * math.log(2.0 * math.pi) - log_slope,
+            1.0 / torch.cosh(moved) ** 2,
+            2.0 * torch.tanh(moved),
+            2.0 * torch.tanh(moved) * math.exp(log_std) * noise.item() - 1.0,
+        ]
+        # log_prob and d_log_std are differences of terms of size 1; slopes may lie below float32's normal numbers
+        floors = {"action": 0.0, "log_prob": 1e-6, "slope": 1.2e-38, "d_mean": 0.0, "d_log_std": 1e-6}
+        for (name, floor), x, y in zip(floors.items(), found, expected, strict=True):
+            assert abs(x.item() - y.item()) <= 1e-5 * abs(y.item()) + floor, (name, sign, eps)
+
+
+class Guarded:
+    """Hands out memory full of NaN, with canaries before and behind it."""
+
+    def __init__(self) -> None:
+        self.empty, self.blocks = torch.empty, list[tuple[Tensor, int]]()
+
+    def __call__(self, *size: Any, dtype: torch.dtype = torch.float32, device: Any = None, **_: Any) -> Tensor:
+        shape = size[0] if len(size) == 1 else size
+        numel = math.prod(shape) if isinstance(shape, list | tuple | torch.Size) else shape
+        poison = math.nan if dtype.is_floating_point else 1
+        block = torch.full((numel + 128,), poison, dtype=dtype, device=device)
+        block[:64], block[-64:] = 77, 77
+        self.blocks.append((block, numel))
+        return block[64:-64].view(shape)
+
+    def check(self) -> None:
+        assert self.blocks
+        for block, numel in self.blocks:
+            canary = torch.full((64,), 77, dtype=block.dtype, device=block.device)
+            assert torch.equal(block[:64], canary)
+            assert torch.equal(block[-64:], canary)
+            assert not block[64 : 64 + numel].isnan().any()
+
+
+@every_device
+@every_op
+@pytest.mark.parametrize("batch", [1, 33, 1000])
+def test_everything_is_written_and_nothing_else(
+    op: str, batch: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[op](batch=batch).to(torch.float32, device)
+    expected, guarded = case.call("triton"), Guarded()
+    monkeypatch.setattr(torch, "empty", guarded)
+    found = case.call("triton")
+    monkeypatch.undo()
+    guarded.check()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+class Traffic:
+    """What the interpreter launches, loads and stores: launches, and bytes that are not masked out."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, _get_np_dtype
+
+        self.launches = self.loaded = self.stored = 0
+        run, load, store = (
+            GridExecutor.__call__,
+            InterpreterBuilder.create_masked_load,
+            InterpreterBuilder.create_masked_store,
+        )
+
+        def counting_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            self.launches += 1
+            return run(executor, *args, **kwargs)
+
+        def counting_load(builder: Any, pointers: Any, mask: Any, *args: Any) -> Any:
+            self.loaded += int(mask.data.sum()) * _get_np_dtype(pointers.get_element_ty()).itemsize
+            return load(builder, pointers, mask, *args)
+
+        def counting_store(builder: Any, pointers: Any, value: Any, mask: Any, *args: Any) -> Any:
+            self.stored += int(mask.data.sum()) * value.data.dtype.itemsize
+            return store(builder, pointers, value, mask, *args)
+
+        monkeypatch.setattr(GridExecutor, "__call__", counting_run)
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
+
+
+@pytest.fixture
+def traffic(monkeypatch: pytest.MonkeyPatch) -> Traffic:
+    return Traffic(monkeypatch)
+
+
+@every_op
+@pytest.mark.parametrize("batch", [33, 1000])
+def test_one_launch_forward_and_one_backward(op: str, batch: int, traffic: Traffic) -> None:
+    case = CASES[op](batch=batch).to(torch.float32, "cpu")
+    case.call("triton")
+    assert traffic.launches == (2 if case.leaves else 1)
+
+
+def forward_and_backward(case: Case, traffic: Traffic) -> tuple[int, int]:
+    """Bytes moved by the forward pass, and by the backward pass."""
+    case.call("triton")
+    both = traffic.loaded + traffic.stored
+    traffic.loaded = traffic.stored = 0
+    with torch.no_grad():
+        Case(case.op, case.floats, (), case.rest).call("triton")
+    forward = traffic.loaded + traffic.stored
+    return forward, both - forward
+
+
+@pytest.mark.parametrize("size", [1, 6, 17, 32])
+def test_the_sampler_moves_no_more_than_it_must(size: int, traffic: Traffic) -> None:
+    rows, overhead = 500, 200  # bytes: the generator's state, once a program
+    forward, backward = forward_and_backward(sampler(1, rows, size).to(torch.float32, "cpu"), traffic)
+    assert forward <= 4 * rows * (3 * size + 1) + overhead
+    assert backward <= 4 * rows * (5 * size + 1) + overhead
+
+
+@pytest.mark.parametrize("size", [1, 6, 17])
+def test_the_losses_move_no_more_than_they_must(size: int, traffic: Traffic) -> None:
+    rows, samples, critics, overhead = 500, 3, 2, 200
+    forward, backward = forward_and_backward(score(samples, rows, size).to(torch.float32, "cpu"), traffic)
+    assert forward <= 4 * rows * (4 * size + samples * critics) + overhead
+    assert backward <= 4 * rows * 4 * size + overhead
+    traffic.loaded = traffic.stored = 0
+    forward, backward = forward_and_backward(pathwise(samples, rows, critics).to(torch.float32, "cpu"), traffic)
+    # q is read a second time, behind its minimum, from the cache
+    assert forward <= 4 * rows * samples * (3 * critics + 2) + overhead
+    assert backward <= 8 * rows * samples * (critics + 1) + overhead
+    traffic.loaded = traffic.stored = 0
+    forward, backward = forward_and_backward(td(critics, rows).to(torch.float32, "cpu"), traffic)
+    assert forward <= 4 * rows * (3 * critics + 2) + rows + overhead
+    assert backward <= 8 * rows * critics + overhead
+
+
+#: op, what is in its kernel, what is put in its place
+MUTATIONS = [
+    ("sampler", "b, A, grad_mean,", "b, A, -grad_mean,"),
+    ("sampler", "grad_log_prob * (2.0 *", "grad_log_prob * (1.0 *"),
+    ("sampler", "tl.where(live, log_prob, 0.0)", "log_prob"),
+    ("sampler", "grad_u * scaled - grad_log_prob", "grad_u * scaled + grad_log_prob"),
+    ("sampler", "tl.where(u < 0.0, -action, action)", "action"),
+    ("sampler", "grad_action * squashed[1]", "grad_action * squashed[0]"),
+    ("pathwise", "alpha * log_prob - lowest, 0.0", "alpha * log_prob + lowest, 0.0"),
+    ("pathwise", "tl.where(live, alpha * log_prob", "tl.where(index >= 0, 1.0 + alpha * log_prob"),
+    ("pathwise", "alpha * scale +", "2.0 * alpha * scale +"),
+    ("pathwise", "-scale / ties", "-scale"),
+    ("score", "sum_h += f - constant", "sum_h += f + constant"),
+    ("score", "score = eps * eps - 1.0", "score = eps * eps - eps"),
+    ("score", "alpha * log_prob - lowest", "alpha * log_prob + lowest"),
+    ("score", "K * sum_h_mean", "sum_h_mean"),
+    ("score", "tl.where(live, log_slope, 0.0)", "log_slope"),
+    ("td", "lowest - alpha * log_prob", "lowest + alpha * log_prob"),
+    ("td", "terminated != 0, 0.0", "terminated == 7, 0.0"),
+    ("td", "2.0 * scale * error", "scale * error"),
+    ("td", "tl.where(live, q - target, 0.0)", "q - target + tl.where(live, 0.0, 1.0)"),
+    ("gather", "slot = first + position", "slot = position"),
+    ("gather", "copy_rows(obs_ptr, following", "copy_rows(obs_ptr, index"),
+    ("gather", "high.to(tl.int64) * size +", "low.to(tl.int64) * size +"),
+]
+MODULES = {
+    "sampler": "squashed_gaussian_triton",
+    "pathwise": "pathwise_loss_triton",
+    "score": "score_function_loss_triton",
+    "td": "td_loss_triton",
+    "gather": "replay_gather_triton",
+}
+
+
+@pytest.mark.parametrize(("op", "old", "new"), MUTATIONS)
+def test_a_wrong_kernel_fails(op: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[op](batch=200)
+    check(case)
+    mutate(monkeypatch, tmp_path, MODULES[op], old, new)
+    with pytest.raises(AssertionError, match="off by"):
+        check(case)
+
+
+def test_a_wrong_backward_scale_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(monkeypatch, tmp_path, "scale_triton", "gradient * tl.load(upstream_ptr).to(tl.float32)", "gradient")
+    for op in ("pathwise", "score", "td"):
+        with pytest.raises(AssertionError, match=r"gradient of .*: off by"):
+            check(CASES[op]())
+
+
+def test_a_kernel_that_leaves_something_out_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(
+        monkeypatch, tmp_path, "squashed_gaussian_triton", "squashed[2]\n", "squashed[2]\n    in_batch = b < B - 1\n"
+    )
+    guarded = Guarded()
+    monkeypatch.setattr(torch, "empty", guarded)
+    sampler().to(torch.float32, "cpu").call("triton")
+    with pytest.raises(AssertionError):
+        guarded.check()
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    mean = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="backend must be 'auto', 'reference' or 'triton', got 'cuda'"):
+        sample_squashed_gaussian(mean, mean, PhiloxState(), backend="cuda")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"takes float32 and bfloat16, but mean is torch\.float64"):
+        sample_squashed_gaussian(mean.double(), mean.double(), PhiloxState(), backend="triton")
+    monkeypatch.setattr(launch, "_is_interpreted", lambda kernel: False)
+    with pytest.raises(RuntimeError, match="needs a CUDA GPU, but the tensors are on 'cpu'"):
+        sample_squashed_gaussian(mean, mean, PhiloxState(), backend="triton")
+    sample_squashed_gaussian(mean, mean, PhiloxState())  # "auto" follows the device

@@ -1,0 +1,315 @@
+"""The graphed engine. Without a GPU, functions that run again stand in for graphs, and kernels are interpreted."""
+
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastsac.config import Config
+from fastsac.errors import UsageError
+from fastsac.learner import GraphedLearner, Learner, choose_engine, make_learner
+from fastsac.learner import graphed as engine
+from fastsac.learner.graphed import Graph
+from fastsac.learner.reference import Metrics
+from fastsac.replay import Replay
+from fastsac.types import Sampler
+
+O, A, N, B, HIDDEN = 5, 3, 2, 17, (8, 6)  # noqa: E741
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SETTINGS = [
+    {},
+    {"num_action_samples": 3, "num_critics": 3, "actor_every": 2},
+    {"estimator": "score", "baseline": "loo", "alpha": 0.2},
+    {"estimator": "score", "baseline": "value"},
+    {"estimator": "score", "baseline": "constant", "num_action_samples": 2},
+    {"estimator": "score", "baseline": "none"},
+]
+every_device = pytest.mark.parametrize("device", DEVICES)
+every_setting = pytest.mark.parametrize("settings", SETTINGS, ids=str)
+few_settings = pytest.mark.parametrize("settings", [{}, {"actor_every": 2}, *SETTINGS[2:4]], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _short_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes its time."""
+    monkeypatch.setattr(engine, "UPDATES_PER_GRAPH", 4)
+    monkeypatch.setattr(engine, "WARM_UPS", 2)
+
+
+class StandIn(GraphedLearner):
+    """On a CPU a graph is a function that does the same again; what it has made stays where it was, as in a graph."""
+
+    def _record(self, replay: Sampler, length: int, with_actor: bool) -> Graph:
+        if self.device.type == "cuda":
+            return super()._record(replay, length, with_actor)
+        before = self.state_of_everything()
+        metrics = self._run(replay, length, with_actor)  # recording computes nothing
+        values = torch.stack(list(metrics.values()))
+        self.restore_everything(before)
+
+        def again() -> None:
+            values.copy_(torch.stack(list(self._run(replay, length, with_actor).values())))
+
+        return Graph(again, tuple(metrics), values)
+
+    def state_of_everything(self) -> list[Tensor]:
+        return [tensor.clone() for tensor in self.everything()]
+
+    def restore_everything(self, values: list[Tensor]) -> None:
+        for tensor, value in zip(self.everything(), values, strict=True):
+            tensor.data.copy_(value)
+
+    def everything(self) -> list[Tensor]:
+        tensors = [self.rng.state, self.log_alpha, *(p for net in self._networks().values() for p in net.parameters())]
+        for optimizer in self.optimizers.values():
+            tensors += [value for moments in optimizer.state.values() for value in moments.values()]
+        return tensors
+
+
+class Eager(StandIn):
+    """The same numbers through the reference's kernels, without any graph."""
+
+    backend = "reference"
+
+    def _forget(self, replay: Sampler | None) -> None:
+        super()._forget(replay)
+        self._warm_ups_left = 10**9
+
+
+def make(kind: type[Learner] = StandIn, device: str = "cpu", seed: int = 0, **settings: Any) -> Any:
+    rates = {"actor_lr": 1e-3, "critic_lr": 1e-3, "value_lr": 1e-3, "alpha_lr": 1e-3}
+    return kind(Config(**{"hidden_sizes": HIDDEN, "batch_size": B, **rates, **settings}), O, A, device, seed)
+
+
+def filled(device: str = "cpu", steps: int = 20) -> Replay:
+    replay = Replay(100, N, O, A, device, torch.Generator(device).manual_seed(0))
+    rng = torch.Generator().manual_seed(1)
+    replay.begin(torch.randn(N, O, generator=rng).to(device))
+    for _ in range(steps):
+        add(replay, rng)
+    return replay
+
+
+def add(replay: Replay, rng: torch.Generator, reward: float | None = None) -> None:
+    device = replay.device
+    action = torch.rand(N, A, generator=rng) * 2.0 - 1.0
+    rewards = torch.randn(N, generator=rng) if reward is None else torch.full((N,), reward)
+    ends = torch.rand(N, generator=rng) < 0.2
+    parts = [part.to(device) for part in (action, rewards, ends, torch.randn(N, O, generator=rng))]
+    replay.add(*parts, np.array([True, False]))
+
+
+def tensors_of(learner: Learner) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.state()[0].items() if name != "generator"}
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@every_device
+@every_setting
+def test_it_does_what_the_reference_does(settings: dict[str, Any], device: str) -> None:
+    replay = filled(device)
+    learners = [make(kind, device, **settings) for kind in (StandIn, Eager)]
+    for num_updates in (1, 1, 5):
+        found, expected = (learner.update(replay, num_updates) for learner in learners)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-4, msg=name)
+    # Adam divides each gradient by its own size, so a rounding error in a small one may move a weight by a whole step
+    for (name, tensor), other in zip(tensors_of(learners[0]).items(), tensors_of(learners[1]).values(), strict=True):
+        if not name.startswith("optimizer"):
+            difference = (tensor.double() - other.double()).abs()
+            assert difference.mean() < 2e-5, name
+            assert difference.max() < 2e-3, name
+
+
+@every_device
+@few_settings
+def test_graphs_change_no_bit(settings: dict[str, Any], device: str) -> None:
+    replay = filled(device)
+    graphed, plain = make(StandIn, device, **settings), make(StandIn, device, **settings)
+    plain._forget(replay)
+    plain._warm_ups_left = 10**9
+    for num_updates in (2, 1, 5, 1):
+        graphed.update(replay, num_updates)
+        plain.update(replay, num_updates)
+    assert_equal(tensors_of(graphed), tensors_of(plain))
+
+
+@every_device
+@few_settings
+def test_the_seed_decides_every_bit(settings: dict[str, Any], device: str) -> None:
+    results = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(len(results))  # of no consequence
+        learner, replay = make(StandIn, device, seed, **settings), filled(device)
+        learner.update(replay, 6)
+        learner.act(torch.zeros(4, O, device=device))
+        results.append(tensors_of(learner))
+    assert_equal(results[0], results[1])
+    assert not torch.equal(results[0]["critic.weights.1"], results[2]["critic.weights.1"])
+
+
+class Noting(StandIn):
+    """Notes whose turn it was in every update that ran, and what was recorded."""
+
+    def __init__(self, *args: Any) -> None:
+        self.turns: list[bool] = []
+        self.recorded: list[tuple[int, bool]] = []
+        super().__init__(*args)
+
+    def _update_once(self, replay: Sampler, with_actor: bool) -> Metrics:
+        self.turns.append(with_actor)
+        return {"x": torch.zeros(()), "y": torch.zeros(())} if with_actor else {"x": torch.zeros(())}
+
+    def _record(self, replay: Sampler, length: int, with_actor: bool) -> Graph:
+        self.recorded.append((length, with_actor))
+        kept, self.turns = self.turns, []
+        graph = super()._record(replay, length, with_actor)
+        self.turns = kept
+        return graph
+
+
+@pytest.mark.parametrize("actor_every", [1, 2, 3, 4, 100])
+def test_the_actor_has_its_turn_as_in_the_reference(actor_every: int) -> None:
+    learner, total = make(Noting, actor_every=actor_every), 0
+    replay = filled()
+    for num_updates in (0, 1, 16, 3, 1, 16, 16, 7, 250):
+        total += num_updates
+        learner.update(replay, num_updates)
+        assert learner.updates == total
+    assert learner.turns == [step % actor_every == 0 for step in range(total)]
+
+
+@pytest.mark.parametrize(("actor_every", "long"), [(1, 4), (2, 4), (3, 3), (4, 4)])
+def test_few_graphs_serve_all(actor_every: int, long: int) -> None:
+    learner, replay = make(Noting, actor_every=actor_every), filled()
+    for num_updates in (16, 1, 16, 5, 16, 16, 3, 16):
+        learner.update(replay, num_updates)
+    assert len(learner.recorded) == len(set(learner.recorded)) <= 3
+    assert (long, True) in learner.recorded
+
+
+def test_another_replay_or_a_loaded_state_is_recorded_anew() -> None:
+    learner, replay = make(Noting), filled()
+    learner.update(replay, 20)
+    assert len(learner.recorded) == 2
+    learner.update(replay, 20)
+    assert len(learner.recorded) == 2
+    learner.update(filled(), 20)
+    assert len(learner.recorded) == 4
+    learner.load_state(*make().state())
+    learner.update(replay, 20)
+    assert len(learner.recorded) == 6
+
+
+@every_device
+def test_what_is_added_later_is_drawn_too(device: str) -> None:
+    learner, replay = make(StandIn, device, gamma=0.0, critic_lr=1e-9), filled(device, steps=3)
+    learner.update(replay, 6)
+    rng = torch.Generator().manual_seed(2)
+    for _ in range(60):  # wraps the ring: nothing of the old is left
+        add(replay, rng, reward=1000.0)
+    loss = learner.update(replay, 4)["critic_loss"].item()
+    assert loss == pytest.approx(2.0 * 1000.0**2, rel=0.01)
+
+
+@every_device
+def test_metrics_stay_as_they_were(device: str) -> None:
+    learner, replay = make(StandIn, device), filled(device)
+    learner.update(replay, 6)
+    first = learner.update(replay, 4)
+    before = {name: value.item() for name, value in first.items()}
+    learner.update(replay, 4)
+    assert {name: value.item() for name, value in first.items()} == before
+    assert {"critic_loss", "q", "actor_loss", "alpha", "entropy"} <= first.keys()
+    assert all(value.dim() == 0 and not value.requires_grad for value in first.values())
+
+
+@every_device
+@few_settings
+def test_a_loaded_learner_goes_on_where_it_was(settings: dict[str, Any], device: str) -> None:
+    learner, resumed = (make(StandIn, device, seed, **settings) for seed in (0, 1))
+    replay = filled(device)
+    learner.update(replay, 4)
+    resumed.update(replay, 3)
+    learner.act(torch.zeros(4, O, device=device))
+    resumed.load_state(tensors_of(learner) | {"generator": learner.generator.get_state()}, learner.state()[1])
+    for each in (learner, resumed):
+        each.update(replay, 6)
+        each.act(torch.zeros(4, O, device=device))
+    assert_equal(tensors_of(learner), tensors_of(resumed))
+
+
+def test_checkpoints_go_from_one_engine_to_another() -> None:
+    replay, reference = filled(), make(Learner)
+    reference.update(replay, 3)
+    graphed = make()
+    graphed.load_state(*reference.state())
+    graphed.update(replay, 3)
+    back = make(Learner)
+    back.load_state(*graphed.state())
+    back.update(replay, 3)
+    assert back.updates == 9
+
+
+def test_acting_draws_new_numbers_each_time_and_an_update_none_of_them() -> None:
+    learner, other, obs = make(), make(), torch.zeros(4, O)
+    first = learner.act(obs)
+    assert torch.equal(first, other.act(obs))
+    assert not torch.equal(first, learner.act(obs))
+    calm = learner.act(obs, deterministic=True)
+    assert torch.equal(calm, torch.tanh(learner.actor(obs)[0]))
+    other.update(filled(), 2)
+    moved = other.acting_rng.state.clone()
+    assert torch.equal(moved, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "expected"),
+    [
+        ("auto", "cpu", ("reference", "no CUDA GPU")),
+        ("auto", "cuda", ("graphed", "the fastest on CUDA")),
+        ("reference", "cuda", ("reference", "asked for")),
+        ("graphed", "cuda", ("graphed", "asked for")),
+    ],
+)
+def test_the_engine_is_chosen(engine: Any, device: str, expected: tuple[str, str]) -> None:
+    assert choose_engine(Config(engine=engine), torch.device(device)) == expected
+
+
+def test_no_graphs_on_a_cpu() -> None:
+    with pytest.raises(UsageError, match="--engine graphed records CUDA graphs, which needs a GPU") as caught:
+        make_learner(Config(engine="graphed"), O, A)
+    assert caught.value.exit_status == 2
+    assert make_learner(Config(hidden_sizes=HIDDEN), O, A).engine == "reference"
+
+
+@pytest.mark.gpu
+@every_setting
+def test_nothing_waits_for_the_device(settings: dict[str, Any]) -> None:
+    learner, replay = make(GraphedLearner, "cuda", **settings), filled("cuda")
+    learner.update(replay, 30)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        learner.update(replay, 30)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_memory_stays() -> None:
+    learner, replay = make(GraphedLearner, "cuda"), filled("cuda")
+    learner.update(replay, 30)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    learner.update(replay, 800)
+    assert torch.cuda.memory_allocated() == before
