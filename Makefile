@@ -42,19 +42,21 @@ train: install ## train a policy on Pendulum-v1 to a return of -180
 	$(BIN)/fastsac train --env-id Pendulum-v1 --total-steps 30000 --num-envs 4 --target-return -180 \
 	  --eval-every 2000 --eval-episodes 20 $(ARGS)
 
-test: install ## style, types, import floors and tests
+test: install ## style, types, import floors, kernels compiled for three chips, and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m benchmarks.compile_kernels
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: install ## the longer checks
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
 
-bench: install ## time an update with each estimator into benchmarks/results (BENCH_JSON names the file)
+bench: install ## time kernels, actor steps and updates by estimator and backend (BENCH_JSON names the file)
 	@mkdir -p $(dir $(BENCH_JSON))
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json=$(BENCH_JSON) $(ARGS)
+	$(BIN)/python -m pytest benchmarks/ -q --benchmark-only --benchmark-quiet --bench-json=$(BENCH_JSON) $(ARGS)
+	$(BIN)/python -m benchmarks.report --bench $(BENCH_JSON)
 
 bench-peers: install $(PEERS)/.installed ## time fastsac beside Stable-Baselines3 and SBX (PEERS_JSON names the file)
 	$(BIN)/python -m benchmarks.peers --peer-python $(PEERS)/bin/python --out $(PEERS_JSON) $(ARGS)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsac_kernels.launch import launch, power_of_two
+from fastsac_kernels.launch import launch, power_of_two, row_block
 from fastsac_kernels.philox_triton import words
 
 
@@ -89,7 +89,7 @@ def forward(
     out_terminated = torch.empty(batch_size, dtype=terminated.dtype, device=device)
     columns = max(obs_size, action_size)
     block_c = min(128, power_of_two(columns))
-    block_b = max(1, 512 // block_c) if device.type == "cuda" else 1024
+    block_b, num_warps = row_block(batch_size, block_c // 4 or 1, device)
     launch(
         _replay_gather_fwd_kernel,
         (triton.cdiv(batch_size, block_b), triton.cdiv(columns, block_c)),
@@ -99,7 +99,7 @@ def forward(
         HAS_POSITIONS=stream < 0,
         BLOCK_B=block_b,
         BLOCK_C=block_c,
-        num_warps=4,
+        num_warps=num_warps,
     )
     return out_obs, out_action, out_reward, out_next_obs, out_terminated
 

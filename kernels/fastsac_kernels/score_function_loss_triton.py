@@ -136,7 +136,7 @@ def forward(
     block_b, num_warps = row_block(batch, block_a // 4, mean.device)
     if batch * block_a // 4 <= 512:  # one program: nothing to wait for
         block_b = power_of_two(batch)
-        num_warps = min(16, max(1, block_b * block_a // 128))
+        num_warps = min(8, max(1, block_b * block_a // 128))
     programs = min(triton.cdiv(batch, block_b), MAX_PROGRAMS)
     gradient = torch.empty(2 * batch * size, dtype=torch.float32, device=mean.device)
     loss, partials, ticket = sum_buffers(programs, mean)
