@@ -1,56 +1,137 @@
-"""What each estimator costs: one whole update (batch 256, hidden layers 256 and 256, HalfCheetah's sizes).
+"""What each estimator costs: the actor's step alone, and a whole update (hidden layers 256 and 256, O = 17).
 
-    make bench
+    make bench ARGS="-k 'bench_update and B256-A6'"
 
-On CUDA the timed call includes the synchronisation.
+The engines: `reference` is eager PyTorch; `compile` the same learner with its losses, networks included, compiled by
+torch.compile (backward passes too; Adam stays eager and is fused anyway); `graphed` is a CUDA graph with the Triton
+kernels, in which the actor's step alone is recorded as a graph too. An actor's step draws no batch.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from benchmarks.measure import Call, capture, synchronize, wall_quantiles
+from benchmarks.op_cases import ACTIONS, ACTOR, BATCHES, ESTIMATORS, NUM_ENVS, OBS_SIZE, UPDATE
 from fastsac.config import Config
-from fastsac.learner import Learner, resolve_device, set_up_torch
+from fastsac.learner import Learner, make_learner, set_up_torch
 from fastsac.replay import Replay
 
-OBS_SIZE, ACTION_SIZE, NUM_ENVS = 17, 6, 16
-CASES = [
-    ("pathwise", "auto", 1),
-    ("pathwise", "auto", 2),
-    ("score", "none", 1),
-    ("score", "constant", 1),
-    ("score", "value", 1),
-    ("score", "loo", 2),
-    ("score", "loo", 4),
-    ("score", "loo", 8),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")
+CUDA = torch.cuda.is_available()
+ENGINES = ("reference", "compile", "graphed")
+SIZES = [(256, 6), *((256, a) for a in ACTIONS if a != 6), (65536, 6), (65536, 32), (4096, 6)]
+SIZES += [(b, a) for b in BATCHES for a in ACTIONS if (b, a) not in SIZES]
+#: updates a call, as when 8 environments were stepped; the graphed engine records as many
+UPDATES_PER_CALL = 8
+TRANSITIONS, WRITERS = 2**16, 256
 
 
-@pytest.fixture(scope="module")
-def replay() -> Replay:
-    device = resolve_device("auto")
-    ring = Replay(4096, NUM_ENVS, OBS_SIZE, ACTION_SIZE, device, torch.Generator(device).manual_seed(0))
-    ring.begin(torch.randn(NUM_ENVS, OBS_SIZE, device=device))
-    for _ in range(256):
-        action = torch.rand(NUM_ENVS, ACTION_SIZE, device=device) * 2.0 - 1.0
-        reward, terminated = torch.randn(NUM_ENVS, device=device), torch.zeros(NUM_ENVS, dtype=torch.bool)
-        next_obs = torch.randn(NUM_ENVS, OBS_SIZE, device=device)
-        ring.add(action, reward, terminated.to(device), next_obs, torch.ones(NUM_ENVS, dtype=torch.bool).numpy())
+class Case(NamedTuple):
+    """A learner at one size."""
+
+    estimator: str
+    baseline: str
+    K: int
+    B: int
+    A: int
+    engine: str
+
+    @property
+    def id(self) -> str:
+        parts = (self.estimator, self.baseline if self.baseline != "auto" else None, f"K{self.K}")
+        return "-".join([part for part in parts if part] + [f"B{self.B}", f"A{self.A}", self.engine])
+
+
+CASES = [Case(*estimator, *size, engine) for size in SIZES for estimator in ESTIMATORS for engine in ENGINES]
+if CUDA:  # what the target compares, before a time budget may end; torch.compile's minutes after that
+    CASES.sort(key=lambda case: 1 if case.engine == "compile" else 2 * (case.B != 256))
+
+
+def why_not(case: Case) -> str | None:
+    """Return the reason if the case would take too long for what it tells."""
+    main = case[:3] in (("pathwise", "auto", 1), ("score", "loo", 2))
+    if case.engine == "compile" and (case.B, case.A) != (256, 6):
+        return "torch.compile of a learner is measured at B = 256, A = 6 only"
+    if case.engine == "compile" and CUDA and not main:
+        return "on a GPU torch.compile of a learner is measured for pathwise with K = 1 and loo with K = 2 only"
+    if not CUDA and case.B == 65536 and (case.A != 6 or not main):
+        return "on a CPU B = 65536 is measured for A = 6, pathwise with K = 1 and loo with K = 2, only"
+    return None
+
+
+@lru_cache(1)
+def filled_replay(action_size: int, device: torch.device) -> Replay:
+    ring = Replay(TRANSITIONS, WRITERS, OBS_SIZE, action_size, device, torch.Generator(device).manual_seed(0))
+    ring.begin(torch.randn(WRITERS, OBS_SIZE, device=device))
+    valid, terminated = torch.ones(WRITERS, dtype=torch.bool).numpy(), torch.zeros(WRITERS, dtype=torch.bool)
+    for _ in range(TRANSITIONS // WRITERS):
+        action = torch.rand(WRITERS, action_size, device=device) * 2.0 - 1.0
+        reward, next_obs = torch.randn(WRITERS, device=device), torch.randn(WRITERS, OBS_SIZE, device=device)
+        ring.add(action, reward, terminated.to(device), next_obs, valid)
     return ring
 
 
-@pytest.mark.parametrize(("estimator", "baseline", "num_action_samples"), CASES)
-def test_update(benchmark: Any, replay: Replay, estimator: str, baseline: str, num_action_samples: int) -> None:
-    config = Config(estimator=estimator, baseline=baseline, num_action_samples=num_action_samples)
-    set_up_torch(config, replay.device, OBS_SIZE, ACTION_SIZE)
-    learner = Learner(config, OBS_SIZE, ACTION_SIZE, replay.device)
+@lru_cache(1)  # the actor's step and the update of one case follow one another
+def learner(case: Case, device: torch.device) -> Learner:
+    config = Config(
+        estimator=case.estimator,
+        baseline=case.baseline,
+        num_action_samples=case.K,
+        batch_size=case.B,
+        num_envs=NUM_ENVS,
+        engine="graphed" if case.engine == "graphed" else "reference",
+        num_threads=torch.get_num_threads(),
+    )
+    set_up_torch(config, device, OBS_SIZE, case.A)
+    made = make_learner(config, OBS_SIZE, case.A, device)
+    if case.engine == "compile":
+        torch._dynamo.reset()
+        made._descend = torch.compiler.disable(made._descend)  # type: ignore[method-assign]
+        for name in ("_update_critic", "_update_actor_and_alpha"):
+            setattr(made, name, torch.compile(getattr(made, name), dynamic=False))
+    return made
 
-    def update() -> None:
-        learner.update(replay)
-        if replay.device.type == "cuda":
-            torch.cuda.synchronize()
 
-    benchmark.pedantic(update, rounds=100, warmup_rounds=20)
+@pytest.mark.parametrize(
+    ("case", "what"),
+    [(case, what) for case in CASES for what in (ACTOR, UPDATE)],
+    ids=[f"{what}-{case.id}" for case in CASES for what in (ACTOR, UPDATE)],
+)
+def test_update(
+    benchmark: Any,
+    device: torch.device,
+    record: Callable[[dict[str, Any]], None],
+    require: Callable[[str, torch.device], None],
+    case: Case,
+    what: str,
+) -> None:
+    require(case.engine, device)
+    reason = why_not(case)
+    if reason:
+        pytest.skip(reason)
+    made, ring = learner(case, device), filled_replay(case.A, device)
+    calls = UPDATES_PER_CALL if what == UPDATE and case.B == 256 else 1
+    call = actor_step(made, case, device) if what == ACTOR else lambda: made.update(ring, calls)
+
+    def synchronized() -> None:
+        call()
+        synchronize(device)
+
+    for _ in range(1 if case.engine == "reference" else 4):  # compiles, makes the optimisers' state, records the graph
+        synchronized()
+    row: dict[str, Any] = {"what": what} | case._asdict() | {"updates_per_call": calls}
+    record(row | {"wall_us": wall_quantiles(benchmark, synchronized, device, 0.15 if CUDA else 0.5, calls)})
+
+
+def actor_step(made: Learner, case: Case, device: torch.device) -> Call:
+    """Return the actor's and the temperature's step on a fixed batch."""
+    obs = torch.randn(case.B, OBS_SIZE, device=device)
+    if case.engine == "graphed":
+        return capture(lambda: made._update_actor_and_alpha(obs))
+    return lambda: made._update_actor_and_alpha(obs)

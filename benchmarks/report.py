@@ -1,20 +1,26 @@
-"""Writes the README's tables from the JSON files under `benchmarks/results/`, and from nothing else.
+"""Writes the pages' tables from the JSON files under `benchmarks/results/`, and from nothing else.
 
-python -m benchmarks.report            rewrite them
-python -m benchmarks.report --check    exit with 1 if they differ
+python -m benchmarks.report                 rewrite them, and draw the benchmarks' picture
+python -m benchmarks.report --check         exit with 1 if they differ
+python -m benchmarks.report --bench FILE    print the table of one benchmark file and draw its picture beside it
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.bench_table import draw, table
+
 README = Path("README.md")
+KERNELS_README = Path("kernels/README.md")
 RESULTS = Path("benchmarks/results")
 PEERS = {
     "sb3": "Stable-Baselines3",
@@ -58,21 +64,87 @@ def peers_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {
+def launches_table() -> str:
+    """Return one row per op: launches and bytes of eager PyTorch and of the Triton kernels."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in read("launches.json")["rows"]:
+        rows.setdefault(row["op"], {})[row["backend"]] = row
+    lines = [
+        "| op | eager: launches | Triton: launches | eager: kB | Triton: kB |",
+        "|---|---|---|---|---|",
+    ]
+    for name, by_backend in rows.items():
+        cells = [name]
+        for key, form in (("launches", "{:d}"), ("bytes", "{:.0f}")):
+            for row in (by_backend["eager"], by_backend["triton"]):
+                values = [row[f"{which}_{key}"] for which in ("forward", "backward") if f"{which}_{key}" in row]
+                cells.append(" + ".join(form.format(v if key == "launches" else v / 1e3) for v in values))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def resources_table(chip: str = "sm_90") -> str:
+    """Return one row per kernel as it is launched, for one chip."""
+    lines = ["| kernel | launched for | warps | registers | shared bytes | code bytes |", "|---|---|---|---|---|---|"]
+    for row in read("kernel_resources.json")["rows"]:
+        if row["chip"] == chip:
+            shape = f"{row['shape']} {row['baseline'] or ''}".strip()
+            cells = [f"`{row['kernel']}`", shape, *(row[key] for key in ("warps", "registers", "shared_bytes"))]
+            lines.append(f"| {' | '.join(map(str, [*cells, row['sass_bytes']]))} |")
+    return "\n".join(lines)
+
+
+def bench_results() -> list[dict[str, Any]]:
+    """Return the benchmark files that there are, the CPU's first."""
+    return [read(name) for name in ("bench_cpu.json", "gpu.json") if (RESULTS / name).exists()]
+
+
+TABLES: dict[str, Callable[[], str]] = {
     "learning": lambda: learning_table("halfcheetah", "pendulum", "hopper", "walker"),
     "peers": peers_table,
 }
+KERNELS_TABLES: dict[str, Callable[[], str]] = {
+    "launches": launches_table,
+    "bench": lambda: table(bench_results()),
+    "resources": resources_table,
+}
+PAGES = {README: TABLES, KERNELS_README: KERNELS_TABLES}
 
 
-def main() -> int:
-    """Rewrite or check the tables between `<!-- NAME -->` and `<!-- /NAME -->`."""
-    before = after = README.read_text()
-    for name, table in TABLES.items():
-        block = f"<!-- {name} -->\n{table()}\n<!-- /{name} -->"
-        after = re.sub(rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, block=block: block, after, flags=re.DOTALL)
-    if "--check" in sys.argv[1:]:
-        return int(before != after)
-    README.write_text(after)
+def rewritten(page: Path, tables: dict[str, Callable[[], str]]) -> str:
+    """Return the page with each table between `<!-- NAME -->` and `<!-- /NAME -->`.
+
+    Raises:
+        ValueError: if the page has no such place.
+    """
+    text = page.read_text()
+    for name, make in tables.items():
+        block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
+        place = rf"<!-- {name} -->\n.*?<!-- /{name} -->"
+        text, found = re.subn(place, lambda _, block=block: block, text, flags=re.DOTALL)
+        if not found:
+            raise ValueError(f"{page} has no lines <!-- {name} --> and <!-- /{name} -->")
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Rewrite or check the pages, or show one benchmark file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a page differs from the results")
+    parser.add_argument("--bench", type=Path, metavar="FILE", help="print this file's table, draw its picture")
+    options = parser.parse_args(arguments)
+    if options.bench is not None:
+        result = json.loads(options.bench.read_text())
+        print(table([result]))
+        draw(result, options.bench.with_suffix(".png"))
+        return 0
+    texts = {page: rewritten(page, tables) for page, tables in PAGES.items()}
+    if options.check:
+        return int(any(page.read_text() != text for page, text in texts.items()))
+    for page, text in texts.items():
+        page.write_text(text)
+    if (RESULTS / "bench_cpu.json").exists():
+        draw(read("bench_cpu.json"), RESULTS / "bench_cpu.png")
     return 0
 
 

@@ -10,12 +10,18 @@ from benchmarks import report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+LINKS = [
+    (page, name)
+    for page in report.PAGES
+    for name in sorted(set(re.findall(r"\]\(((?!http|#)[^)]+)\)", (ROOT / page).read_text())))
+]
 
 
 def test_tables_come_from_the_results(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for name, table in report.TABLES.items():
-        assert f"<!-- {name} -->\n{table()}\n<!-- /{name} -->" in README
+    for page, tables in report.PAGES.items():
+        for name, table in tables.items():
+            assert f"<!-- {name} -->\n{table()}\n<!-- /{name} -->" in page.read_text()
 
 
 def test_the_claim_at_the_top_is_the_measured_one():
@@ -32,6 +38,15 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     assert float(capsys.readouterr().out) < 0.0
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"\]\(((?!http|#)[^)]+)\)", README))))
-def test_links_lead_somewhere(name):
-    assert (ROOT / name).exists()
+def test_the_kernels_example_runs():
+    page = (ROOT / report.KERNELS_README).read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert (names["actor"].weight.grad != 0.0).any()
+    assert names["rng"].state[1] == 1
+
+
+@pytest.mark.parametrize(("page", "name"), LINKS)
+def test_links_lead_somewhere(page, name):
+    assert (ROOT / page.parent / name).exists()

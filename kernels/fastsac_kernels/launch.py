@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,16 @@ Backend = Literal["auto", "reference", "triton"]
 
 #: the most programs that one launch sums over
 MAX_PROGRAMS = 1024
-_tickets: dict[tuple[torch.device, int], Tensor] = {}
+#: tickets of a device: one for each stream, and one for each call that a CUDA graph has captured
+TICKETS = 4096
+
+
+class _Tickets(NamedTuple):
+    zeros: Tensor  # [TICKETS, 4], each 16 bytes from the next, so that all are aligned alike
+    taken: list[int]  # by which stream; -1 for a graph
+
+
+_tickets: dict[torch.device, _Tickets] = {}
 
 
 def use_triton(backend: Backend, tensor: Tensor) -> bool:
@@ -77,17 +86,22 @@ def row_block(rows: int, lanes: int, device: torch.device) -> tuple[int, int]:
 def new_ticket(like: Tensor) -> Tensor:
     """Return a zero with which the programs of one launch find out which of them is the last; it then is zero again.
 
-    One for each device and stream, on which launches follow one another. A CUDA graph, which may be replayed on
-    any stream, gets its own.
+    Launches that may overlap never share one: each stream has its own, and so has each call that a CUDA graph captures,
+    since a graph may be replayed on any stream.
     """
-    if not like.is_cuda:
-        return torch.zeros(1, dtype=torch.int32)
-    if torch.cuda.is_current_stream_capturing():
+    capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    if like.is_cuda and like.device not in _tickets and not capturing:
+        zeros = torch.zeros(TICKETS, 4, dtype=torch.int32, device=like.device)
+        torch.cuda.current_stream(like.device).synchronize()  # once: other streams will use them, too
+        _tickets[like.device] = _Tickets(zeros, [])
+    tickets = _tickets.get(like.device)
+    if tickets is None or len(tickets.taken) == TICKETS:
         return torch.zeros(1, dtype=torch.int32, device=like.device)
-    key = like.device, torch.cuda.current_stream(like.device).cuda_stream
-    if key not in _tickets:
-        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=like.device)
-    return _tickets[key]
+    stream = -1 if capturing else torch.cuda.current_stream(like.device).cuda_stream
+    if capturing or stream not in tickets.taken:
+        tickets.taken.append(stream)
+        return tickets.zeros[len(tickets.taken) - 1]
+    return tickets.zeros[tickets.taken.index(stream)]
 
 
 def power_of_two(number: int) -> int:

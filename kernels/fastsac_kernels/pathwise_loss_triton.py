@@ -15,7 +15,7 @@ from fastsac_kernels.scale_triton import finish_sum, load_alpha, sum_buffers
 def smallest(q_ptr, stride_e, live, E: tl.constexpr):
     """The smallest of the E critics, NaN if one of them is, and how many share that place."""
     lowest = tl.load(q_ptr, mask=live, other=0.0).to(tl.float32)
-    ties = lowest * 0.0 + 1.0
+    ties = tl.where(live, 1.0, 1.0)
     for e in tl.static_range(1, E):
         q = tl.load(q_ptr + e * stride_e, mask=live, other=0.0).to(tl.float32)
         ties = tl.where(q < lowest, 1.0, tl.where(q == lowest, ties + 1.0, ties))
@@ -56,11 +56,15 @@ def _pathwise_loss_fwd_kernel(
         state_ptr = q_ptr + k * stride_q_k + b * stride_q_b
         lowest, ties = smallest(state_ptr, stride_q_e, live, E)
         total += tl.where(live, alpha * log_prob - lowest, 0.0)
-        share = -scale / ties  # as autograd does, equal critics share the gradient
+        share = tl.where(lowest == lowest, -scale / ties, lowest)  # as in autograd: equal critics share, NaN stays NaN
         for e in tl.static_range(E):
             q = tl.load(state_ptr + e * stride_q_e, mask=live, other=0.0).to(tl.float32)
-            tl.store(gradient_ptr + e * tl.cast(size, tl.int64) + index, tl.where(q == lowest, share, 0.0), mask=live)
-        tl.store(gradient_ptr + E * tl.cast(size, tl.int64) + index, alpha * scale + lowest * 0.0, mask=live)
+            tl.store(
+                gradient_ptr + e * tl.cast(size, tl.int64) + index,
+                tl.where((q == lowest) | (share != share), share, 0.0),
+                mask=live,
+            )
+        tl.store(gradient_ptr + E * tl.cast(size, tl.int64) + index, tl.where(live, alpha * scale, 0.0), mask=live)
     finish_sum(tl.sum(total, 0), loss_ptr, partials_ptr, ticket_ptr, scale, SINGLE)
 
 

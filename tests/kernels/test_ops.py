@@ -1,6 +1,7 @@
 """The ops as PyTorch sees them: registration, torch.compile, CUDA graphs, the losses' shapes behind both backends."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fastsac_kernels import (
     PhiloxState,
+    launch,
     pathwise_loss,
     replay_gather,
     sample_squashed_gaussian,
@@ -148,6 +150,26 @@ def test_one_kernel_forward_and_one_backward_on_a_gpu(op: str) -> None:
         torch.cuda.synchronize()
     ours = [event.name for event in profile.events() if event.name.startswith("_") and event.name.endswith("_kernel")]
     assert len(ours) == (2 if case.leaves else 1), ours
+
+
+def test_launches_that_may_overlap_share_no_ticket(monkeypatch: pytest.MonkeyPatch) -> None:
+    like: Any = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
+    stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: None)
+    monkeypatch.setattr(launch, "_tickets", {})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    first = launch.new_ticket(like).data_ptr()
+    assert launch.new_ticket(like).data_ptr() == first
+    stream.cuda_stream = 8
+    second = launch.new_ticket(like).data_ptr()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    captured = [launch.new_ticket(like).data_ptr() for _ in range(3)]
+    found = {first, second, *captured}
+    assert len(found) == 5
+    assert all((address - first) % 16 == 0 for address in found)  # alike aligned: nothing is compiled anew
+    pool = launch._tickets[like.device].zeros
+    monkeypatch.setattr(launch, "TICKETS", 5)  # all taken
+    assert launch.new_ticket(like).untyped_storage().data_ptr() != pool.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

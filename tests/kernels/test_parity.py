@@ -120,6 +120,20 @@ def test_a_sum_over_several_programs(op: str, device: str, monkeypatch: pytest.M
 
 
 @every_device
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # by the interpreter
+def test_a_bad_value_is_not_hidden(bad: float, device: str) -> None:
+    for make in (pathwise, score, td):
+        case = make().to(torch.float32, device)
+        case.floats["q"][..., 0, 3] = bad
+        found, expected = case.call("triton"), case.call("reference")
+        assert not found["output 0"].isfinite() or (bad > 0.0 and make is not td)  # a minimum passes over infinity
+        if make is pathwise:
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, equal_nan=True)
+
+
+@every_device
 @every_op
 def test_results_repeat_bit_for_bit(op: str, device: str) -> None:
     case = CASES[op](batch=5000 if op in ("pathwise", "td") else 100).to(torch.float32, device)
@@ -260,7 +274,7 @@ MUTATIONS = [
     ("sampler", "grad_action * squashed[1]", "grad_action * squashed[0]"),
     ("pathwise", "alpha * log_prob - lowest, 0.0", "alpha * log_prob + lowest, 0.0"),
     ("pathwise", "tl.where(live, alpha * log_prob", "tl.where(index >= 0, 1.0 + alpha * log_prob"),
-    ("pathwise", "alpha * scale +", "2.0 * alpha * scale +"),
+    ("pathwise", "alpha * scale, 0.0", "2.0 * alpha * scale, 0.0"),
     ("pathwise", "-scale / ties", "-scale"),
     ("score", "sum_h += f - constant", "sum_h += f + constant"),
     ("score", "score = eps * eps - 1.0", "score = eps * eps - eps"),

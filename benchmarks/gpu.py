@@ -1,0 +1,139 @@
+"""Everything that waits for a GPU, in one command and under nine minutes.
+
+    python -m benchmarks.gpu --out DIR
+
+Runs the GPU tests (torch.compile's versions of the operations are compiled meanwhile), times the operations and the
+updates, trains for a minute if EnvPool is there, and writes DIR/gpu.json: all rows, what is missing and why, the
+machine, and a verdict on each target. Needs torch, triton, numpy, pytest and pytest-benchmark; nothing is installed, it
+runs from a checkout. Each part is a process of its own: what one breaks, the others still measure.
+
+Exit status: 0 if the tests are green and every part ran, 1 if not, 2 without a GPU. A missed target is no failure of
+the run: it is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_parts import Precompilers, benchmark_part, package_obstacle, run_tests, training_part
+from benchmarks.machine import describe_machine, write_json
+from benchmarks.verdicts import describe, table, verdicts
+
+TOTAL_S, TESTS_S, OPS_S, TRAINING_S = 520.0, 170.0, 230.0, 60.0
+#: what a part may take beyond its budget: its start, and its last case
+GRACE_S = 30.0
+#: failures printed of each part
+SHOWN = 10
+
+Part = Callable[[], dict[str, Any]]
+
+
+def run_parts(out: Path, work: Path) -> dict[str, Any]:
+    """Run one part after the other and write what is known after each."""
+    started = time.monotonic()
+
+    def left() -> float:
+        return TOTAL_S - (time.monotonic() - started)
+
+    obstacle = package_obstacle("envpool", "tyro", "rich")
+    reserve = 10.0 if obstacle else TRAINING_S + GRACE_S
+    precompilers = Precompilers(work)
+
+    def tests() -> dict[str, Any]:
+        return run_tests(work, TESTS_S)
+
+    def ops() -> dict[str, Any]:
+        precompiled = precompilers.finish(TOTAL_S - left(), TESTS_S)
+        budget = max(30.0, min(OPS_S, left() - reserve - 3 * GRACE_S))
+        return benchmark_part("ops", work, budget, GRACE_S) | {"precompiled": precompiled}
+
+    def updates() -> dict[str, Any]:
+        return benchmark_part("update", work, max(20.0, left() - reserve - GRACE_S), GRACE_S)
+
+    def training() -> dict[str, Any]:
+        if obstacle:
+            return {"ok": True, "skipped": obstacle}
+        return training_part(work, max(10.0, min(TRAINING_S, left() - GRACE_S)))
+
+    machine = describe_machine()
+    result: dict[str, Any] = {"command": "python -m benchmarks.gpu --out DIR", "machine": machine}
+    parts: dict[str, Part] = {"tests": tests, "ops": ops, "updates": updates, "training": training}
+    try:
+        for name, part in parts.items():
+            before = time.monotonic()
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            try:
+                result[name] = part()
+            except Exception as error:  # a fault of this script's must not lose what the other parts gathered
+                result[name] = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            result[name]["seconds"] = round(time.monotonic() - before, 1)
+            print(f"{name}: {summary(name, result[name])}", file=sys.stderr, flush=True)
+            keep(out, result)
+    finally:
+        precompilers.stop()
+        keep(out, result)
+    return result
+
+
+def keep(out: Path, result: dict[str, Any]) -> None:
+    """Write the file, with the verdicts on what is there."""
+    write_json(out / "gpu.json", result | {"verdicts": verdicts(result)})
+
+
+def summary(name: str, part: dict[str, Any]) -> str:
+    """Return a part's outcome in a line."""
+    seconds = f"{part['seconds']:.0f} s"
+    if "error" in part:
+        return f"FAILED after {seconds}: {part['error']}"
+    if name == "tests":
+        counts = f"{part['passed']} passed, {len(part['failed'])} failed, {part['skipped']} skipped"
+        return f"{'green' if part['green'] else 'RED'}: {counts} in {seconds}"
+    if "skipped" in part:
+        return f"skipped: {part['skipped']}"
+    if name == "training":
+        rates = ", ".join(f"{part[key]:,.0f} {key}" for key in ("steps_per_s", "updates_per_s") if part.get(key))
+        return f"{rates or 'nothing logged'} in {seconds}"
+    missing = sum(len(names) if isinstance(names, list) else names for names in part["not_measured"].values())
+    return f"{len(part['rows'])} measured, {missing} not measured, {len(part['failed'])} failed in {seconds}"
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print every verdict, and the operations at the targets' sizes."""
+    gpu, versions = result["machine"]["gpu"] or {"name": "no GPU"}, result["machine"]["versions"]
+    print(f"\n{gpu['name']}, torch {versions['torch']}, triton {versions['triton']}")
+    for name in ("tests", "ops", "updates", "training"):
+        print(f"  {name:34}{summary(name, result[name])}")
+        failed = list(result[name].get("failed", {}).items())
+        for case, error in failed[:SHOWN]:
+            print(f"    {case}: {error[:160]}")
+        if len(failed) > SHOWN:
+            print(f"    and {len(failed) - SHOWN} more, in gpu.json")
+    for name, verdict in verdicts(result).items():
+        print(f"  {name:34}{verdict['status']}  {describe(verdict)}")
+    print("\n" + "\n".join(table(result["ops"].get("rows", []), bool(result["tests"].get("green")))))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for gpu.json; made if need be")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("error: benchmarks.gpu needs a CUDA GPU, and PyTorch sees none here", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as work:
+        result = run_parts(options.out.resolve(), Path(work))
+    report(result)
+    return int(not all(part.get("ok") for part in (result[name] for name in ("tests", "ops", "updates", "training"))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

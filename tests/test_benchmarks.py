@@ -1,0 +1,113 @@
+"""What the benchmarks conclude from their rows, without running them."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import bench_table, gpu, gpu_parts, report, verdicts
+from benchmarks.measure import quantiles
+from benchmarks.op_cases import ACTIONS, CASES, ESTIMATORS, LAUNCH_SIZES, Case, build, bytes_moved
+
+NAMES = list(verdicts.verdicts({}))
+
+
+def op_row(case: Case, which: str, backend: str, time: float) -> dict[str, Any]:
+    row = {"pass": which, "backend": backend} | case._asdict() | {"bytes": 1, "copy_share": 0.1}
+    row |= {key: [time] * 3 for key in ("wall_us", "device_us", "cold_us")}
+    if any(verdicts.is_at(case, size) for size in LAUNCH_SIZES) and which == case.passes[-1]:
+        row["launches"] = {"forward": 1}
+    return row
+
+
+def run(green: bool = True, triton: float = 1.0, graphed: float = 1.0) -> dict[str, Any]:
+    times = {"reference": 5.0, "compile": 2.0, "triton": triton}
+    ops = [op_row(case, which, *time) for case in CASES for which in case.passes for time in times.items()]
+    steps = {"reference": 4.0, "graphed": graphed}
+    updates = [
+        dict(zip(("estimator", "baseline", "K"), estimator, strict=True))
+        | {"what": what, "B": 256, "A": a, "engine": engine, "wall_us": [time] * 3}
+        for estimator in ESTIMATORS
+        for a in ACTIONS
+        for what in ("actor", "update")
+        for engine, time in steps.items()
+    ]
+    machine = {"gpu": {"name": "GPU"}, "versions": {"torch": "2", "triton": "3"}, "date": "2026-01-01"}
+    part = {"ok": True, "not_measured": {}, "failed": {}, "seconds": 1.0}
+    return {
+        "machine": machine,
+        "tests": {"ok": green, "green": green, "passed": 1, "failed": {}, "skipped": 0, "seconds": 1.0},
+        "ops": part | {"rows": ops},
+        "updates": part | {"rows": updates},
+        "training": {"ok": True, "skipped": "no envpool", "seconds": 0.0},
+    }
+
+
+def statuses(result: dict[str, Any]) -> list[str]:
+    return [verdict["status"] for verdict in verdicts.verdicts(result).values()]
+
+
+def test_verdicts():
+    assert statuses(run()) == ["reached"] * 4
+    assert statuses(run(triton=1.6)) == ["reached", "missed", "reached", "reached"]
+    assert statuses(run(triton=2.1, graphed=2.0)) == ["missed", "missed", "missed", "reached"]
+    assert statuses({}) == [verdicts.RED] * 3 + ["not measured"]
+
+
+def test_red_tests_hide_every_speedup(capsys):
+    result = run(green=False)
+    assert statuses(result)[:3] == [verdicts.RED] * 3
+    gpu.report(result)
+    assert "of the wanted" not in capsys.readouterr().out
+    assert "tests are red" in bench_table.table([result])
+
+
+def test_what_is_missing_is_no_success():
+    result = run()
+    result["ops"]["rows"] = [row for row in result["ops"]["rows"] if row["B"] != 4096]
+    assert statuses(result) == ["incomplete", "reached", "reached", "reached"]
+    counted = next(row for row in result["ops"]["rows"] if row["backend"] == "triton" and "launches" in row)
+    del counted["launches"], result["updates"]
+    assert statuses(result)[2:] == ["not measured", "incomplete"]
+
+
+@pytest.mark.parametrize("op", ["sample", "pathwise", "score", "td", "gather"])
+def test_operations_run_and_move_bytes(op):
+    case = next(case for case in CASES if case.op == op and case.B == 256)
+    operation = build(case, "reference", torch.device("cpu"))
+    for which in case.passes:
+        operation.call(case, which)()
+    assert min(bytes_moved(case)[: len(case.passes)]) > 0
+
+
+def test_quantiles_are_microseconds():
+    assert quantiles([index * 1e-6 for index in range(101)]) == [20.0, 50.0, 80.0]
+
+
+def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_page_without_markers_is_an_error(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bench -->\nold\n<!-- /bench -->\n")
+    assert "new" in report.rewritten(page, {"bench": lambda: "new"})
+    with pytest.raises(ValueError, match="has no lines"):
+        report.rewritten(page, {"other": lambda: "new"})
+
+
+def test_the_gpu_tests_are_shared_out_and_all_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_parts, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_parts.os, "cpu_count", lambda: 6)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    test = tmp_path / "test_some.py"
+    test.write_text("import pytest\n\n\n@pytest.mark.parametrize('i', range(7))\ndef test_it(i):\n    assert i != 3\n")
+    found = gpu_parts.run_tests(tmp_path, 60.0, "not gpu", ["test_some.py"])
+    assert (found["collected"], found["passed"], found["skipped"], found["green"]) == (7, 6, 0, False)
+    assert [name.rpartition("::")[2] for name in found["failed"]] == ["test_it[3]"]
+    assert len(found["exit_statuses"]) == 4  # the collection, and three processes
+    test.write_text(test.read_text().replace("i != 3", "True"))
+    assert gpu_parts.run_tests(tmp_path, 60.0, "not gpu", ["test_some.py"])["green"]
+    assert not gpu_parts.run_tests(tmp_path, 60.0, "gpu", ["test_some.py"])["green"]  # none at all
