@@ -19,6 +19,7 @@ from unittest.mock import patch
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +27,9 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, _get_np_dtype
 
 from benchmarks.machine import write_json
+from fastsac.config import Config
+from fastsac.learner import GraphedLearner, Learner
+from fastsac.replay import Replay
 from fastsac_kernels import (
     PhiloxState,
     pathwise_loss,
@@ -141,17 +145,37 @@ def count(
     return counts
 
 
+def update_launches(kind: type[Learner], estimator: str) -> int:
+    """Count the calls of one whole update after the first, by an engine's code run without a graph."""
+    learner = kind(Config(estimator=estimator, hidden_sizes=(32, 32)), O, A, "cpu")  # sizes change no count
+    replay = Replay(1024, 16, O, A, generator=torch.Generator().manual_seed(0))
+    replay.begin(torch.randn(16, O))
+    for _ in range(20):
+        ends = torch.zeros(16, dtype=torch.bool)
+        replay.add(torch.rand(16, A), torch.randn(16), ends, torch.randn(16, O), np.ones(16, np.bool_))
+    learner.update(replay)
+    with Eager() as counter:
+        learner.update(replay)
+    return counter.launches
+
+
 def main() -> None:
     argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, (function, leaves) in cases().items():
         for backend, counter in (("eager", Eager), ("triton", Interpreted)):
             counts = count(counter, function, leaves, "reference" if backend == "eager" else backend)
             rows.append({"op": name, "backend": backend, **counts})
             print(f"{name:28}{backend:8}", counts)
+    updates = {
+        estimator: {kind.engine: update_launches(kind, estimator) for kind in (Learner, GraphedLearner)}
+        for estimator in ("pathwise", "score")
+    }
+    print("a whole update", updates)
     sizes = {"B": B, "A": A, "K": K, "E": E, "O": O}
     versions = {"torch": torch.__version__}
-    write_json(RESULT, {"command": "python -m benchmarks.launches", "sizes": sizes, "versions": versions, "rows": rows})
+    command = "python -m benchmarks.launches"
+    write_json(RESULT, {"command": command, "sizes": sizes, "versions": versions, "rows": rows, "updates": updates})
 
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ def peers_table() -> str:
 
 def launches_table() -> str:
     """Return one row per op: launches and bytes of eager PyTorch and of the Triton kernels."""
-    rows: dict[str, dict[str, Any]] = {}
-    for row in read("launches.json")["rows"]:
+    result, rows = read("launches.json"), dict[str, dict[str, Any]]()
+    for row in result["rows"]:
         rows.setdefault(row["op"], {})[row["backend"]] = row
     lines = [
         "| op | eager: launches | Triton: launches | eager: kB | Triton: kB |",
@@ -80,6 +80,8 @@ def launches_table() -> str:
                 values = [row[f"{which}_{key}"] for which in ("forward", "backward") if f"{which}_{key}" in row]
                 cells.append(" + ".join(form.format(v if key == "launches" else v / 1e3) for v in values))
         lines.append(f"| {' | '.join(cells)} |")
+    for estimator, engines in result["updates"].items():
+        lines.append(f"| a whole update, {estimator} | {engines['reference']} | {engines['graphed']} | | |")
     return "\n".join(lines)
 
 

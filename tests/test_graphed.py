@@ -296,7 +296,8 @@ def test_no_graphs_on_a_cpu() -> None:
 @every_setting
 def test_nothing_waits_for_the_device(settings: dict[str, Any]) -> None:
     learner, replay = make(GraphedLearner, "cuda", **settings), filled("cuda")
-    learner.update(replay, 30)
+    for _ in range(3):  # records all graphs
+        learner.update(replay, 31)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -79,7 +79,7 @@ def row_block(rows: int, lanes: int, device: torch.device) -> tuple[int, int]:
     """
     if device.type != "cuda":
         return 1024, 1
-    num_warps = 1 if rows * lanes <= 2**15 else 4
+    num_warps = max(1 if rows * lanes <= 2**15 else 4, min(8, lanes // 32))  # a very wide row takes several
     return max(1, 32 * num_warps // lanes), num_warps
 
 

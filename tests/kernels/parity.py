@@ -23,7 +23,7 @@ from fastsac_kernels import PhiloxState
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 #: samples, batch, action size
-SIZES = [(1, 1, 1), (2, 33, 3), (1, 1000, 7), (3, 33, 8), (2, 1000, 17), (1, 33, 32)]
+SIZES = [(1, 1, 1), (2, 33, 3), (1, 1000, 7), (3, 33, 8), (2, 1000, 17), (1, 33, 32), (2, 3, 300)]
 BASELINES = ["none", "constant", "loo", "tensor"]
 
 
