@@ -1,6 +1,7 @@
 """The graphed engine. Without a GPU, functions that run again stand in for graphs, and kernels are interpreted."""
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -270,6 +271,23 @@ def test_acting_draws_new_numbers_each_time_and_an_update_none_of_them() -> None
     other.update(filled(), 2)
     moved = other.acting_rng.state.clone()
     assert torch.equal(moved, torch.tensor([0, 1]))
+
+
+def test_a_run_with_it_is_saved_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastsac import SAC, train  # needs the environments, which a GPU host may not have
+
+    monkeypatch.setattr(train, "choose_engine", lambda *_: ("graphed", "asked for"))
+    monkeypatch.setattr(train, "make_learner", StandIn)
+    config = Config("Pendulum-v1", hidden_sizes=HIDDEN, batch_size=8, learning_starts=8, num_envs=4, num_threads=1)
+    agent = SAC(config)
+    agent.learn(total_steps=20)
+    assert agent.updates == 8
+    agent.save(tmp_path / "run")
+    loaded = SAC.load(tmp_path / "run")
+    assert_equal(tensors_of(loaded.learner), tensors_of(agent.learner))
+    assert loaded.learner.rng.state[1] == 8
+    loaded.learn(total_steps=32)
+    assert loaded.updates > 8
 
 
 @pytest.mark.parametrize(
