@@ -86,7 +86,7 @@ def markdown(header: list[str], lines: Iterable[list[str]]) -> str:
 def missing(name: str, result: Row) -> str:
     if ours(name) and not on_gpu(result):
         return "needs a GPU"
-    return "not reported: tests are red" if ours(name) and not green(result) else "not measured"
+    return "not reported: tests are not green" if ours(name) and not green(result) else "not measured"
 
 
 def ops_table(result: Row, batch: int, actions: int) -> str:

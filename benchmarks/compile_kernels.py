@@ -51,6 +51,8 @@ MODULES = (
 CHIPS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 #: batch size, observations, actions: Pendulum, HalfCheetah and Humanoid as the learner has them, and a large problem
 SHAPES = ((256, 3, 1), (256, 17, 6), (256, 348, 17), (65536, 348, 32))
+#: how the last program comes by the others' sums: it acquires what they released, and reads behind its own cache
+ORDERING = ("atom.global.gpu.acq_rel", "ld.global.cg")
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -171,6 +173,7 @@ def measure(launch: Launch, chip: int) -> dict[str, Any]:
         "stack_bytes": int(fields["STACK"]) + int(fields["LOCAL"]),
         "shared_bytes": compiled.metadata.shared,
         "sass_bytes": int(offsets[-1], 16) + 16,
+        "ordered": launch.constants.get("SINGLE", True) or all(word in compiled.asm["ptx"] for word in ORDERING),
     }
 
 
@@ -183,6 +186,8 @@ def faults(row: dict[str, Any]) -> list[str]:
     name = f"{row['kernel']} ({row['shape']}, {row['chip']})"
     limit = CHIPS[int(row["chip"].removeprefix("sm_"))]
     found = [f"{name} spills: {row['stack_bytes']} bytes of stack"] if row["stack_bytes"] else []
+    if not row["ordered"]:
+        found.append(f"{name} adds up other programs' sums without waiting for them")
     if row["shared_bytes"] > limit:
         found.append(f"{name} wants {row['shared_bytes']} bytes of shared memory, the chip has {limit}")
     return found

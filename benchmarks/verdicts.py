@@ -1,7 +1,7 @@
 """What a run on a GPU says about the targets, each with its numbers; pure functions of its JSON.
 
-Ratios are of medians and rounded to two decimals before they are compared. Where the GPU tests are red no speedup is
-stated: wrong numbers may be fast.
+Ratios are of medians and rounded to two decimals before they are compared. Where the GPU tests are not green no speedup
+is stated: wrong numbers may be fast.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.op_cases import ACTIONS, BACKENDS, CASES, ESTIMATORS, LAUNCH_SIZES, UPDATE, Case
 
 Row = dict[str, Any]
-RED = "not reported: the GPU tests are red"
+RED = "not reported: the GPU tests are not green"
 LARGE = (65536, 32)
 
 

@@ -68,7 +68,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is a GPU."""
     engine: Literal["auto", "reference", "graphed"] = "auto"
-    """`reference` is eager PyTorch, `graphed` CUDA graphs of the same with Triton kernels; `auto` takes the faster."""
+    """`reference` is eager PyTorch, `graphed` CUDA graphs of the same with Triton kernels; `auto` takes it on CUDA."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` allows matrix products of reduced precision: TF32 on CUDA, bfloat16 on CPUs whose library has it."""
     num_threads: int = 0

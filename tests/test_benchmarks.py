@@ -59,7 +59,7 @@ def test_red_tests_hide_every_speedup(capsys):
     assert statuses(result)[:3] == [verdicts.RED] * 3
     gpu.report(result)
     assert "of the wanted" not in capsys.readouterr().out
-    assert "tests are red" in bench_table.table([result])
+    assert "tests are not green" in bench_table.table([result])
 
 
 def test_what_is_missing_is_no_success():

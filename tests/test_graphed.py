@@ -16,7 +16,9 @@ from fastsac.learner import graphed as engine
 from fastsac.learner.graphed import Graph
 from fastsac.learner.reference import Metrics
 from fastsac.replay import Replay
-from fastsac.types import Sampler
+from fastsac.types import Batch, Draw, Sampler
+from fastsac_kernels import PhiloxState, philox_normal, replay_gather
+from fastsac_kernels.replay_gather import uniform_positions
 
 O, A, N, B, HIDDEN = 5, 3, 2, 17, (8, 6)  # noqa: E741
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -111,6 +113,54 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
+
+
+class Drawn(StandIn):
+    """Notes the batches, and what the actions are drawn with."""
+
+    def __init__(self, *args: Any) -> None:
+        self.batches: list[Batch] = []
+        self.draws: list[tuple[Tensor, int]] = []
+        super().__init__(*args)
+
+    def _update_critic(self, batch: Batch) -> Metrics:
+        self.batches.append(batch)
+        return super()._update_critic(batch)
+
+    def _draw(self, purpose: int, num_samples: int, mean: Tensor) -> Draw:
+        draw = super()._draw(purpose, num_samples, mean)
+        self.draws.append((philox_normal(draw.rng, (draw.num_samples, *mean.shape)), draw.num_samples))
+        return draw
+
+
+def test_every_draw_has_numbers_of_its_own() -> None:
+    """Written out from the generator alone: stream 0 the next action, 1 the action, 2 the batch, 3 acting."""
+    learner, replay = make(Drawn, estimator="score", num_action_samples=3, seed=5), filled()
+    for step in range(3):  # the warm-ups, which recording repeats
+        learner._warm_ups_left = 10
+        learner.update(replay, 1)
+        assert learner.rng.state.tolist() == [5, step + 1]
+        expected = [PhiloxState(5, stream=stream) for stream in range(3)]
+        for rng in expected:
+            rng.advance(step)
+        positions = uniform_positions(expected[2], B, torch.tensor(replay.size))
+        ring = replay._obs, replay._action, replay._reward, replay._terminated, replay._queue, replay._span
+        for found, wanted in zip(learner.batches[-1], replay_gather(*ring, positions, B), strict=True):
+            assert torch.equal(found, wanted)
+        (next_noise, one), (noise, samples) = learner.draws[-2:]
+        assert (one, samples) == (1, 3)
+        assert torch.equal(next_noise, philox_normal(expected[0], (1, B, A)))
+        assert torch.equal(noise, philox_normal(expected[1], (3, B, A)))
+    learner.act(torch.zeros(4, O))
+    assert torch.equal(learner.draws[-1][0], philox_normal(PhiloxState(5, stream=3), (1, 4, A)))
+
+
+@every_device
+@pytest.mark.parametrize("num_updates", [1, 13])
+def test_an_update_advances_the_generator_by_one(num_updates: int, device: str) -> None:
+    learner = make(StandIn, device)
+    learner.update(filled(device), num_updates)
+    assert learner.rng.state[1] == learner.updates == num_updates
 
 
 @every_device
@@ -259,6 +309,10 @@ def test_checkpoints_go_from_one_engine_to_another() -> None:
     back.load_state(*graphed.state())
     back.update(replay, 3)
     assert back.updates == 9
+    again = make()
+    again.load_state(*back.state())
+    assert again.rng.state.tolist() == [0, 9]  # none of the numbers that the first graphed one drew
+    assert again.acting_rng.state[1] > 9
 
 
 def test_acting_draws_new_numbers_each_time_and_an_update_none_of_them() -> None:
@@ -294,7 +348,7 @@ def test_a_run_with_it_is_saved_and_goes_on(tmp_path: Path, monkeypatch: pytest.
     ("engine", "device", "expected"),
     [
         ("auto", "cpu", ("reference", "no CUDA GPU")),
-        ("auto", "cuda", ("graphed", "the fastest on CUDA")),
+        ("auto", "cuda", ("graphed", "a CUDA GPU")),
         ("reference", "cuda", ("reference", "asked for")),
         ("graphed", "cuda", ("graphed", "asked for")),
     ],
@@ -311,14 +365,15 @@ def test_no_graphs_on_a_cpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @every_setting
 def test_nothing_waits_for_the_device(settings: dict[str, Any]) -> None:
     learner, replay = make(GraphedLearner, "cuda", **settings), filled("cuda")
     for _ in range(3):  # records all graphs
         learner.update(replay, 31)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         learner.update(replay, 30)
     finally:
         torch.cuda.set_sync_debug_mode("default")

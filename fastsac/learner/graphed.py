@@ -147,6 +147,9 @@ class GraphedLearner(Learner):
         if "philox" in tensors:
             for rng, state in zip((self.rng, self.acting_rng), tensors["philox"], strict=True):
                 rng.state.copy_(state)
+        else:  # from the reference: no number that a graphed learner may have drawn before is drawn again
+            self.rng.state[1] = self.updates
+            self.acting_rng.state[1] = self.updates << 16
         self._forget(None)
 
 
@@ -169,4 +172,4 @@ def choose_engine(config: Config, device: torch.device) -> tuple[str, str]:
         raise UsageError(f"--engine graphed records CUDA graphs, which needs a GPU, and this runs on the {device.type}")
     if config.engine != "auto":
         return config.engine, "asked for"
-    return ("graphed", "the fastest on CUDA") if device.type == "cuda" else ("reference", "no CUDA GPU")
+    return ("graphed", "a CUDA GPU") if device.type == "cuda" else ("reference", "no CUDA GPU")

@@ -69,7 +69,10 @@ def check_dtypes(**tensors: Tensor) -> None:
     """Raise TypeError unless all are float32 or bfloat16, which is what the kernels compute in and load."""
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.bfloat16):
-            raise TypeError(f"backend='triton' takes float32 and bfloat16, but {name} is {tensor.dtype}")
+            raise TypeError(
+                f"the Triton kernels take float32 and bfloat16, but {name} is {tensor.dtype}: "
+                "backend='reference' takes any"
+            )
 
 
 def row_block(rows: int, lanes: int, device: torch.device) -> tuple[int, int]:
@@ -90,14 +93,15 @@ def new_ticket(like: Tensor) -> Tensor:
     since a graph may be replayed on any stream.
     """
     capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
-    if like.is_cuda and like.device not in _tickets and not capturing:
+    if like.device not in _tickets and not capturing:
         zeros = torch.zeros(TICKETS, 4, dtype=torch.int32, device=like.device)
-        torch.cuda.current_stream(like.device).synchronize()  # once: other streams will use them, too
+        if like.is_cuda:
+            torch.cuda.current_stream(like.device).synchronize()  # once: other streams will use them, too
         _tickets[like.device] = _Tickets(zeros, [])
     tickets = _tickets.get(like.device)
     if tickets is None or len(tickets.taken) == TICKETS:
         return torch.zeros(1, dtype=torch.int32, device=like.device)
-    stream = -1 if capturing else torch.cuda.current_stream(like.device).cuda_stream
+    stream = -1 if capturing else torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
     if capturing or stream not in tickets.taken:
         tickets.taken.append(stream)
         return tickets.zeros[len(tickets.taken) - 1]

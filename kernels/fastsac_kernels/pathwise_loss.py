@@ -29,21 +29,35 @@ def pathwise_loss(log_prob: Tensor, q: Tensor, alpha: Tensor | float, backend: B
 
     Raises:
         ValueError: if the shapes do not fit, or for another backend.
-        TypeError: for a dtype that the Triton kernel does not take.
+        TypeError: for an alpha that is no number, or a dtype that the Triton kernel does not take.
         RuntimeError: if Triton cannot run here.
     """
-    check_loss_shapes(list(log_prob.shape), q, alpha)
-    alpha = alpha.detach() if isinstance(alpha, Tensor) else alpha
+    check_loss_shapes(list(log_prob.shape), q)
+    alpha = constant(alpha)
     if use_triton(backend, q):
         loss: Tensor = pathwise_loss_op(log_prob, q, *alpha_arguments(alpha))[0]
         return loss
     return (alpha * wide(log_prob) - wide(q).amin(1)).mean()
 
 
-def check_loss_shapes(shape: list[int], q: Tensor, alpha: Tensor | float) -> None:
-    """For log_prob's shape: raise ValueError unless log_prob is [K, B], q is [K, E, B] and alpha is a scalar."""
-    if isinstance(alpha, Tensor) and alpha.numel() != 1:
+def constant(alpha: Tensor | float) -> Tensor | float:
+    """Return the temperature as a detached scalar tensor or a number.
+
+    Raises:
+        ValueError: for a tensor of another size.
+        TypeError: for anything else.
+    """
+    if not isinstance(alpha, Tensor | float | int):
+        raise TypeError(f"alpha must be a number or a scalar tensor, got {alpha!r}")
+    if not isinstance(alpha, Tensor):
+        return float(alpha)
+    if alpha.numel() != 1:
         raise ValueError(f"alpha must be a scalar, got {list(alpha.shape)}")
+    return alpha.detach().reshape(())
+
+
+def check_loss_shapes(shape: list[int], q: Tensor) -> None:
+    """For log_prob's shape: raise ValueError unless log_prob is [K, B] and q is [K, E, B]."""
     if len(shape) != 2 or q.dim() != 3 or list(q.shape[::2]) != shape:
         raise ValueError(f"log_prob must be [K, B] and q [K, E, B], got {shape} and {list(q.shape)}")
     if 0 in q.shape:
@@ -52,19 +66,23 @@ def check_loss_shapes(shape: list[int], q: Tensor, alpha: Tensor | float) -> Non
 
 def alpha_arguments(alpha: Tensor | float) -> tuple[Tensor | None, float]:
     """Return the temperature as the registered operators take it: a device tensor, or else a number."""
-    return (alpha.detach(), 0.0) if isinstance(alpha, Tensor) else (None, float(alpha))
+    return (alpha, 0.0) if isinstance(alpha, Tensor) else (None, alpha)
 
 
 @torch.library.custom_op("fastsac_kernels::scale", mutates_args=(), device_types=("cuda", "cpu"))
-def scale_op(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """One launch: a loss's gradient [n], saved by its forward pass, times the upstream gradient, a scalar."""
+def scale_op(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, leaves: list[Tensor]) -> Tensor:
+    """One launch: a loss's gradient [n], saved by its forward pass, times the upstream gradient, a scalar.
+
+    The leaves are not looked at; they make autograd refuse a second derivative, of which the saved gradient knows
+    nothing.
+    """
     from fastsac_kernels import scale_triton
 
     return scale_triton.backward(gradient, upstream, dtype)
 
 
 @scale_op.register_fake
-def _(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+def _(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, leaves: list[Tensor]) -> Tensor:
     return gradient.new_empty(gradient.shape, dtype=dtype)
 
 
@@ -85,15 +103,15 @@ def _(log_prob: Tensor, q: Tensor, alpha: Tensor | None, alpha_value: float) -> 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     log_prob, q, _, _ = inputs
     ctx.q_shape, ctx.dtypes = q.shape, (log_prob.dtype, q.dtype)
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], log_prob, q)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
+    gradient, *leaves = ctx.saved_tensors
     num_samples, critics, batch = ctx.q_shape
-    scaled = scale_op(gradient, upstream, torch.promote_types(*ctx.dtypes))
+    scaled = scale_op(gradient, upstream, torch.promote_types(*ctx.dtypes), leaves)
     grad_q, grad_log_prob = scaled.split([num_samples * critics * batch, num_samples * batch])
     grad_q = grad_q.view(critics, num_samples, batch).transpose(0, 1)
     return grad_log_prob.view(num_samples, batch).to(ctx.dtypes[0]), grad_q.to(ctx.dtypes[1]), None, None

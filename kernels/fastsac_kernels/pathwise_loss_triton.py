@@ -15,9 +15,9 @@ from fastsac_kernels.scale_triton import finish_sum, load_alpha, sum_buffers
 def smallest(q_ptr, stride_e, live, E: tl.constexpr):
     """The smallest of the E critics, NaN if one of them is, and how many share that place."""
     lowest = tl.load(q_ptr, mask=live, other=0.0).to(tl.float32)
-    ties = tl.where(live, 1.0, 1.0)
+    ties = tl.where(live, 1.0, 1.0)  # ones of q's shape, which is a pointer's here
     for e in tl.static_range(1, E):
-        q = tl.load(q_ptr + e * stride_e, mask=live, other=0.0).to(tl.float32)
+        q = tl.load(q_ptr + tl.cast(stride_e, tl.int64) * e, mask=live, other=0.0).to(tl.float32)
         ties = tl.where(q < lowest, 1.0, tl.where(q == lowest, ties + 1.0, ties))
         lowest = tl.minimum(lowest, q, propagate_nan=tl.PropagateNan.ALL)
     return lowest, ties
@@ -53,12 +53,12 @@ def _pathwise_loss_fwd_kernel(
         k, b = (index // B).to(tl.int64), (index % B).to(tl.int64)
         offsets = k * stride_log_prob_k + b * stride_log_prob_b
         log_prob = tl.load(log_prob_ptr + offsets, mask=live, other=0.0).to(tl.float32)
-        state_ptr = q_ptr + k * stride_q_k + b * stride_q_b
-        lowest, ties = smallest(state_ptr, stride_q_e, live, E)
+        sample_ptr = q_ptr + k * stride_q_k + b * stride_q_b
+        lowest, ties = smallest(sample_ptr, stride_q_e, live, E)
         total += tl.where(live, alpha * log_prob - lowest, 0.0)
         share = tl.where(lowest == lowest, -scale / ties, lowest)  # as in autograd: equal critics share, NaN stays NaN
         for e in tl.static_range(E):
-            q = tl.load(state_ptr + e * stride_q_e, mask=live, other=0.0).to(tl.float32)
+            q = tl.load(sample_ptr + tl.cast(stride_q_e, tl.int64) * e, mask=live, other=0.0).to(tl.float32)
             tl.store(
                 gradient_ptr + e * tl.cast(size, tl.int64) + index,
                 tl.where((q == lowest) | (share != share), share, 0.0),

@@ -43,7 +43,8 @@ def replay_gather(
         terminated: [rows, N] bool.
         queue: [rows * N] int64, flat indices of transitions.
         span: [2] int64, the place of the queue's oldest entry, and the number of entries: at least 1, below 2^31.
-        rng: the generator, which stays as it is, or positions in the queue [B] int64, counted from the oldest.
+        rng: the generator, which stays as it is, or positions in the queue [B] int64, counted from the oldest, at least
+            0 and below the number of entries.
         batch_size: B.
         backend: "auto" takes the Triton kernel for CUDA tensors, PyTorch for others.
 

@@ -93,7 +93,7 @@ def forward(
     launch(
         _replay_gather_fwd_kernel,
         (triton.cdiv(batch_size, block_b), triton.cdiv(columns, block_c)),
-        *(obs, action, reward, _bytes(terminated), queue.contiguous(), span, rng.contiguous(), stream),
+        *(obs, action, reward, _bytes(terminated), queue.contiguous(), span.contiguous(), rng.contiguous(), stream),
         *(out_obs, out_action, out_reward, out_next_obs, _bytes(out_terminated)),
         *(len(queue), num_envs, batch_size, obs_size, action_size),
         HAS_POSITIONS=stream < 0,

@@ -24,6 +24,7 @@ def finish_sum(total, result_ptr, partials_ptr, ticket_ptr, scale, SINGLE: tl.co
         arrived = tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
         if arrived == programs - 1:
             index = tl.arange(0, _MAX_PROGRAMS)
+            # from L2, where the others' stores are: this processor's own L1 may hold something older
             partials = tl.load(partials_ptr + index, mask=index < programs, other=0.0, cache_modifier=".cg")
             tl.store(result_ptr, tl.sum(partials, 0) * scale)
             tl.store(ticket_ptr, 0)

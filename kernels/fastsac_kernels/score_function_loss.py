@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fastsac_kernels.launch import Backend, use_triton
-from fastsac_kernels.pathwise_loss import alpha_arguments, check_loss_shapes, scale_op
+from fastsac_kernels.pathwise_loss import alpha_arguments, check_loss_shapes, constant, scale_op
 from fastsac_kernels.philox import PhiloxState
 from fastsac_kernels.squashed_gaussian import (
     check_sample_shapes,
@@ -53,7 +53,8 @@ def score_function_loss(
     Args:
         mean: [B, A], the Gaussian's mean before squashing.
         log_std: [B, A], the logarithm of its standard deviation.
-        rng: the generator as it was when the actions were sampled, or the noise [K, B, A] that they were sampled with.
+        rng: the generator as it was when the actions were sampled (not yet advanced: nothing can tell), or the noise
+            [K, B, A] that they were sampled with.
         q: [K, E, B], the E critics at those actions.
         alpha: scalar.
         baseline: a name, or b(s) as a tensor [B] that is subtracted from f (so a soft value V is passed as -V).
@@ -62,12 +63,13 @@ def score_function_loss(
     Raises:
         ValueError: if the shapes do not fit, the baseline's name is unknown, ``"loo"`` gets a single sample, or for
             another backend.
-        TypeError: for a dtype that the Triton kernel does not take.
+        TypeError: for an `rng` or alpha of another kind, or a dtype that the Triton kernel does not take.
         RuntimeError: if Triton cannot run here.
     """
     check_sample_shapes(mean, log_std, rng)
-    num_samples = (rng if isinstance(rng, Tensor) else q).shape[0]
-    check_loss_shapes([num_samples, mean.shape[0]], q, alpha)
+    num_samples = rng.shape[0] if isinstance(rng, Tensor) else q.shape[0] if q.dim() else 0
+    check_loss_shapes([num_samples, mean.shape[0]], q)
+    alpha = constant(alpha)
     _check_baseline(baseline, num_samples, mean.shape[0])
     if use_triton(backend, mean):
         name, value = ("tensor", baseline.detach()) if isinstance(baseline, Tensor) else (baseline, None)
@@ -76,7 +78,7 @@ def score_function_loss(
         return loss
     mean, log_std = wide(mean), wide(log_std)
     with torch.no_grad():
-        noise = noise_of(rng, (num_samples, *mean.shape))
+        noise = noise_of(rng, (num_samples, *mean.shape), mean.dtype)
         _, log_prob = sample_squashed_gaussian(mean, log_std, noise, backend="reference")
         f = alpha * log_prob - wide(q).amin(1)
         advantage = f - _baseline(f, alpha, baseline)
@@ -99,7 +101,7 @@ def _check_baseline(baseline: str | Tensor, num_samples: int, batch: int) -> Non
 def _baseline(f: Tensor, alpha: Tensor | float, baseline: str | Tensor) -> Tensor | float:
     """What to subtract from f [K, B]."""
     if isinstance(baseline, Tensor):
-        return wide(baseline)
+        return baseline.to(f.dtype)
     if baseline == "constant":
         return -alpha
     return (f.sum(0) - f) / (f.shape[0] - 1) if baseline == "loo" else 0.0
@@ -142,14 +144,14 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     mean, log_std = inputs[:2]
     ctx.shape, ctx.dtypes = mean.shape, (mean.dtype, log_std.dtype)
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], mean, log_std)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    scaled = scale_op(gradient, upstream, torch.promote_types(*ctx.dtypes)).view(2, *ctx.shape)
+    gradient, *leaves = ctx.saved_tensors
+    scaled = scale_op(gradient, upstream, torch.promote_types(*ctx.dtypes), leaves).view(2, *ctx.shape)
     return (scaled[0].to(ctx.dtypes[0]), scaled[1].to(ctx.dtypes[1]), *[None] * 7)
 
 

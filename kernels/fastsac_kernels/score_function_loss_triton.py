@@ -18,6 +18,7 @@ from fastsac_kernels.launch import MAX_PROGRAMS, check_dtypes, launch, power_of_
 from fastsac_kernels.pathwise_loss_triton import smallest
 from fastsac_kernels.scale_triton import finish_sum, load_alpha, sum_buffers
 from fastsac_kernels.squashed_gaussian_triton import (
+    HALF_LOG_2PI,
     exp,
     load_tile,
     noise_arguments,
@@ -25,8 +26,6 @@ from fastsac_kernels.squashed_gaussian_triton import (
     squash,
     store_tile,
 )
-
-_HALF_LOG_2PI: tl.constexpr = tl.constexpr(0.9189385332046727)
 
 
 @triton.jit
@@ -94,10 +93,10 @@ def _score_function_loss_fwd_kernel(
             )
             log_slope = squash(mean + sigma * eps)[2]
             score = eps * eps - 1.0
-            log_normal = tl.sum(tl.where(live, -0.5 * eps * eps - log_std - _HALF_LOG_2PI, 0.0), 1)
+            log_normal = tl.sum(tl.where(live, -0.5 * eps * eps - log_std - HALF_LOG_2PI, 0.0), 1)
             log_prob = log_normal - tl.sum(tl.where(live, log_slope, 0.0), 1)
-            state_ptr = q_ptr + tl.cast(k, tl.int64) * stride_q_k + b.to(tl.int64) * stride_q_b
-            lowest = smallest(state_ptr, stride_q_e, in_batch, E)[0]
+            sample_ptr = q_ptr + tl.cast(k, tl.int64) * stride_q_k + b.to(tl.int64) * stride_q_b
+            lowest = smallest(sample_ptr, stride_q_e, in_batch, E)[0]
             f = alpha * log_prob - lowest
             if BASELINE == "loo":
                 constant = tl.where(k == 0, f, constant)

@@ -77,7 +77,7 @@ def sample_squashed_gaussian(
 
     Raises:
         ValueError: if the shapes do not fit, or for another backend.
-        TypeError: for a dtype that the Triton kernels do not take.
+        TypeError: for an `rng` or K of another kind, or a dtype that the Triton kernels do not take.
         RuntimeError: if Triton cannot run here.
     """
     check_sample_shapes(mean, log_std, rng, num_samples)
@@ -85,9 +85,9 @@ def sample_squashed_gaussian(
     if use_triton(backend, mean):
         action, log_prob = squashed_gaussian_op(mean, log_std, *rng_arguments(rng), num_samples)
         return action, log_prob
-    noise = noise_of(rng, (num_samples, *mean.shape))
     dtype = mean.dtype
     mean, log_std = wide(mean), wide(log_std)
+    noise = noise_of(rng, (num_samples, *mean.shape), mean.dtype)
     u = mean + log_std.exp() * noise
     action, log_jacobian = squash(u)
     log_prob = (-0.5 * noise.square() - log_std - _HALF_LOG_2PI - log_jacobian).sum(-1)
@@ -99,9 +99,10 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def noise_of(rng: PhiloxState | Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the numbers that `rng` stands for."""
-    return philox_normal(rng, shape) if isinstance(rng, PhiloxState) else wide(rng)
+def noise_of(rng: PhiloxState | Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the numbers that `rng` stands for, as constants."""
+    noise = philox_normal(rng, shape) if isinstance(rng, PhiloxState) else rng.detach()
+    return noise.to(dtype)
 
 
 def rng_arguments(rng: PhiloxState | Tensor) -> tuple[Tensor, int]:
@@ -112,7 +113,16 @@ def rng_arguments(rng: PhiloxState | Tensor) -> tuple[Tensor, int]:
 def check_sample_shapes(
     mean: Tensor, log_std: Tensor, rng: PhiloxState | Tensor, num_samples: int | None = None
 ) -> None:
-    """Raise ValueError unless mean and log_std are [B, A] and noise is [K, B, A], with no size of zero."""
+    """Raise ValueError unless mean and log_std are [B, A] and noise is [K, B, A], with no size of zero.
+
+    Raise TypeError unless `rng` is one of the two, `num_samples` a whole number, and mean floating-point.
+    """
+    if not isinstance(rng, PhiloxState | Tensor):
+        raise TypeError(f"rng must be a PhiloxState or noise [K, B, A], got {type(rng).__name__}")
+    if num_samples is not None and not isinstance(num_samples, int):
+        raise TypeError(f"num_samples must be a whole number, got {num_samples!r}")
+    if not mean.is_floating_point():
+        raise TypeError(f"mean must be floating-point, got {mean.dtype}")
     if mean.dim() != 2 or log_std.shape != mean.shape:
         raise ValueError(f"mean and log_std must both be [B, A], got {list(mean.shape)} and {list(log_std.shape)}")
     if 0 in mean.shape:

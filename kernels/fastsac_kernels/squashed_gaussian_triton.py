@@ -17,7 +17,7 @@ from fastsac_kernels.philox_triton import normal_tile
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LOG2_E_REST: tl.constexpr = tl.constexpr(1.9259629911e-08)  # what float32 leaves out of it
-_HALF_LOG_2PI: tl.constexpr = tl.constexpr(0.9189385332046727)
+HALF_LOG_2PI: tl.constexpr = tl.constexpr(0.9189385332046727)
 #: tanh(x) = x + x^3 P(x^2), for |x| below 0.625 (Cephes)
 _TANH: tl.constexpr = tl.constexpr(
     (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
@@ -72,7 +72,7 @@ def squash(u):
 @triton.jit
 def load_tile(pointer, row, stride_row, stride_column, live, BLOCK_A: tl.constexpr):
     """The rows' columns in float32; zero where not live."""
-    offsets = (row.to(tl.int64) * stride_row)[:, None] + tl.arange(0, BLOCK_A)[None, :] * stride_column
+    offsets = (row.to(tl.int64) * stride_row)[:, None] + tl.arange(0, BLOCK_A).to(tl.int64)[None, :] * stride_column
     return tl.load(pointer + offsets, mask=live, other=0.0).to(tl.float32)
 
 
@@ -89,7 +89,7 @@ def noise_tile(
     """The noise of sample k of the states b: loaded, or drawn."""
     if HAS_NOISE:
         offsets = (tl.cast(k, tl.int64) * stride_k + b.to(tl.int64) * stride_b)[:, None]
-        offsets += tl.arange(0, BLOCK_A)[None, :] * stride_a
+        offsets += tl.arange(0, BLOCK_A).to(tl.int64)[None, :] * stride_a
         return tl.load(rng_ptr + offsets, mask=live, other=0.0).to(tl.float32)
     else:
         return normal_tile(rng_ptr, stream, k * B + b, BLOCK_A)
@@ -110,14 +110,15 @@ def _squashed_gaussian_fwd_kernel(
     stream,
     action_ptr,
     log_prob_ptr,
+    blocks,
     B,
     A,
     HAS_NOISE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
-    k = tl.program_id(1)
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    k = tl.program_id(0) // blocks  # one dimension: the others end at 65,535 programs
+    b = tl.program_id(0) % blocks * BLOCK_B + tl.arange(0, BLOCK_B)
     in_batch = b < B
     live = in_batch[:, None] & (tl.arange(0, BLOCK_A)[None, :] < A)
     mean = load_tile(mean_ptr, b, stride_mean_b, stride_mean_a, live, BLOCK_A)
@@ -125,7 +126,7 @@ def _squashed_gaussian_fwd_kernel(
     eps = noise_tile(rng_ptr, stride_noise_k, stride_noise_b, stride_noise_a, stream, k, b, B, live, HAS_NOISE, BLOCK_A)
     sigma = exp(log_std)
     squashed = squash(mean + sigma * eps)
-    log_prob = -0.5 * eps * eps - log_std - _HALF_LOG_2PI - squashed[2]
+    log_prob = -0.5 * eps * eps - log_std - HALF_LOG_2PI - squashed[2]
     row = tl.cast(k, tl.int64) * B + b
     store_tile(action_ptr, row, A, squashed[0], live, BLOCK_A)
     tl.store(log_prob_ptr + row, tl.sum(tl.where(live, log_prob, 0.0), 1), mask=in_batch)
@@ -198,13 +199,14 @@ def forward(mean: Tensor, log_std: Tensor, rng: Tensor, stream: int, num_samples
     log_prob = torch.empty((num_samples, batch), dtype=torch.float32, device=mean.device)
     block_a = max(4, power_of_two(size))
     block_b, num_warps = row_block(num_samples * batch, block_a // 4, mean.device)
+    blocks = triton.cdiv(batch, block_b)
     launch(
         _squashed_gaussian_fwd_kernel,
-        (triton.cdiv(batch, block_b), num_samples),
+        blocks * num_samples,
         *(mean, *mean.stride()),
         *(log_std, *log_std.stride()),
         *noise_arguments(rng, stream),
-        *(action, log_prob, batch, size),
+        *(action, log_prob, blocks, batch, size),
         HAS_NOISE=rng.dim() == 3,
         BLOCK_B=block_b,
         BLOCK_A=block_a,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastsac_kernels.launch import Backend, use_triton
-from fastsac_kernels.pathwise_loss import alpha_arguments, scale_op
+from fastsac_kernels.pathwise_loss import alpha_arguments, constant, scale_op
 from fastsac_kernels.squashed_gaussian import wide
 
 
@@ -43,7 +43,7 @@ def td_loss(
 
     Raises:
         ValueError: if the shapes do not fit, or for another backend.
-        TypeError: for a dtype that the Triton kernel does not take.
+        TypeError: for an alpha that is no number, or a dtype that the Triton kernel does not take.
         RuntimeError: if Triton cannot run here.
     """
     if q.dim() != 2 or next_q.shape != q.shape:
@@ -53,15 +53,14 @@ def td_loss(
     for name, value in (("reward", reward), ("terminated", terminated), ("next_log_prob", next_log_prob)):
         if value.shape != q.shape[1:]:  # a [B, 1] here would broadcast to [B, B] without a word
             raise ValueError(f"{name} must be [B] = {list(q.shape[1:])}, got {list(value.shape)}")
-    if isinstance(alpha, Tensor) and alpha.numel() != 1:
-        raise ValueError(f"alpha must be a scalar, got {list(alpha.shape)}")
+    alpha = constant(alpha)
     if use_triton(backend, q):
         constants = (each.detach() for each in (reward, terminated, next_q, next_log_prob))
         loss: Tensor = td_loss_op(q, *constants, *alpha_arguments(alpha), gamma)[0]
         return loss
     with torch.no_grad():
         next_value = wide(next_q).amin(0) - alpha * wide(next_log_prob)
-        target = wide(reward) + gamma * torch.where(terminated.bool(), 0.0, next_value)
+        target = reward.to(next_value.dtype) + gamma * torch.where(terminated.bool(), 0.0, next_value)
     return (wide(q) - target).square().mean(1).sum()
 
 
@@ -99,14 +98,14 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[0])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return (scale_op(gradient, upstream, ctx.dtype).view(ctx.shape), *[None] * 7)
+    gradient, *leaves = ctx.saved_tensors
+    return (scale_op(gradient, upstream, ctx.dtype, leaves).view(ctx.shape), *[None] * 7)
 
 
 td_loss_op.register_autograd(_backward, setup_context=_setup_context)

@@ -51,7 +51,7 @@ def _td_loss_fwd_kernel(
         lowest = smallest(next_q_ptr + b * stride_next_q_b, stride_next_q_e, live, E)[0]
         target = reward + gamma * tl.where(terminated != 0, 0.0, lowest - alpha * log_prob)
         for e in tl.static_range(E):
-            q = tl.load(q_ptr + e * stride_q_e + b * stride_q_b, mask=live, other=0.0).to(tl.float32)
+            q = tl.load(q_ptr + tl.cast(stride_q_e, tl.int64) * e + b * stride_q_b, mask=live, other=0.0).to(tl.float32)
             error = tl.where(live, q - target, 0.0)
             total += error * error
             tl.store(gradient_ptr + e * tl.cast(B, tl.int64) + b, 2.0 * scale * error, mask=live)

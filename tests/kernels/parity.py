@@ -123,11 +123,17 @@ def pathwise(samples: int = 2, batch: int = 33, critics: int = 2, alpha: Any = 0
 
 
 def score(
-    samples: int = 2, batch: int = 33, size: int = 3, kind: str = "loo", noise: bool = False, alpha: Any = 0.37
+    samples: int = 2,
+    batch: int = 33,
+    size: int = 3,
+    kind: str = "loo",
+    noise: bool = False,
+    alpha: Any = 0.37,
+    critics: int = 2,
 ) -> Case:
     samples = max(samples, 2) if kind == "loo" else samples
     floats, rest = policy(batch, size), {"alpha": alpha, "baseline": kind}
-    floats["q"] = 40.0 + normal(samples, 2, batch, seed=6)  # an offset that the baseline should take away
+    floats["q"] = 40.0 + normal(samples, critics, batch, seed=6)  # an offset that the baseline should take away
     if noise:
         floats["rng"] = normal(samples, batch, size, seed=3)
     else:
@@ -149,14 +155,21 @@ def td(critics: int = 2, batch: int = 33, alpha: Any = 0.37, flag: torch.dtype =
 
 def gather(batch: int = 33, obs_size: int = 5, size: int = 3, rows: int = 20, positions: bool = False) -> Case:
     floats = {"obs": normal(rows, 3, obs_size), "action": normal(rows, 3, size), "reward": normal(rows, 3)}
-    span = torch.tensor([3 * rows - 7, 2 * rows])
+    span = torch.tensor([3 * rows - 7, 3 * rows])  # all of the ring, the last row's next one is the first
     rest = {"terminated": normal(rows, 3, seed=2) > 0.0, "span": span, "batch_size": batch, "rng": state()}
     rest["queue"] = torch.randperm(3 * rows, generator=torch.Generator().manual_seed(0))
     if positions:
-        rest["rng"] = torch.arange(batch) % (2 * rows)
+        rest["rng"] = torch.arange(batch) % (3 * rows)
     return Case("replay_gather", floats, (), rest)
 
 
+MODULES = {
+    "sampler": "squashed_gaussian_triton",
+    "pathwise": "pathwise_loss_triton",
+    "score": "score_function_loss_triton",
+    "td": "td_loss_triton",
+    "gather": "replay_gather_triton",
+}
 CASES = {"sampler": sampler, "pathwise": pathwise, "score": score, "td": td, "gather": gather}
 
 
@@ -176,6 +189,30 @@ def check(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32, l
         if found.dtype == torch.bfloat16 and device == "cpu":  # the interpreter rounds towards zero
             slack += torch.finfo(torch.bfloat16).eps * expected.double().abs().max()
         assert error <= 2.0 * allowed + slack, f"{name}: off by {error:.2e}, eager by {allowed:.2e}"
+
+
+class Guarded:
+    """Hands out memory full of NaN, with canaries before and behind it."""
+
+    def __init__(self) -> None:
+        self.empty, self.blocks = torch.empty, list[tuple[Tensor, int]]()
+
+    def __call__(self, *size: Any, dtype: torch.dtype = torch.float32, device: Any = None, **_: Any) -> Tensor:
+        shape = size[0] if len(size) == 1 else size
+        numel = math.prod(shape) if isinstance(shape, list | tuple | torch.Size) else shape
+        poison = math.nan if dtype.is_floating_point else 1
+        block = torch.full((numel + 128,), poison, dtype=dtype, device=device)
+        block[:64], block[-64:] = 77, 77
+        self.blocks.append((block, numel))
+        return block[64:-64].view(shape)
+
+    def check(self) -> None:
+        assert self.blocks
+        for block, numel in self.blocks:
+            canary = torch.full((64,), 77, dtype=block.dtype, device=block.device)
+            assert torch.equal(block[:64], canary)
+            assert torch.equal(block[-64:], canary)
+            assert not block[64 : 64 + numel].isnan().any()
 
 
 def mutate(

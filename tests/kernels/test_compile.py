@@ -8,7 +8,14 @@ from benchmarks.compile_kernels import CHIPS, faults, launches
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    return {"kernel": "_k", "shape": "B=1", "chip": "sm_90", "stack_bytes": 0, "shared_bytes": 227 * 1024} | changes
+    return {
+        "kernel": "_k",
+        "shape": "B=1",
+        "chip": "sm_90",
+        "stack_bytes": 0,
+        "shared_bytes": 227 * 1024,
+        "ordered": True,
+    } | changes
 
 
 @pytest.mark.parametrize(
@@ -17,6 +24,7 @@ def row(**changes: Any) -> dict[str, Any]:
         ({}, None),
         ({"stack_bytes": 8}, "_k (B=1, sm_90) spills: 8 bytes of stack"),
         ({"shared_bytes": 227 * 1024 + 1}, "_k (B=1, sm_90) wants 232449 bytes of shared memory, the chip has 232448"),
+        ({"ordered": False}, "_k (B=1, sm_90) adds up other programs' sums without waiting for them"),
         ({"chip": "sm_80"}, "_k (B=1, sm_80) wants 232448 bytes of shared memory, the chip has 166912"),
     ],
 )

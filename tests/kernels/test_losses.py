@@ -5,23 +5,12 @@ import torch
 from torch import Tensor
 
 from fastsac_kernels import pathwise_loss, score_function_loss, td_loss
+from tests.kernels.parity import normal, strided
 
 SIZES = [(1, 1, 1), (2, 33, 3), (3, 1, 7), (2, 33, 17)]
 every_size = pytest.mark.parametrize(("samples", "batch", "action_size"), SIZES)
 ALPHA = 0.37
 KINDS = ["none", "constant", "loo", "tensor"]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
-
-
-def strided(x: Tensor) -> Tensor:
-    """The same numbers, with gaps between them and the dimensions in reverse order in memory."""
-    order = tuple(range(x.dim()))[::-1]
-    storage = torch.full((*x.permute(order).shape, 2), math.nan, dtype=x.dtype)
-    storage[..., 1] = x.detach().permute(order)
-    return storage[..., 1].permute(order)
 
 
 def pathwise_by_hand(log_prob: Tensor, q: Tensor, upstream: float) -> tuple[float, Tensor, Tensor]:

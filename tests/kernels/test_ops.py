@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastsac_kernels
 from fastsac_kernels import (
     PhiloxState,
     launch,
@@ -22,7 +23,7 @@ from fastsac_kernels.replay_gather import replay_gather_op
 from fastsac_kernels.score_function_loss import score_function_loss_op
 from fastsac_kernels.squashed_gaussian import squashed_gaussian_backward_op, squashed_gaussian_op
 from fastsac_kernels.td_loss import td_loss_op
-from tests.kernels.parity import CASES, DEVICES, Case
+from tests.kernels.parity import BASELINES, CASES, DEVICES, Case, pathwise, score, td
 
 every_device = pytest.mark.parametrize("device", DEVICES)
 every_op = pytest.mark.parametrize("op", CASES)
@@ -53,7 +54,7 @@ def op_arguments(device: str) -> list[tuple[Any, tuple[Any, ...]]]:
             td_loss_op,
             (q[0].detach().requires_grad_(), normal(batch), ends, q[1].detach(), normal(batch), alpha, 0.0, 0.9),
         ),
-        (scale_op, (normal(7), alpha, torch.bfloat16)),
+        (scale_op, (normal(7), alpha, torch.bfloat16, [mean.detach()])),
         (replay_gather_op, (*ring, queue, span, state, 1, 4)),
         (replay_gather_op, (*ring, queue, span, torch.arange(4, device=device), -1, 4)),
     ]
@@ -125,6 +126,14 @@ def test_a_cuda_graph_repeats_the_call(op: str, batch: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", BASELINES)
+def test_a_cuda_graph_repeats_every_baseline(kind: str) -> None:
+    found, expected = replayed(score(kind=kind, alpha=torch.tensor(0.2, device="cuda")).to(torch.float32, "cuda"))
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.gpu
 def test_a_cuda_graph_draws_new_numbers_at_every_replay() -> None:
     rng, mean = PhiloxState(0, "cuda"), torch.zeros(5, 3, device="cuda")
     expected, ahead = [], rng.clone()
@@ -170,6 +179,71 @@ def test_launches_that_may_overlap_share_no_ticket(monkeypatch: pytest.MonkeyPat
     pool = launch._tickets[like.device].zeros
     monkeypatch.setattr(launch, "TICKETS", 5)  # all taken
     assert launch.new_ticket(like).untyped_storage().data_ptr() != pool.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("op", ["sampler", "pathwise", "score", "td"])
+def test_second_derivatives_are_refused(op: str) -> None:
+    case = CASES[op]().to(torch.float32, "cpu")
+    arguments = {name: x.detach() for name, x in case.floats.items()}
+    leaves = [arguments[name].requires_grad_() for name in case.leaves]
+    outputs = getattr(fastsac_kernels, case.op)(**arguments, **case.rest, backend="triton")
+    total = outputs[1].sum() if isinstance(outputs, tuple) else outputs
+    grads = torch.autograd.grad(total, leaves, create_graph=True)
+    penalised = total + sum(grad.square().sum() for grad in grads)  # a first derivative, too: nothing may be left out
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.autograd.grad(penalised, leaves)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_constants_of_any_kind_give_the_same(backend: Any) -> None:
+    for make in (pathwise, score, td):
+        expected = make(alpha=0.25).to(torch.float32, "cpu").call(backend)
+        for alpha in (torch.full((1, 1, 1), 0.25), torch.tensor(0.25, requires_grad=True), torch.tensor(0.25).double()):
+            found = make(alpha=alpha).to(torch.float32, "cpu").call(backend)
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, check_dtype=name != "output 0")
+        with pytest.raises(TypeError, match=r"alpha must be a number or a scalar tensor, got '0\.3'"):
+            make(alpha="0.3").to(torch.float32, "cpu").call(backend)
+    mean, noise = torch.zeros(2, 3, requires_grad=True), torch.zeros(1, 2, 3, dtype=torch.float64, requires_grad=True)
+    action, log_prob = sample_squashed_gaussian(mean, mean, noise, backend=backend)
+    assert action.dtype == log_prob.dtype == torch.float32
+    (action.sum() + log_prob.sum()).backward()
+    assert noise.grad is None  # a constant
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rng": 0}, r"rng must be a PhiloxState or noise \[K, B, A\], got int"),
+        ({"rng": torch.Generator()}, r"rng must be a PhiloxState or noise \[K, B, A\], got Generator"),
+        ({"num_samples": 2.0}, "num_samples must be a whole number, got 2.0"),
+        ({"mean": torch.zeros(2, 3, dtype=torch.int64)}, "mean must be floating-point, got torch.int64"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(changes: dict[str, Any], message: str, backend: Any) -> None:
+    mean = torch.zeros(2, 3)
+    arguments: dict[str, Any] = {"mean": mean, "log_std": mean, "rng": PhiloxState(), "num_samples": 2} | changes
+    with pytest.raises(TypeError, match=message):
+        sample_squashed_gaussian(**arguments, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_span_may_have_gaps(backend: Any) -> None:
+    case = CASES["gather"]().to(torch.float32, "cpu")
+    expected = case.call(backend)
+    case.rest["span"] = torch.stack([case.rest["span"], torch.zeros(2, dtype=torch.int64)], 1)[:, 0]
+    for name, value in case.call(backend).items():
+        assert torch.equal(value, expected[name])
+
+
+def test_many_samples_of_one_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    grids: list[int] = []
+    monkeypatch.setattr(
+        "fastsac_kernels.squashed_gaussian_triton.launch", lambda _, programs, *a, **k: grids.append(programs)
+    )
+    sample_squashed_gaussian(torch.zeros(1, 3), torch.zeros(1, 3), PhiloxState(), 100_000, backend="triton")
+    assert grids == [100_000]  # in the one dimension that allows so many
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
