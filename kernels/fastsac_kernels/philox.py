@@ -122,13 +122,39 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
 
 def philox_words(rng: PhiloxState, rows: int, column_blocks: int) -> Tensor:
     """Return the words of `rows` rows and `column_blocks` blocks of four columns, int64 [rows, column_blocks, 4]."""
-    seed, offset = rng.state.unbind()
-    device = rng.state.device
-    row = torch.arange(rows, device=device)[:, None]
-    block = torch.arange(column_blocks, device=device)[None, :]
-    low, high = offset & MASK, ((offset >> 32) & 0xFFFF) | (rng.stream << 16)
+    words: Tensor = philox_words_op(rng.state, rng.stream, rows, column_blocks)
+    return words
+
+
+# Registered operators, so that torch.compile calls them as they are: it contracts products and sums on a GPU, and on a
+# CPU its vectorised code of them is wrong (torch 2.13).
+@torch.library.custom_op("fastsac_kernels::philox_words", mutates_args=())
+def philox_words_op(state: Tensor, stream: int, rows: int, column_blocks: int) -> Tensor:
+    """See `philox_words`."""
+    seed, offset = state.unbind()
+    row = torch.arange(rows, device=state.device)[:, None]
+    block = torch.arange(column_blocks, device=state.device)[None, :]
+    low, high = offset & MASK, ((offset >> 32) & 0xFFFF) | (stream << 16)
     counter = torch.broadcast_tensors(row, block, low, high)  # type: ignore[no-untyped-call]
     return torch.stack(philox(counter, (seed & MASK, (seed >> 32) & MASK)), -1)
+
+
+@torch.library.custom_op("fastsac_kernels::philox_normal", mutates_args=())
+def philox_normal_op(state: Tensor, stream: int, rows: int, columns: int) -> Tensor:
+    """Return [rows, columns]; see `philox_normal`."""
+    blocks = -(-columns // 4)
+    words = philox_words_op(state, stream, rows, blocks).view(rows, 2 * blocks, 2)
+    return box_muller(words[..., 0], words[..., 1]).view(rows, 4 * blocks)[:, :columns].contiguous()
+
+
+@philox_words_op.register_fake
+def _(state: Tensor, stream: int, rows: int, column_blocks: int) -> Tensor:
+    return state.new_empty((rows, column_blocks, 4))
+
+
+@philox_normal_op.register_fake
+def _(state: Tensor, stream: int, rows: int, columns: int) -> Tensor:
+    return state.new_empty((rows, columns), dtype=torch.float32)
 
 
 def philox_normal(rng: PhiloxState, shape: Sequence[int]) -> Tensor:
@@ -143,9 +169,8 @@ def philox_normal(rng: PhiloxState, shape: Sequence[int]) -> Tensor:
     if not len(shape):
         raise ValueError("shape must have at least one dimension")
     *leading, columns = shape
-    rows, blocks = math.prod(leading), -(-columns // 4)
-    words = philox_words(rng, rows, blocks).view(rows, 2 * blocks, 2)
-    return box_muller(words[..., 0], words[..., 1]).view(rows, 4 * blocks)[:, :columns].reshape(tuple(shape))
+    normal: Tensor = philox_normal_op(rng.state, rng.stream, math.prod(leading), columns)
+    return normal.view(tuple(shape))
 
 
 def box_muller(first: Tensor, second: Tensor) -> Tensor:

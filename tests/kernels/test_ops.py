@@ -19,6 +19,7 @@ from fastsac_kernels import (
     td_loss,
 )
 from fastsac_kernels.pathwise_loss import pathwise_loss_op, scale_op
+from fastsac_kernels.philox import philox_normal_op, philox_words_op
 from fastsac_kernels.replay_gather import replay_gather_op
 from fastsac_kernels.score_function_loss import score_function_loss_op
 from fastsac_kernels.squashed_gaussian import squashed_gaussian_backward_op, squashed_gaussian_op
@@ -57,11 +58,13 @@ def op_arguments(device: str) -> list[tuple[Any, tuple[Any, ...]]]:
         (scale_op, (normal(7), alpha, torch.bfloat16, [mean.detach()])),
         (replay_gather_op, (*ring, queue, span, state, 1, 4)),
         (replay_gather_op, (*ring, queue, span, torch.arange(4, device=device), -1, 4)),
+        (philox_words_op, (state, 1, 5, 2)),
+        (philox_normal_op, (state, 1, 5, 7)),
     ]
 
 
 @every_device
-@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("index", range(12))
 def test_opcheck(index: int, device: str) -> None:
     torch.library.opcheck(*op_arguments(device)[index])
 
@@ -96,6 +99,34 @@ def test_compiles_into_one_graph(op: str, device: str) -> None:
     compiled = torch.compile(surrounded, fullgraph=True, backend=backend)
     for found, expected in zip(run(compiled), run(surrounded), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_the_compiler_does_not_look_into_the_generator(backend: Any) -> None:
+    """It would round differently, and on a CPU its vectorised code of the polynomials is wrong."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    sample, gather = CASES["sampler"]().to(torch.float32, "cpu"), CASES["gather"]().to(torch.float32, "cpu")
+
+    def both(rng: PhiloxState) -> Any:
+        drawn = gather.rest | {"rng": rng}
+        return (
+            *sample_squashed_gaussian(*sample.floats.values(), rng, 2, backend),
+            *replay_gather(**gather.floats, **drawn, backend=backend),
+        )
+
+    rng = sample.rest["rng"]
+    for found, expected in zip(torch.compile(both, backend=keep, fullgraph=True)(rng), both(rng), strict=True):
+        assert torch.equal(found, expected)
+    calls = {str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"}
+    ops = {"reference": {"philox_normal", "philox_words"}, "triton": {"squashed_gaussian", "replay_gather"}}[backend]
+    assert {f"fastsac_kernels.{op}" for op in ops} <= {call.removesuffix(".default") for call in calls}
+    assert not any(word in call for call in calls for word in ("xor", "shift", "and_"))
 
 
 def replayed(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
