@@ -18,7 +18,7 @@ from fastsac.learner.reference import Metrics
 from fastsac.replay import Replay
 from fastsac.types import Batch, Draw, Sampler
 from fastsac_kernels import PhiloxState, philox_normal, replay_gather
-from fastsac_kernels.replay_gather import uniform_positions
+from fastsac_kernels.replay_gather import uniform_positions_op
 
 O, A, N, B, HIDDEN = 5, 3, 2, 17, (8, 6)  # noqa: E741
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -143,7 +143,7 @@ def test_every_draw_has_numbers_of_its_own() -> None:
         expected = [PhiloxState(5, stream=stream) for stream in range(3)]
         for rng in expected:
             rng.advance(step)
-        positions = uniform_positions(expected[2], B, torch.tensor(replay.size))
+        positions = uniform_positions_op(expected[2].state, 2, B, torch.tensor(replay.size))
         ring = replay._obs, replay._action, replay._reward, replay._terminated, replay._queue, replay._span
         for found, wanted in zip(learner.batches[-1], replay_gather(*ring, positions, B), strict=True):
             assert torch.equal(found, wanted)

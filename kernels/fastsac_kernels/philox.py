@@ -120,17 +120,8 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def philox_words(rng: PhiloxState, rows: int, column_blocks: int) -> Tensor:
+def philox_words(state: Tensor, stream: int, rows: int, column_blocks: int) -> Tensor:
     """Return the words of `rows` rows and `column_blocks` blocks of four columns, int64 [rows, column_blocks, 4]."""
-    words: Tensor = philox_words_op(rng.state, rng.stream, rows, column_blocks)
-    return words
-
-
-# Registered operators, so that torch.compile calls them as they are: it contracts products and sums on a GPU, and on a
-# CPU its vectorised code of them is wrong (torch 2.13).
-@torch.library.custom_op("fastsac_kernels::philox_words", mutates_args=())
-def philox_words_op(state: Tensor, stream: int, rows: int, column_blocks: int) -> Tensor:
-    """See `philox_words`."""
     seed, offset = state.unbind()
     row = torch.arange(rows, device=state.device)[:, None]
     block = torch.arange(column_blocks, device=state.device)[None, :]
@@ -139,17 +130,14 @@ def philox_words_op(state: Tensor, stream: int, rows: int, column_blocks: int) -
     return torch.stack(philox(counter, (seed & MASK, (seed >> 32) & MASK)), -1)
 
 
+# A registered operator, so that torch.compile calls it as it is: it would contract products and sums on a GPU, and on a
+# CPU its vectorised code of this is wrong (torch 2.13).
 @torch.library.custom_op("fastsac_kernels::philox_normal", mutates_args=())
 def philox_normal_op(state: Tensor, stream: int, rows: int, columns: int) -> Tensor:
     """Return [rows, columns]; see `philox_normal`."""
     blocks = -(-columns // 4)
-    words = philox_words_op(state, stream, rows, blocks).view(rows, 2 * blocks, 2)
+    words = philox_words(state, stream, rows, blocks).view(rows, 2 * blocks, 2)
     return box_muller(words[..., 0], words[..., 1]).view(rows, 4 * blocks)[:, :columns].contiguous()
-
-
-@philox_words_op.register_fake
-def _(state: Tensor, stream: int, rows: int, column_blocks: int) -> Tensor:
-    return state.new_empty((rows, column_blocks, 4))
 
 
 @philox_normal_op.register_fake

@@ -53,6 +53,7 @@ def replay_gather(
 
     Raises:
         ValueError: if the shapes do not fit, or for another backend.
+        TypeError: for an `rng` of another kind.
         RuntimeError: if Triton cannot run here.
     """
     ring = obs.shape[:2]
@@ -66,6 +67,8 @@ def replay_gather(
             f"queue must be [{ring.numel()}], span [2] and batch_size at least 1, "
             f"got {list(queue.shape)}, {list(span.shape)} and {batch_size}"
         )
+    if not isinstance(rng, PhiloxState | Tensor):
+        raise TypeError(f"rng must be a PhiloxState or positions [B], got {type(rng).__name__}")
     if isinstance(rng, Tensor) and rng.shape != (batch_size,):
         raise ValueError(f"positions must be [{batch_size}], got {list(rng.shape)}")
     if use_triton(backend, obs):
@@ -74,7 +77,9 @@ def replay_gather(
         batch: Transitions = replay_gather_op(*ring_and_queue, state, stream, batch_size)
         return batch
     first, size = span.unbind()
-    position = uniform_positions(rng, batch_size, size) if isinstance(rng, PhiloxState) else rng
+    position: Tensor = (
+        uniform_positions_op(rng.state, rng.stream, batch_size, size) if not isinstance(rng, Tensor) else rng
+    )
     index = queue[(position + first) % len(queue)]
     next_index = (index + ring[1]) % len(queue)
     observations = obs.flatten(0, 1)
@@ -87,10 +92,16 @@ def replay_gather(
     )
 
 
-def uniform_positions(rng: PhiloxState, batch_size: int, size: Tensor) -> Tensor:
-    """Return the positions [B] in [0, size) that the kernel draws."""
-    words = philox_words(rng, batch_size, 1)[:, 0]
+@torch.library.custom_op("fastsac_kernels::uniform_positions", mutates_args=())
+def uniform_positions_op(state: Tensor, stream: int, batch_size: int, size: Tensor) -> Tensor:
+    """Return the positions [B] in [0, size) that the kernel draws; not to be taken apart by torch.compile."""
+    words = philox_words(state, stream, batch_size, 1)[:, 0]
     return (words[:, 1] * size + ((words[:, 0] * size >> 32) & MASK)) >> 32
+
+
+@uniform_positions_op.register_fake
+def _(state: Tensor, stream: int, batch_size: int, size: Tensor) -> Tensor:
+    return state.new_empty(batch_size)
 
 
 @torch.library.custom_op("fastsac_kernels::replay_gather", mutates_args=(), device_types=("cuda", "cpu"))

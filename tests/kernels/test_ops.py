@@ -19,8 +19,8 @@ from fastsac_kernels import (
     td_loss,
 )
 from fastsac_kernels.pathwise_loss import pathwise_loss_op, scale_op
-from fastsac_kernels.philox import philox_normal_op, philox_words_op
-from fastsac_kernels.replay_gather import replay_gather_op
+from fastsac_kernels.philox import philox_normal_op
+from fastsac_kernels.replay_gather import replay_gather_op, uniform_positions_op
 from fastsac_kernels.score_function_loss import score_function_loss_op
 from fastsac_kernels.squashed_gaussian import squashed_gaussian_backward_op, squashed_gaussian_op
 from fastsac_kernels.td_loss import td_loss_op
@@ -58,7 +58,7 @@ def op_arguments(device: str) -> list[tuple[Any, tuple[Any, ...]]]:
         (scale_op, (normal(7), alpha, torch.bfloat16, [mean.detach()])),
         (replay_gather_op, (*ring, queue, span, state, 1, 4)),
         (replay_gather_op, (*ring, queue, span, torch.arange(4, device=device), -1, 4)),
-        (philox_words_op, (state, 1, 5, 2)),
+        (uniform_positions_op, (state, 1, 5, span[1])),
         (philox_normal_op, (state, 1, 5, 7)),
     ]
 
@@ -124,8 +124,8 @@ def test_the_compiler_does_not_look_into_the_generator(backend: Any) -> None:
     for found, expected in zip(torch.compile(both, backend=keep, fullgraph=True)(rng), both(rng), strict=True):
         assert torch.equal(found, expected)
     calls = {str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"}
-    ops = {"reference": {"philox_normal", "philox_words"}, "triton": {"squashed_gaussian", "replay_gather"}}[backend]
-    assert {f"fastsac_kernels.{op}" for op in ops} <= {call.removesuffix(".default") for call in calls}
+    ops = {"reference": ("philox_normal", "uniform_positions"), "triton": ("squashed_gaussian", "replay_gather")}
+    assert {f"fastsac_kernels.{op}" for op in ops[backend]} <= {call.removesuffix(".default") for call in calls}
     assert not any(word in call for call in calls for word in ("xor", "shift", "and_"))
 
 
@@ -257,6 +257,9 @@ def test_arguments_of_another_kind_are_refused(changes: dict[str, Any], message:
     arguments: dict[str, Any] = {"mean": mean, "log_std": mean, "rng": PhiloxState(), "num_samples": 2} | changes
     with pytest.raises(TypeError, match=message):
         sample_squashed_gaussian(**arguments, backend=backend)
+    gathered = CASES["gather"]().to(torch.float32, "cpu")
+    with pytest.raises(TypeError, match=r"rng must be a PhiloxState or positions \[B\], got int"):
+        replay_gather(**gathered.floats, **gathered.rest | {"rng": 0}, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsac_kernels import PhiloxState, philox_normal, sample_squashed_gaussian, score_function_loss
 from fastsac_kernels.philox import philox, philox_words
-from fastsac_kernels.replay_gather import uniform_positions
+from fastsac_kernels.replay_gather import uniform_positions_op
 from tests.kernels.parity import DEVICES, mutate, policy
 
 every_device = pytest.mark.parametrize("device", DEVICES)
@@ -34,7 +34,7 @@ def test_the_counter_is_row_column_block_offset_and_stream() -> None:
     row, block = 5, 2
     counter = [torch.tensor(word) for word in (row, block, 0x13198A2E, 0x03707344)]
     expected = philox(counter, [torch.tensor(0xA4093822), torch.tensor(0x299F31D0)])
-    assert philox_words(rng, 7, 3)[row, block].tolist() == [word.item() for word in expected]
+    assert philox_words(rng.state, rng.stream, 7, 3)[row, block].tolist() == [word.item() for word in expected]
 
 
 def drawn_by_the_kernel(rng: PhiloxState, samples: int, batch: int, size: int) -> Tensor:
@@ -170,7 +170,7 @@ def test_lanes_steps_streams_and_seeds_are_independent() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 1000, 2**31 - 1])
 def test_positions_are_uniform(size: int) -> None:
     draws = 100_000
-    position = uniform_positions(PhiloxState(3), draws, torch.tensor(size))
+    position = uniform_positions_op(PhiloxState(3).state, 0, draws, torch.tensor(size))
     assert position.min() >= 0
     assert position.max() < size
     bins = min(size, 1000)
@@ -182,6 +182,6 @@ def test_positions_are_uniform(size: int) -> None:
 
 def test_a_position_is_the_64_bit_product() -> None:
     rng, size = PhiloxState(9), 2**31 - 1
-    words = philox_words(rng, 50, 1)[:, 0].tolist()
+    words = philox_words(rng.state, 0, 50, 1)[:, 0].tolist()
     expected = [((high << 32 | low) * size) >> 64 for low, high, _, _ in words]
-    assert uniform_positions(rng, 50, torch.tensor(size)).tolist() == expected
+    assert uniform_positions_op(rng.state, 0, 50, torch.tensor(size)).tolist() == expected
