@@ -1,8 +1,6 @@
 """Every operation of `fastsac_kernels` beside PyTorch's eager mode and torch.compile.
 
-    make bench ARGS="-k 'bench_ops and B4096-A6'"
-
-On a CPU torch.compile is measured for A = 6 and where A has no say: each shape costs it seconds.
+make bench ARGS="-k 'bench_ops and B4096-A6'"
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from benchmarks.measure import Call, launched, measure
 from benchmarks.op_cases import BACKENDS, BOTH, CASES, LAUNCH_SIZES, Case, Runner, build, bytes_moved
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-COMPILED_ON_CPU = (6, None)
 CUDA = torch.cuda.is_available()
 
 PARAMETERS = [(case, backend, which) for case in CASES for backend in BACKENDS for which in case.passes]
@@ -47,8 +44,6 @@ def test_op(
     which: str,
 ) -> None:
     require(backend, device)
-    if backend == "compile" and device.type == "cpu" and case.A not in COMPILED_ON_CPU:
-        pytest.skip("on a CPU torch.compile is measured for A = 6 only")
     operation = runner(case, backend, device)
     row: dict[str, Any] = {"pass": which, "backend": backend} | case._asdict()
     forward, backward = bytes_moved(case)
