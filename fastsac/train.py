@@ -42,7 +42,7 @@ class SAC:
         choose(config)  # refuses what does not go together before anything is started
         self.config = config
         self.device = resolve_device(config.device)
-        self.engine, self.engine_reason = choose_engine(config, self.device)
+        _, self.engine_reason = choose_engine(config, self.device)  # and this, too
         self._envs: VectorEnv | None = None
         self._eval_envs: VectorEnv | None = None
         self.steps = 0
@@ -65,6 +65,11 @@ class SAC:
     def updates(self) -> int:
         """Gradient updates made."""
         return self.learner.updates
+
+    @property
+    def engine(self) -> str:
+        """The engine that carries out the updates."""
+        return self.learner.engine
 
     @property
     def envs(self) -> VectorEnv:

@@ -135,7 +135,7 @@ class GraphedLearner(Learner):
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Return all that a resumed run needs: tensors by name, and counters for JSON."""
         tensors, counters = super().state()
-        return tensors | {"philox": torch.stack([self.rng.state, self.acting_rng.state])}, counters
+        return tensors | {"philox": self.acting_rng.state}, counters  # the other one's offset is the number of updates
 
     def load_state(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
         """Take over what `state` returned, also of another engine's learner.
@@ -145,11 +145,10 @@ class GraphedLearner(Learner):
         """
         super().load_state(tensors, counters)
         if "philox" in tensors:
-            for rng, state in zip((self.rng, self.acting_rng), tensors["philox"], strict=True):
-                rng.state.copy_(state)
+            self.acting_rng.state.copy_(tensors["philox"])
         else:  # from the reference: no number that a graphed learner may have drawn before is drawn again
-            self.rng.state[1] = self.updates
             self.acting_rng.state[1] = self.updates << 16
+        self.rng.state[0], self.rng.state[1] = self.acting_rng.state[0], self.updates
         self._forget(None)
 
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 Backend = Literal["auto", "reference", "triton"]
 
-#: the most programs that one launch sums over
-MAX_PROGRAMS = 1024
 #: tickets of a device: one for each stream, and one for each call that a CUDA graph has captured
 TICKETS = 4096
 
@@ -84,6 +82,17 @@ def row_block(rows: int, lanes: int, device: torch.device) -> tuple[int, int]:
         return 1024, 1
     num_warps = max(1 if rows * lanes <= 2**15 else 4, min(8, lanes // 32))  # a very wide row takes several
     return max(1, 32 * num_warps // lanes), num_warps
+
+
+def element_block(size: int) -> tuple[int, int]:
+    """Return elements per program and warps per program, for work on single elements; up to 4096 make one program."""
+    block = power_of_two(size) if size <= 4096 else 1024
+    return block, max(1, min(8, block // 128))
+
+
+def as_bytes(flags: Tensor) -> Tensor:
+    """Return bools as bytes, in place: Triton loads no bits."""
+    return flags.view(torch.uint8) if flags.dtype == torch.bool else flags
 
 
 def new_ticket(like: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def scale_op(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, leaves: lis
 
 
 @scale_op.register_fake
-def _(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, leaves: list[Tensor]) -> Tensor:
+def _(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, *_: Any) -> Tensor:
     return gradient.new_empty(gradient.shape, dtype=dtype)
 
 
@@ -95,26 +95,23 @@ def pathwise_loss_op(log_prob: Tensor, q: Tensor, alpha: Tensor | None, alpha_va
 
 
 @pathwise_loss_op.register_fake
-def _(log_prob: Tensor, q: Tensor, alpha: Tensor | None, alpha_value: float) -> tuple[Tensor, Tensor]:
+def _(log_prob: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     gradient = q.new_empty(q.numel() + log_prob.numel(), dtype=torch.float32)
     return q.new_empty((), dtype=torch.float32), gradient
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    log_prob, q, _, _ = inputs
-    ctx.q_shape, ctx.dtypes = q.shape, (log_prob.dtype, q.dtype)
-    ctx.save_for_backward(output[1], log_prob, q)
+    ctx.save_for_backward(output[1], *inputs[:2])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    gradient, *leaves = ctx.saved_tensors
-    num_samples, critics, batch = ctx.q_shape
-    scaled = scale_op(gradient, upstream, torch.promote_types(*ctx.dtypes), leaves)
-    grad_q, grad_log_prob = scaled.split([num_samples * critics * batch, num_samples * batch])
-    grad_q = grad_q.view(critics, num_samples, batch).transpose(0, 1)
-    return grad_log_prob.view(num_samples, batch).to(ctx.dtypes[0]), grad_q.to(ctx.dtypes[1]), None, None
+    gradient, log_prob, q = ctx.saved_tensors
+    scaled = scale_op(gradient, upstream, torch.promote_types(log_prob.dtype, q.dtype), [log_prob, q])
+    grad_q, grad_log_prob = scaled.split([q.numel(), log_prob.numel()])
+    grad_q = grad_q.view(q.transpose(0, 1).shape).transpose(0, 1)
+    return grad_log_prob.view(log_prob.shape).to(log_prob.dtype), grad_q.to(q.dtype), None, None
 
 
 pathwise_loss_op.register_autograd(_backward, setup_context=_setup_context)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsac_kernels.launch import MAX_PROGRAMS, check_dtypes, launch, power_of_two
+from fastsac_kernels.launch import check_dtypes, element_block, launch
 from fastsac_kernels.scale_triton import finish_sum, load_alpha, sum_buffers
 
 
@@ -73,10 +73,9 @@ def forward(log_prob: Tensor, q: Tensor, alpha: Tensor | float) -> tuple[Tensor,
     check_dtypes(log_prob=log_prob, q=q)
     num_samples, critics, batch = q.shape
     size = num_samples * batch
-    block = min(4096, power_of_two(size)) if size <= 4096 else 1024
-    programs = min(triton.cdiv(size, block), MAX_PROGRAMS)
+    block, num_warps = element_block(size)
     gradient = torch.empty((critics + 1) * size, dtype=torch.float32, device=q.device)
-    loss, partials, ticket = sum_buffers(programs, q)
+    programs, loss, partials, ticket = sum_buffers(triton.cdiv(size, block), q)
     launch(
         _pathwise_loss_fwd_kernel,
         programs,
@@ -87,6 +86,6 @@ def forward(log_prob: Tensor, q: Tensor, alpha: Tensor | float) -> tuple[Tensor,
         E=critics,
         SINGLE=programs == 1,
         BLOCK=block,
-        num_warps=max(1, min(8, block // 128)),
+        num_warps=num_warps,
     )
     return loss, gradient

@@ -13,6 +13,8 @@ captured when the ring was nearly empty draws from all of it later.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -123,17 +125,8 @@ def replay_gather_op(
 
 
 @replay_gather_op.register_fake
-def _(
-    obs: Tensor,
-    action: Tensor,
-    reward: Tensor,
-    terminated: Tensor,
-    queue: Tensor,
-    span: Tensor,
-    rng: Tensor,
-    stream: int,
-    batch_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, *rest: Any) -> Transitions:
+    batch_size = rest[-1]
     return (
         obs.new_empty((batch_size, obs.shape[2])),
         action.new_empty((batch_size, action.shape[2])),

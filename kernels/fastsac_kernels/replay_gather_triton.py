@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsac_kernels.launch import launch, power_of_two, row_block
+from fastsac_kernels.launch import as_bytes, launch, power_of_two, row_block
 from fastsac_kernels.philox_triton import words
 
 
@@ -93,8 +93,8 @@ def forward(
     launch(
         _replay_gather_fwd_kernel,
         (triton.cdiv(batch_size, block_b), triton.cdiv(columns, block_c)),
-        *(obs, action, reward, _bytes(terminated), queue.contiguous(), span.contiguous(), rng.contiguous(), stream),
-        *(out_obs, out_action, out_reward, out_next_obs, _bytes(out_terminated)),
+        *(obs, action, reward, as_bytes(terminated), queue.contiguous(), span.contiguous(), rng.contiguous(), stream),
+        *(out_obs, out_action, out_reward, out_next_obs, as_bytes(out_terminated)),
         *(len(queue), num_envs, batch_size, obs_size, action_size),
         HAS_POSITIONS=stream < 0,
         BLOCK_B=block_b,
@@ -102,7 +102,3 @@ def forward(
         num_warps=num_warps,
     )
     return out_obs, out_action, out_reward, out_next_obs, out_terminated
-
-
-def _bytes(flags: Tensor) -> Tensor:
-    return flags.view(torch.uint8) if flags.dtype == torch.bool else flags

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsac_kernels.launch import MAX_PROGRAMS, launch, new_ticket
+from fastsac_kernels.launch import launch, new_ticket
 
+#: the most programs that one launch sums over
+MAX_PROGRAMS = 1024
 _MAX_PROGRAMS: tl.constexpr = tl.constexpr(MAX_PROGRAMS)
 
 
@@ -54,9 +56,10 @@ def backward(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def sum_buffers(programs: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, a scalar, and what `finish_sum` needs beside it."""
+def sum_buffers(blocks: int, like: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Return how many programs sum over so many blocks, the loss, a scalar, and what `finish_sum` needs beside it."""
     loss = torch.empty((), dtype=torch.float32, device=like.device)
-    if programs == 1:
-        return loss, loss, loss
-    return loss, torch.empty(programs, dtype=torch.float32, device=like.device), new_ticket(like)
+    if blocks == 1:
+        return 1, loss, loss, loss
+    programs = min(blocks, MAX_PROGRAMS)
+    return programs, loss, torch.empty(programs, dtype=torch.float32, device=like.device), new_ticket(like)

@@ -127,32 +127,21 @@ def score_function_loss_op(
 
 
 @score_function_loss_op.register_fake
-def _(
-    mean: Tensor,
-    log_std: Tensor,
-    rng: Tensor,
-    stream: int,
-    q: Tensor,
-    alpha: Tensor | None,
-    alpha_value: float,
-    baseline: str,
-    baseline_value: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _(mean: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return mean.new_empty((), dtype=torch.float32), mean.new_empty(2 * mean.numel(), dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    mean, log_std = inputs[:2]
-    ctx.shape, ctx.dtypes = mean.shape, (mean.dtype, log_std.dtype)
-    ctx.save_for_backward(output[1], mean, log_std)
+    ctx.save_for_backward(output[1], *inputs[:2])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    gradient, *leaves = ctx.saved_tensors
-    scaled = scale_op(gradient, upstream, torch.promote_types(*ctx.dtypes), leaves).view(2, *ctx.shape)
-    return (scaled[0].to(ctx.dtypes[0]), scaled[1].to(ctx.dtypes[1]), *[None] * 7)
+    gradient, mean, log_std = ctx.saved_tensors
+    dtype = torch.promote_types(mean.dtype, log_std.dtype)
+    scaled = scale_op(gradient, upstream, dtype, [mean, log_std]).view(2, *mean.shape)
+    return (scaled[0].to(mean.dtype), scaled[1].to(log_std.dtype), *[None] * 7)
 
 
 score_function_loss_op.register_autograd(_backward, setup_context=_setup_context)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsac_kernels.launch import MAX_PROGRAMS, check_dtypes, launch, power_of_two, row_block
+from fastsac_kernels.launch import check_dtypes, launch, power_of_two, row_block
 from fastsac_kernels.pathwise_loss_triton import smallest
 from fastsac_kernels.scale_triton import finish_sum, load_alpha, sum_buffers
 from fastsac_kernels.squashed_gaussian_triton import (
@@ -136,9 +136,8 @@ def forward(
     if batch * block_a // 4 <= 512:  # one program: nothing to wait for
         block_b = power_of_two(batch)
         num_warps = min(8, max(1, block_b * block_a // 128))
-    programs = min(triton.cdiv(batch, block_b), MAX_PROGRAMS)
     gradient = torch.empty(2 * batch * size, dtype=torch.float32, device=mean.device)
-    loss, partials, ticket = sum_buffers(programs, mean)
+    programs, loss, partials, ticket = sum_buffers(triton.cdiv(batch, block_b), mean)
     scale = 1.0 / (num_samples * batch * (num_samples - 1 if baseline == "loo" else 1))
     launch(
         _score_function_loss_fwd_kernel,

@@ -163,9 +163,7 @@ def _(mean: Tensor, log_std: Tensor, rng: Tensor, stream: int, num_samples: int)
 
 
 @squashed_gaussian_backward_op.register_fake
-def _(
-    grad_action: Tensor, grad_log_prob: Tensor, mean: Tensor, log_std: Tensor, rng: Tensor, stream: int
-) -> tuple[Tensor, Tensor]:
+def _(grad_action: Tensor, grad_log_prob: Tensor, mean: Tensor, log_std: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return mean.new_empty(mean.shape), log_std.new_empty(log_std.shape)
 
 

@@ -83,29 +83,19 @@ def td_loss_op(
 
 
 @td_loss_op.register_fake
-def _(
-    q: Tensor,
-    reward: Tensor,
-    terminated: Tensor,
-    next_q: Tensor,
-    next_log_prob: Tensor,
-    alpha: Tensor | None,
-    alpha_value: float,
-    gamma: float,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty((), dtype=torch.float32), q.new_empty(q.numel(), dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
     ctx.save_for_backward(output[1], inputs[0])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    gradient, *leaves = ctx.saved_tensors
-    return (scale_op(gradient, upstream, ctx.dtype, leaves).view(ctx.shape), *[None] * 7)
+    gradient, q = ctx.saved_tensors
+    return (scale_op(gradient, upstream, q.dtype, [q]).view(q.shape), *[None] * 7)
 
 
 td_loss_op.register_autograd(_backward, setup_context=_setup_context)

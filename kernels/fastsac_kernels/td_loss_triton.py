@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsac_kernels.launch import MAX_PROGRAMS, check_dtypes, launch, power_of_two
+from fastsac_kernels.launch import as_bytes, check_dtypes, element_block, launch
 from fastsac_kernels.pathwise_loss_triton import smallest
 from fastsac_kernels.scale_triton import finish_sum, load_alpha, sum_buffers
 
@@ -70,11 +70,10 @@ def forward(
     """Return the loss, and its gradient for q, [E * B] in float32."""
     check_dtypes(q=q, reward=reward, next_q=next_q, next_log_prob=next_log_prob)
     critics, batch = q.shape
-    block = min(4096, power_of_two(batch)) if batch <= 4096 else 1024
-    programs = min(triton.cdiv(batch, block), MAX_PROGRAMS)
+    block, num_warps = element_block(batch)
     gradient = torch.empty(critics * batch, dtype=torch.float32, device=q.device)
-    loss, partials, ticket = sum_buffers(programs, q)
-    flag = terminated.view(torch.uint8) if terminated.dtype == torch.bool else terminated
+    programs, loss, partials, ticket = sum_buffers(triton.cdiv(batch, block), q)
+    flag = as_bytes(terminated)
     launch(
         _td_loss_fwd_kernel,
         programs,
@@ -88,6 +87,6 @@ def forward(
         E=critics,
         SINGLE=programs == 1,
         BLOCK=block,
-        num_warps=max(1, min(8, block // 128)),
+        num_warps=num_warps,
     )
     return loss, gradient
