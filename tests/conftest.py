@@ -7,9 +7,10 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Kernels are interpreted on the CPU, unless it is the GPU's turn; triton reads this when it is imported.
+    # Unless it is the GPU's turn, kernels are interpreted on the CPU, and a GPU that is there is not seen: no graph can
+    # hold an interpreted kernel. Read when triton is imported, and when CUDA is first asked for.
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
-        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     import triton  # noqa: F401  (importing it after an OpenGL context was made crashes)
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from PIL import Image
 
 from fastsac.cli import default_run_dir, main
@@ -36,7 +35,8 @@ def trained(tmp_path):
 def test_train_then_eval(tmp_path, capsys):
     trained = tmp_path / "run"
     assert run("train", *TINY, "--total-steps", 100, "--run-dir", trained) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "engine reference (no CUDA GPU)" in err
     assert "evaluation return" in out
     assert f"learning curve: {trained / 'learning_curve.png'}" in out
     assert (trained / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
@@ -128,11 +128,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_where_there_is_none(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run("train", *TINY, "--device", "cuda") == 2
     assert "PyTorch sees no CUDA GPU" in capsys.readouterr().err
+    assert run("train", *TINY, "--engine", "graphed") == 2
+    assert capsys.readouterr().err.startswith(
+        "fastsac: --engine graphed records CUDA graphs, which needs a GPU, and this"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_made_with_graphs_is_evaluated_without(trained, capsys):
+    path = trained / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"engine": "graphed"}))
+    assert run("eval", trained, "--episodes", 1) == 0
+    assert run("train", "--resume", trained, "--total-steps", 120) == 2
+    assert "--engine graphed" in capsys.readouterr().err
+    assert run("train", "--resume", trained, "--total-steps", 120, "--engine", "auto") == 0
 
 
 def test_a_run_that_ended_before_its_first_checkpoint(tmp_path, capsys):

@@ -3,7 +3,7 @@
 The ring is laid out ``[rows, N, ...]``; the next observation of row t is row t + 1's. A queue lists the flat indices
 (row * N + environment) of the transitions that may be drawn, its oldest entry at ``first``::
 
-    position   = floor(w * size / 2^64)                  w: 64 random bits, so every entry is as likely to within 2^-33
+    position   = floor(w * size / 2^64)                  w: 64 random bits, so every entry is as likely to within 2^-34
     index      = queue[(first + position) mod length]
     next index = (index + N) mod length
 
@@ -44,7 +44,7 @@ def replay_gather(
         reward: [rows, N].
         terminated: [rows, N] bool.
         queue: [rows * N] int64, flat indices of transitions.
-        span: [2] int64, the place of the queue's oldest entry, and the number of entries: at least 1, below 2^31.
+        span: [2] int64, the place of the queue's oldest entry, and the number of entries: at least 1, at most 2^30.
         rng: the generator, which stays as it is, or positions in the queue [B] int64, counted from the oldest, at least
             0 and below the number of entries.
         batch_size: B.

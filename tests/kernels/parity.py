@@ -195,7 +195,7 @@ class Guarded:
     """Hands out memory full of NaN, with canaries before and behind it."""
 
     def __init__(self) -> None:
-        self.empty, self.blocks = torch.empty, list[tuple[Tensor, int]]()
+        self.blocks: list[tuple[Tensor, int]] = []
 
     def __call__(self, *size: Any, dtype: torch.dtype = torch.float32, device: Any = None, **_: Any) -> Tensor:
         shape = size[0] if len(size) == 1 else size
