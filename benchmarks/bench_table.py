@@ -51,7 +51,8 @@ def table(results: Iterable[Row]) -> str:
     blocks = []
     for result in results:
         sizes = ((4096, 6), (65536, 32)) if on_gpu(result) else ((4096, 6),)
-        blocks += [machine_line(result), *(ops_table(result, *size) for size in sizes), estimators_table(result)]
+        tables = [ops_table(result, *size) for size in sizes]
+        blocks += [machine_line(result), *tables, ratios_table(result), estimators_table(result)]
     return "\n\n".join(filter(None, blocks))
 
 
@@ -106,6 +107,27 @@ def ops_table(result: Row, batch: int, actions: int) -> str:
     title = f"Operations at B = {batch}, A = {actions}, forward and backward: median {where} in us, back to back (with "
     title += "cold caches; bytes over that time as a share of what a copy reaches)"
     return f"{title}\n\n" + markdown(["operation", "MB moved", *BACKENDS.values()], lines)
+
+
+def ratios_table(result: Row) -> str:
+    """Return a row per operation: the range over all sizes of each backend's speed relative to eager PyTorch."""
+    times: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows_of(result):
+        if row.get("pass") == ("fwd" if row.get("op") == "gather" else "fwd+bwd"):
+            case = tuple(row[key] for key in ("op", "baseline", "K", "B", "A"))
+            times.setdefault(case, {})[row["backend"]] = row.get("device_us", row["wall_us"])[1]
+    lines = []
+    for op, name in OPS.items():
+        cells = [name]
+        for backend in ("compile", "triton"):
+            both = [t for case, t in times.items() if case[0] == op and {"reference", backend} <= t.keys()]
+            ratios = sorted(t["reference"] / t[backend] for t in both)
+            cells.append(f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if ratios else missing(backend, result))
+        lines.append(cells)
+    if not times:
+        return ""
+    title = "How many times as fast as eager PyTorch, forward and backward: the range over all sizes and baselines"
+    return f"{title}\n\n" + markdown(["operation", "torch.compile", "Triton"], lines)
 
 
 def order(by_backend: dict[str, Row]) -> tuple[int, int]:

@@ -62,6 +62,17 @@ def test_red_tests_hide_every_speedup(capsys):
     assert "tests are not green" in bench_table.table([result])
 
 
+def test_the_table_states_speeds_relative_to_eager():
+    assert "| score-function loss | 2.50 to 2.50 | 5.00 to 5.00 |" in bench_table.table([run()])
+    assert "| score-function loss | 2.50 to 2.50 | not reported: tests are not green |" in bench_table.table(
+        [run(False)]
+    )
+    slower = run()
+    rows = [row for row in slower["ops"]["rows"] if row["op"] == "sample" and row["pass"] == "fwd+bwd"]
+    next(row for row in rows if row["backend"] == "compile")["device_us"] = [10.0] * 3
+    assert "| sample and log-probability | 0.50 to 2.50 | 5.00 to 5.00 |" in bench_table.table([slower])
+
+
 def test_what_is_missing_is_no_success():
     result = run()
     result["ops"]["rows"] = [row for row in result["ops"]["rows"] if row["B"] != 4096]
