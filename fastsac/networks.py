@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 LOG_STD_MIN = -5.0
 LOG_STD_MAX = 2.0
+LOG_STD_HALF_RANGE = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
+
+#: a layer of a stack of E networks: weight [E, I, O] and bias [E, 1, O]
+StackLayer = tuple[Tensor, Tensor]
 
 #: in place where autograd allows it: its derivative is taken from the output
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -48,6 +52,15 @@ class StackedMLP(nn.Module):
                 x = self.activation(x)
         return x
 
+    def stack(self) -> list[StackLayer]:
+        """Return the parameters' values, layer by layer."""
+        return [(w.detach(), b.detach()) for w, b in zip(self.weights, self.biases, strict=True)]
+
+    def adopt(self, stack: Sequence[StackLayer]) -> None:
+        """Make these tensors the parameters' memory."""
+        for weight, bias, layer in zip(self.weights, self.biases, stack, strict=True):
+            weight.data, bias.data = layer
+
 
 class Actor(nn.Module):
     """The policy's network: obs [B, O] -> mean and log_std of a Gaussian before squashing, each [B, A]."""
@@ -64,8 +77,16 @@ class Actor(nn.Module):
         for layer in self.layers[:-1]:
             x = self.activation(layer(x))
         mean, raw = self.layers[-1](x).chunk(2, dim=-1)
-        half_range = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
-        return mean, LOG_STD_MIN + half_range * (1.0 + torch.tanh(raw))
+        return mean, LOG_STD_MIN + LOG_STD_HALF_RANGE * (1.0 + torch.tanh(raw))
+
+    def stack(self) -> list[StackLayer]:
+        """Return the parameters' values as a stack of one network; the last layer makes mean and raw log_std."""
+        return [(layer.weight.detach().T[None], layer.bias.detach()[None, None]) for layer in self.layers]
+
+    def adopt(self, stack: Sequence[StackLayer]) -> None:
+        """Make these tensors the parameters' memory."""
+        for layer, (weight, bias) in zip(self.layers, stack, strict=True):
+            layer.weight.data, layer.bias.data = weight[0].T, bias[0, 0]
 
 
 class Critic(StackedMLP):

@@ -74,3 +74,44 @@ class Estimator(Protocol):
             alpha: scalar tensor, a constant here.
             baseline: the baseline's name, or its values b(s) [B] where a network supplies them.
         """
+
+
+class Sample(NamedTuple):
+    """K actions per state and what written-out gradients are made of; [K, B, A] where nothing else is said.
+
+    u = mean + deviation is the sample before squashing, and mean and log_std the same for all K.
+    """
+
+    noise: Tensor  # eps
+    log_std: Tensor
+    sigma: Tensor  # exp(log_std)
+    deviation: Tensor  # sigma * eps
+    action: Tensor  # tanh(u)
+    decay: Tensor  # e = exp(-2 |u|)
+    log_prob: Tensor  # [K, B]
+
+
+class ActorGradient(NamedTuple):
+    """An estimate of the gradient of E[alpha * log_prob - min_E q] from each sample; their mean is the estimator's."""
+
+    mean: Tensor  # [K, B, A]
+    log_std: Tensor  # [K, B, A]
+    loss: Callable[[], Tensor]  # what the estimator's loss would be, a scalar
+
+
+class Gradient(Protocol):
+    """An estimator of the actor's gradient, written out: what autograd makes of its `Estimator`, times K B."""
+
+    def __call__(
+        self, sample: Sample, f: Tensor, q_gradient: Callable[[], Tensor], alpha: Tensor, baseline: str | Tensor
+    ) -> ActorGradient:
+        """Return the estimate.
+
+        Args:
+            sample: the actions.
+            f: [K, B], alpha * log_prob - min_E q.
+            q_gradient: goes back through the critics; returns the gradient [K, B, A] of min_E q in the action, where
+                equal critics share.
+            alpha: scalar tensor.
+            baseline: the baseline's name, or its values b(s) [B] where a network supplies them.
+        """

@@ -6,30 +6,32 @@ from typing import NamedTuple
 
 from fastsac.config import Config
 from fastsac.errors import UsageError, did_you_mean
-from fastsac.estimators.pathwise import pathwise
-from fastsac.estimators.score import score
-from fastsac.types import Estimator
+from fastsac.estimators.pathwise import pathwise, pathwise_gradient
+from fastsac.estimators.score import score, score_gradient
+from fastsac.types import Estimator, Gradient
 
 
 class Entry(NamedTuple):
-    """An estimator and the baselines that it takes, the default one first; none at all if empty."""
+    """An estimator, the baselines that it takes, the default one first (none at all if empty), and its gradient."""
 
     estimator: Estimator
     baselines: tuple[str, ...] = ()
+    gradient: Gradient | None = None  # written out, for the engine `fused`; without it other engines serve
 
 
 ESTIMATORS: dict[str, Entry] = {
-    "pathwise": Entry(pathwise),
-    "score": Entry(score, baselines=("loo", "value", "constant", "none")),
+    "pathwise": Entry(pathwise, gradient=pathwise_gradient),
+    "score": Entry(score, baselines=("loo", "value", "constant", "none"), gradient=score_gradient),
 }
 
 
 class Choice(NamedTuple):
-    """What a configuration comes to: the estimator, its baseline ("none" where it takes none) and K."""
+    """What a configuration comes to: the estimator, its baseline ("none" where it takes none), K, its gradient."""
 
     estimator: Estimator
     baseline: str
     num_action_samples: int
+    gradient: Gradient | None
 
 
 def choose(config: Config) -> Choice:
@@ -55,4 +57,4 @@ def choose(config: Config) -> Choice:
         num_action_samples = 2 if baseline == "loo" else 1
     if baseline == "loo" and num_action_samples < 2:
         raise UsageError("--baseline loo compares each sample with the others: --num-action-samples must be at least 2")
-    return Choice(entry.estimator, baseline, num_action_samples)
+    return Choice(entry.estimator, baseline, num_action_samples, entry.gradient)

@@ -10,9 +10,11 @@ The critic is evaluated forward and backward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from fastsac.types import Draw, Estimate, QFunction
+from fastsac.types import ActorGradient, Draw, Estimate, QFunction, Sample
 from fastsac_kernels import pathwise_loss
 
 
@@ -24,3 +26,14 @@ def pathwise(
     q = q_function(action)
     loss = pathwise_loss(log_prob, q, alpha, draw.backend)
     return Estimate(loss, log_prob.detach(), q.detach())
+
+
+def pathwise_gradient(
+    sample: Sample, f: Tensor, q_gradient: Callable[[], Tensor], alpha: Tensor, baseline: str | Tensor
+) -> ActorGradient:
+    """Return the same, written out (see `fastsac.types.Gradient`); 1 - a^2 is 4 e / (1 + e)^2."""
+    one_plus_e = sample.decay + 1.0
+    minus_g = (-4.0 * sample.decay).div_(one_plus_e).div_(one_plus_e).mul_(q_gradient())
+    grad_mean = minus_g.addcmul_(alpha, sample.action, value=2.0)
+    grad_log_std = (grad_mean * sample.deviation).sub_(alpha)
+    return ActorGradient(grad_mean, grad_log_std, f.mean)

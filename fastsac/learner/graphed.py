@@ -6,7 +6,7 @@ the random numbers' offset. Nothing in it is read on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -129,7 +129,7 @@ class GraphedLearner(Learner):
         rng = self.acting_rng if purpose == ACTING else self.rng.of_stream(purpose)
         return Draw(rng, num_samples, self.backend)
 
-    def _adam(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
+    def _adam(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Adam:
         return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=self.device.type == "cuda")
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,8 @@ from fastsac_kernels import td_loss
 from fastsac_kernels.launch import Backend
 
 Metrics = dict[str, Tensor]
+#: Adam's state of each parameter by its place in the group: step, exp_avg, exp_avg_sq
+Moments = dict[int, dict[str, Tensor]]
 #: what random numbers are drawn for: the generator's streams
 NEXT_ACTION, ACTION, BATCH, ACTING = range(4)
 
@@ -58,14 +59,23 @@ class Learner:
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         initial_alpha = 1.0 if config.alpha == "auto" else config.alpha
         self.log_alpha = nn.Parameter(torch.tensor(float(initial_alpha), device=self.device).log())
-        self.optimizers = {
-            "actor": self._adam(self.actor.parameters(), config.actor_lr),
-            "critic": self._adam(self.critic.parameters(), config.critic_lr),
-        }
-        if config.alpha == "auto":
-            self.optimizers["alpha"] = self._adam([self.log_alpha], config.alpha_lr)
-        if self.value is not None:
-            self.optimizers["value"] = self._adam(self.value.parameters(), config.value_lr)
+        self._make_optimizers(
+            {
+                "actor": (list(self.actor.parameters()), config.actor_lr),
+                "critic": (list(self.critic.parameters()), config.critic_lr),
+            }
+            | ({"alpha": ([self.log_alpha], config.alpha_lr)} if self.learns_alpha else {})
+            | ({"value": (list(self.value.parameters()), config.value_lr)} if self.value is not None else {})
+        )
+
+    def _make_optimizers(self, groups: dict[str, tuple[list[nn.Parameter], float]]) -> None:
+        """Take each group's parameters and learning rate."""
+        self.optimizers = {name: self._adam(*group) for name, group in groups.items()}
+
+    @property
+    def learns_alpha(self) -> bool:
+        """Whether alpha is adjusted to a target entropy."""
+        return self.config.alpha == "auto"
 
     @property
     def uses_value(self) -> bool:
@@ -133,7 +143,7 @@ class Learner:
         self._descend("actor", estimate.loss)
         entropy = -estimate.log_prob.mean()
         metrics = {"actor_loss": estimate.loss.detach(), "alpha": alpha, "entropy": entropy}
-        if "alpha" in self.optimizers:
+        if self.learns_alpha:
             self._descend("alpha", self.log_alpha.exp() * (entropy - self.target_entropy))
         if self.value is not None:
             value_loss = (self.value(obs) - estimate.soft_value(alpha)).square().mean()
@@ -154,8 +164,18 @@ class Learner:
         noise = torch.randn((num_samples, *mean.shape), device=self.device, generator=self.generator)
         return Draw(noise, num_samples, self.backend)
 
-    def _adam(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
+    def _adam(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Adam:
         return torch.optim.Adam(parameters, lr=lr, fused=True)
+
+    def _moments(self) -> dict[str, Moments]:
+        """Return the state of each group's Adam."""
+        return {name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()}
+
+    def _load_moments(self, moments: dict[str, Moments]) -> None:
+        """Take over copies of what `_moments` returned; a group that is not there starts anew."""
+        for name, optimizer in self.optimizers.items():
+            state = copy.deepcopy(moments.get(name, {}))
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
     def _networks(self) -> dict[str, nn.Module]:
         networks = {"actor": self.actor, "critic": self.critic, "target_critic": self.target_critic}
@@ -168,9 +188,9 @@ class Learner:
         }
         tensors["log_alpha"] = self.log_alpha.detach()
         tensors["generator"] = self.generator.get_state()
-        for name, optimizer in self.optimizers.items():
-            for index, moments in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in moments.items()}
+        for name, moments in self._moments().items():
+            for index, state in moments.items():
+                tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in state.items()}
         return tensors, {"updates": self.updates}
 
     def load_state(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
@@ -184,16 +204,15 @@ class Learner:
                 prefix = f"{name}."
                 network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
             # a fixed alpha is the configuration's, and from log 0 no gradient leads away
-            if "alpha" in self.optimizers and tensors["log_alpha"].isfinite():
+            if self.learns_alpha and tensors["log_alpha"].isfinite():
                 self.log_alpha.data.copy_(tensors["log_alpha"])
         except (RuntimeError, KeyError) as error:
             raise UsageError("the checkpoint's networks do not fit this configuration") from error
-        for name, optimizer in self.optimizers.items():
-            state: dict[int, dict[str, Tensor]] = {}
-            for key, value in tensors.items():
-                if key.startswith(f"optimizer.{name}."):
-                    _, _, index, moment = key.split(".")
-                    state.setdefault(int(index), {})[moment] = value.clone()
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        moments: dict[str, Moments] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, name, index, moment = key.split(".")
+                moments.setdefault(name, {}).setdefault(int(index), {})[moment] = value
+        self._load_moments(moments)
         restore_generator(self.generator, tensors["generator"])
         self.updates = counters["updates"]

@@ -81,7 +81,7 @@ def score_function_loss(
         noise = noise_of(rng, (num_samples, *mean.shape), mean.dtype)
         _, log_prob = sample_squashed_gaussian(mean, log_std, noise, backend="reference")
         f = alpha * log_prob - wide(q).amin(1)
-        advantage = f - _baseline(f, alpha, baseline)
+        advantage = f - baseline_values(f, alpha, baseline)
         deviation = log_std.exp() * noise  # u - mean; taking the difference would cancel at small sigma
     z = (deviation + (mean.detach() - mean)) * torch.exp(-log_std)
     log_normal = (-0.5 * z.square() - log_std - 0.5 * math.log(2.0 * math.pi)).sum(-1)
@@ -98,8 +98,8 @@ def _check_baseline(baseline: str | Tensor, num_samples: int, batch: int) -> Non
         raise ValueError("baseline 'loo' needs at least 2 action samples per state, got 1")
 
 
-def _baseline(f: Tensor, alpha: Tensor | float, baseline: str | Tensor) -> Tensor | float:
-    """What to subtract from f [K, B]."""
+def baseline_values(f: Tensor, alpha: Tensor | float, baseline: str | Tensor) -> Tensor | float:
+    """Return what to subtract from f [K, B]."""
     if isinstance(baseline, Tensor):
         return baseline.to(f.dtype)
     if baseline == "constant":

@@ -1,0 +1,211 @@
+"""Networks in flat buffers: the memory that written-out updates work on.
+
+A stack of E networks is one buffer [n]: layer by layer its weights [E, I, O], then its biases [E, 1, O], each layer
+starting at a multiple of 64 bytes (what lies between two layers is zero, and stays zero). The modules' parameters are
+views of it. Gradients, Adam's moments and the copies of lower precision have buffers of the same layout, so that one
+call serves a whole network: Adam, the move of the targets, the cast to bfloat16.
+
+The first layer is one block [E, 1 + I, O], with the bias as its first row. Its input has a leading column of ones, so
+``[1 | x] @ block`` is ``bias + x @ weight``, and ``[1 | x]^T @ d`` is the gradient of both. (Hidden activations have no
+such column: their rows would not be aligned.)
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastsac.networks import Actor, StackedMLP
+
+ALIGNMENT = 64  # bytes
+HUGE_PAGE = 2**21
+
+
+class Memory:
+    """Hands out tensors: on a CPU from huge pages, if the system has them, and close to one another.
+
+    An update works on some ten megabytes. In pages of 4 KiB it would spend a good part of its time on page tables.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._rest = torch.empty(0, dtype=torch.uint8)
+        self._shared: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a tensor of zeros."""
+        if self.device.type != "cpu":
+            return torch.zeros(*shape, dtype=dtype, device=self.device)
+        size = math.prod(shape) * dtype.itemsize
+        taken = -(-size // ALIGNMENT) * ALIGNMENT
+        if taken > len(self._rest):
+            self._rest = _huge_pages(taken)
+        block, self._rest = self._rest[:size], self._rest[taken:]
+        return block.view(dtype).view(*shape)
+
+    def shared(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a tensor that shares its memory with all others of this name and type, the largest asked for first."""
+        size = math.prod(shape)
+        if (name, dtype) not in self._shared or len(self._shared[name, dtype]) < size:
+            self._shared[name, dtype] = self.zeros([size], dtype)
+        return self._shared[name, dtype][:size].view(*shape)
+
+
+def _huge_pages(size: int) -> Tensor:
+    """Return at least `size` zero bytes from a multiple of a huge page's size on."""
+    size = -(-size // HUGE_PAGE) * HUGE_PAGE
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel without them
+            pass
+    block = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -block.data_ptr() % HUGE_PAGE
+    return block[start : start + size]
+
+
+class Layer(NamedTuple):
+    """Views of one layer of a stack."""
+
+    weight: Tensor  # [E, I, O]
+    bias: Tensor  # [E, 1, O]
+    block: Tensor  # [E, 1 + I, O]: both in one, the first layer's only
+
+
+class FlatNetwork:
+    """The values of a network's parameters, and the factors that matrix products take."""
+
+    def __init__(self, network: Actor | StackedMLP, memory: Memory, rounded_from: int | None = None) -> None:
+        """Move the network's parameters into one buffer, of which they become views.
+
+        Args:
+            network: the actor, the critics or the value network.
+            memory: where the buffers come from.
+            rounded_from: products take copies rounded to bfloat16 of the layers from this one on, but never of the
+                last one; None rounds nothing.
+        """
+        stack = network.stack()
+        weight = stack[0][0]
+        self.shapes = [tuple(weight.shape) for weight, _ in stack]
+        self.values = memory.zeros([_starts(self.shapes)[-1]], weight.dtype)
+        layers = carve(self.values, self.shapes)
+        for layer, (weight, bias) in zip(layers, stack, strict=True):
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+        network.adopt([(layer.weight, layer.bias) for layer in layers])
+        self.rounded_from = len(stack) - 1 if rounded_from is None else min(rounded_from, len(stack) - 1)
+        #: the layers as products take them
+        self.layers, self._values, self._rounded = self.with_rounded(self.values, memory)
+        self.refresh()
+
+    def with_rounded(self, buffer: Tensor, memory: Memory) -> tuple[list[Layer], Tensor, Tensor]:
+        """Return a buffer's layers, some of them in a buffer of bfloat16, and that part of the one and of the other."""
+        layers, starts = carve(buffer, self.shapes), _starts(self.shapes)
+        part = slice(starts[self.rounded_from], starts[-2])
+        rounded = memory.zeros(buffer.shape if part.start < part.stop else [0], torch.bfloat16)
+        if len(rounded):
+            layers[self.rounded_from : -1] = carve(rounded, self.shapes)[self.rounded_from : -1]
+        return layers, buffer[part], rounded[part]
+
+    def refresh(self) -> None:
+        """Round the values anew; to be called whenever they have changed."""
+        if len(self._rounded):
+            self._rounded.copy_(self._values)
+
+
+class FlatGradients:
+    """A network's gradients: views that products write into, of their factors' types."""
+
+    def __init__(self, network: FlatNetwork, grads: Tensor, memory: Memory) -> None:
+        """Lay views over `grads` [n]."""
+        self.layers, self._grads, self._rounded = network.with_rounded(grads, memory)
+
+    def widen(self) -> None:
+        """Bring what was computed in bfloat16 to the buffer that Adam reads."""
+        if len(self._rounded):
+            self._grads.copy_(self._rounded)
+
+
+class FlatAdam:
+    """Adam (Kingma and Ba, arXiv 1412.6980) over one buffer, with the constants of `torch.optim.Adam`."""
+
+    def __init__(self, values: Tensor, parameters: Sequence[nn.Parameter], lr: float, memory: Memory) -> None:
+        """Start with moments of zero.
+
+        Args:
+            values: [n], of which the parameters are views.
+            parameters: in the order in which another engine's optimiser counts them.
+            lr: the learning rate.
+            memory: where the buffers come from.
+        """
+        self.grads, self.exp_avg, self.exp_avg_sq = (memory.zeros(values.shape, values.dtype) for _ in range(3))
+        self.step = torch.zeros((), device=values.device)
+        self._parameters = list(parameters)
+        self._arguments = [[values], [self.grads], [self.exp_avg], [self.exp_avg_sq], [], [self.step]]
+        constants = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
+        self._constants = constants | {"lr": lr, "amsgrad": False, "maximize": False}
+
+    def descend(self) -> None:
+        """Take one step along the gradients."""
+        self.step += 1.0
+        torch._fused_adam_(*self._arguments, **self._constants)
+
+    def of_parameters(self, buffer: Tensor) -> list[Tensor]:
+        """Return views of a buffer of this layout in the parameters' shapes."""
+        return [
+            buffer.as_strided(p.shape, p.stride(), buffer.storage_offset() + p.storage_offset() - self._start)
+            for p in self._parameters
+        ]
+
+    @property
+    def _start(self) -> int:
+        return int(self._arguments[0][0].storage_offset())
+
+    def moments(self) -> dict[int, dict[str, Tensor]]:
+        """Return what `torch.optim.Adam` would have as its state."""
+        if not self.step.item():
+            return {}
+        moments = zip(self.of_parameters(self.exp_avg), self.of_parameters(self.exp_avg_sq), strict=True)
+        return {
+            index: {"step": self.step.clone(), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+            for index, (exp_avg, exp_avg_sq) in enumerate(moments)
+        }
+
+    def load_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
+        """Take over copies of what `moments` returned; where there is nothing, start anew."""
+        self.step.zero_()
+        for name, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            buffer.zero_()
+            for index, view in enumerate(self.of_parameters(buffer)):
+                if index in moments:
+                    view.copy_(moments[index][name])
+                    self.step.copy_(moments[index]["step"])
+
+
+def carve(buffer: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Layer]:
+    """Return the layers' views of a buffer, for weights of these shapes [E, I, O]."""
+    layers = []
+    for index, (start, (networks, fan_in, fan_out)) in enumerate(zip(_starts(shapes), shapes, strict=False)):
+        size, size_of_weight = networks * (1 + fan_in) * fan_out, networks * fan_in * fan_out
+        block = buffer[start : start + size].view(networks, 1 + fan_in, fan_out)
+        if index == 0:
+            weight, bias = block[:, 1:], block[:, :1]
+        else:  # products of bfloat16 are fast for weights without gaps only
+            weight = buffer[start : start + size_of_weight].view(networks, fan_in, fan_out)
+            bias = buffer[start + size_of_weight : start + size].view(networks, 1, fan_out)
+        layers.append(Layer(weight, bias, block))
+    return layers
+
+
+def _starts(shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    """Return where each layer starts, and the length of the buffer."""
+    numbers = ALIGNMENT // 2  # of the narrowest type
+    sizes = (networks * (1 + fan_in) * fan_out for networks, fan_in, fan_out in shapes)
+    return list(accumulate((-(-size // numbers) * numbers for size in sizes), initial=0))

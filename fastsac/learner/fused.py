@@ -1,0 +1,238 @@
+"""The fused engine: SAC's update with every gradient written out, over networks in flat buffers. No autograd.
+
+One update, in the order of the reference engine, with B states, K action samples, E critics::
+
+    batch       x = [1 | obs | action]: next_obs with a', obs with each of the K samples, obs with the batch's action
+    policy      y = actor([1 | next_obs, obs]) in one pass: both take the same weights
+                log_std = 3.5 tanh(raw) - 1.5,  sigma = exp(log_std),  u = mean + sigma eps,  a = tanh(u)
+                log_prob = sum_A [2 (|u| + log1p(e) - log 2) - log_std - eps^2 / 2 - log(2 pi) / 2],  e = exp(-2 |u|)
+    critics     target = reward + gamma (1 - terminated) (min_E target_critic(next_obs, a') - alpha log_prob')
+                loss = sum_E mean_B (q - target)^2             dq = 2 (q - target) / B
+    actor       f = alpha log_prob - min_E q                   d mean, d log_std by the estimator (fastsac.estimators)
+                d raw = d log_std * 3.5 (1 - tanh(raw)^2)      dy = [d mean | d raw] / B
+                d min_E q / da = sum over the smallest critics of dq/da, over their number
+    alpha       loss = alpha (entropy - target_entropy)        d log_alpha = alpha (entropy - target_entropy)
+    value       loss = mean_B (V - soft_value)^2               dV = 2 (V - soft_value) / B,  soft_value = -mean_K f
+    targets     target_critic += tau (critic - target_critic)
+
+How gradients pass through the networks' layers is written out in `fastsac.learner.stack`, where they live in
+`fastsac.learner.flat`. With the factors of products in bfloat16 all else stays float32: parameters, Adam, targets,
+every network's last layer, losses and sums.
+"""
+
+from __future__ import annotations
+
+import math
+import torch
+from torch import Tensor, nn
+
+from fastsac.config import Config
+from fastsac.errors import UsageError
+from fastsac.learner.flat import FlatAdam, FlatGradients, FlatNetwork, Memory
+from fastsac.learner.reference import Learner, Metrics, Moments
+from fastsac.learner.stack import ACTIVATIONS, StackPass
+from fastsac.networks import LOG_STD_HALF_RANGE, LOG_STD_MAX, LOG_STD_MIN
+from fastsac.types import Batch, Gradient, Sample, Sampler
+
+LOG_STD_MIDDLE = 0.5 * (LOG_STD_MIN + LOG_STD_MAX)
+#: first layers with at most so many inputs gain nothing from products of bfloat16
+NARROW = 64
+#: transitions that are drawn in one go, if several updates are due
+TRANSITIONS_DRAWN = 8192
+
+
+class FusedLearner(Learner):
+    """A learner whose parameters, gradients and moments lie in flat buffers, of which the modules' tensors are views."""
+
+    engine = "fused"
+
+    def __init__(
+        self, config: Config, obs_size: int, action_size: int, device: torch.device | str = "cpu", seed: int = 0
+    ) -> None:
+        """Initialise the networks, as the reference engine does from the same seed.
+
+        Raises:
+            UsageError: if the estimator has no written-out gradient.
+        """
+        super().__init__(config, obs_size, action_size, device, seed)
+        if self.choice.gradient is None:
+            raise UsageError(f"--engine fused: --estimator {config.estimator} has no written-out gradient")
+        self._gradient: Gradient = self.choice.gradient
+        self._grad_log_alpha = self._adams["alpha"].grads[0] if self.learns_alpha else None
+        self._make_passes(obs_size, action_size)
+
+    def _make_optimizers(self, groups: dict[str, tuple[list[nn.Parameter], float]]) -> None:
+        self._memory = Memory(self.device)
+        inputs = sum(layer[0].shape[1] for layer in self.critic.stack()[:1])
+        rounded_from = int(inputs <= NARROW) if self.config.precision == "bf16" else None
+        self._flat = {
+            name: FlatNetwork(network, self._memory, rounded_from) for name, network in self._networks().items()
+        }
+        self._adams: dict[str, FlatAdam] = {}
+        self._grads: dict[str, FlatGradients] = {}
+        self._log_std_middle = torch.full((), LOG_STD_MIDDLE, dtype=self.log_alpha.dtype, device=self.device)
+        for name, (parameters, lr) in groups.items():
+            values = self._flat[name].values if name in self._flat else self.log_alpha.detach().view(1)
+            self._adams[name] = FlatAdam(values, parameters, lr, self._memory)
+            if name in self._flat:
+                self._grads[name] = FlatGradients(self._flat[name], self._adams[name].grads, self._memory)
+
+    def _make_passes(self, obs_size: int, action_size: int) -> None:
+        batch, samples, dtype = self.config.batch_size, self.choice.num_action_samples, self.log_alpha.dtype
+        noise = torch.empty(1 + samples, batch, action_size, dtype=dtype, device=self.device)
+        self._next_noise, self._sample_noise, self._noise = noise[:1], noise[1:], noise
+        # [1 | obs | action]: next_obs with its sampled action, obs with K sampled ones, obs with the batch's
+        columns = 1 + obs_size + action_size
+        x = self._memory.zeros([2 + samples, batch, columns], self._flat["critic"].layers[0].block.dtype)
+        x[:, :, 0] = 1.0
+        self._next_obs, self._obs = x[0, :, 1:-action_size], x[1:, :, 1:-action_size]
+        self._next_action, self._sampled_action = x[:1, :, -action_size:], x[:-1, :, -action_size:]
+        self._batch_action = x[-1, :, -action_size:]
+        policy_x = x[:2].view(2 * batch, columns)[:, :-action_size]
+
+        def make(network: str, x: Tensor, name: str, trained: bool = False, first_row: int = 0) -> StackPass:
+            grads = self._grads[network] if trained else None
+            activation = ACTIVATIONS[self.config.activation]
+            return StackPass(self._flat[network], activation, x, self._memory, name, grads, first_row)
+
+        self._sampled_pass = make("critic", x[1:-1].view(samples * batch, columns), "critic")
+        self._target_pass = make("target_critic", x[0], "critic")
+        self._critic_pass = make("critic", x[-1], "critic", trained=True)
+        self._policy_pass = make("actor", policy_x, "actor", trained=True, first_row=batch)
+        self._next_policy_pass = make("actor", policy_x[:batch], "actor")
+        self._grad_mean, self._grad_raw = self._policy_pass.grad_output[0].chunk(2, 1)
+        self._action_weight = self._flat["critic"].layers[0].weight[:, -action_size:].mT
+        self._value_pass = make("value", policy_x[batch:], "value", trained=True) if self.uses_value else None
+
+    @torch.inference_mode()
+    def update(self, replay: Sampler, num_updates: int = 1) -> Metrics:
+        """Make `num_updates` gradient updates, each on a new batch.
+
+        Returns:
+            Scalars as those of the reference engine; only those of the last update are computed.
+        """
+        metrics: Metrics = {}
+        size, every = self.config.batch_size, self.config.actor_every
+        while num_updates:
+            drawn = min(num_updates, max(1, TRANSITIONS_DRAWN // size))
+            parts = [part.split(size) for part in replay.sample(drawn * size)]
+            for batch in zip(*parts, strict=True):
+                num_updates -= 1
+                self._update_fused(Batch(*batch), self.updates % every == 0, metrics if num_updates < every else None)
+                self.updates += 1
+        return metrics
+
+    def _update_fused(self, batch: Batch, with_actor: bool, metrics: Metrics | None) -> None:
+        self._next_obs.copy_(batch.next_obs)
+        self._obs.copy_(batch.obs)
+        self._batch_action.copy_(batch.action)
+        alpha = self.log_alpha.exp()
+        sample, squashed = self._sample_policy(with_actor)
+        self._descend_critic(batch, sample.log_prob[0], alpha, metrics)
+        if with_actor:
+            self._descend_actor_and_alpha(Sample(*(part[1:] for part in sample)), squashed, alpha, metrics)
+        target = self._flat["target_critic"]
+        target.values.lerp_(self._flat["critic"].values, self.config.tau)
+        target.refresh()
+
+    def _sample_policy(self, with_actor: bool) -> tuple[Sample, Tensor]:
+        """Return a sample for next_obs, [1, B, A], and if it is the actor's turn K for obs behind it, [1 + K, B, A].
+
+        And tanh(raw) [B, A] for obs.
+        """
+        self._next_noise.normal_(generator=self.generator)
+        if with_actor:
+            self._sample_noise.normal_(generator=self.generator)  # by itself: the numbers are the reference engine's
+        output = (self._policy_pass if with_actor else self._next_policy_pass).forward()
+        mean, raw = output.view(-1, self.config.batch_size, output.shape[2]).chunk(2, -1)
+        squashed = torch.tanh(raw)
+        log_std = torch.add(self._log_std_middle, squashed, alpha=LOG_STD_HALF_RANGE)
+        samples = self.choice.num_action_samples
+        if with_actor and samples > 1:
+            mean, log_std = (torch.cat([part[:1], part[1:].expand(samples, -1, -1)]) for part in (mean, log_std))
+        noise = self._noise if with_actor else self._next_noise
+        sigma = log_std.exp()
+        deviation = sigma * noise
+        u = mean + deviation
+        action = torch.tanh(u)
+        (self._sampled_action if with_actor else self._next_action).copy_(action)
+        abs_u = u.abs()
+        decay = (-2.0 * abs_u).exp_()
+        terms = torch.log1p(decay).add_(abs_u).sub_(math.log(2.0) + 0.25 * math.log(2.0 * math.pi)).mul_(2.0)
+        log_prob = terms.sub_(log_std).addcmul_(noise, noise, value=-0.5).sum(-1)
+        return Sample(noise, log_std, sigma, deviation, action, decay, log_prob), squashed[-1]
+
+    def _descend_critic(self, batch: Batch, next_log_prob: Tensor, alpha: Tensor, metrics: Metrics | None) -> None:
+        made = self._critic_pass
+        next_q = self._target_pass.forward().squeeze(2)
+        next_value = torch.addcmul(next_q.amin(0), alpha, next_log_prob, value=-1.0)
+        target = torch.add(batch.reward, torch.where(batch.terminated, 0.0, next_value), alpha=self.config.gamma)
+        q = made.forward()
+        errors = q - target.unsqueeze(1)
+        torch.mul(errors, 2.0 / len(target), out=made.grad_output)
+        if metrics is not None:
+            metrics |= {"critic_loss": errors.square().mean(1).sum(), "q": q.mean()}
+        made.backward()
+        self._adams["critic"].descend()
+        self._flat["critic"].refresh()
+
+    def _descend_actor_and_alpha(
+        self, sample: Sample, squashed: Tensor, alpha: Tensor, metrics: Metrics | None
+    ) -> None:
+        samples, batch, action_size = sample.action.shape
+        q = self._sampled_pass.forward()
+        min_q = q.amin(0)
+        f = torch.mul(alpha, sample.log_prob).sub_(min_q.view(samples, batch))
+
+        def q_gradient() -> Tensor:
+            share = torch.eq(q, min_q, out=self._sampled_pass.grad_output)
+            share /= share.sum(0)
+            d = self._sampled_pass.backward()
+            return torch.bmm(d, self._action_weight).sum(0, dtype=q.dtype).view(samples, batch, action_size)
+
+        baseline: str | Tensor = self.choice.baseline
+        if self._value_pass is not None:
+            value = self._value_pass.forward()
+            baseline = -value.view(batch)
+        gradient = self._gradient(sample, f, q_gradient, alpha, baseline)
+        grad_mean, grad_log_std = (
+            each[0] if samples == 1 else each.sum(0) for each in (gradient.mean, gradient.log_std)
+        )
+        torch.mul(grad_mean, 1.0 / (samples * batch), out=self._grad_mean)
+        grad_raw = torch.ops.aten.tanh_backward(grad_log_std, squashed)
+        torch.mul(grad_raw, LOG_STD_HALF_RANGE / (samples * batch), out=self._grad_raw)
+        self._policy_pass.backward()
+        self._adams["actor"].descend()
+        self._flat["actor"].refresh()
+        if metrics is not None or self.learns_alpha:
+            entropy = sample.log_prob.mean().neg_()
+        if metrics is not None:
+            metrics |= {"actor_loss": gradient.loss(), "alpha": alpha, "entropy": entropy}
+        if self.learns_alpha:
+            torch.mul(alpha, entropy - self.target_entropy, out=self._grad_log_alpha)
+            self._adams["alpha"].descend()
+        if self._value_pass is not None:
+            errors = value + f.mean(0).unsqueeze(1)
+            torch.mul(errors, 2.0 / batch, out=self._value_pass.grad_output)
+            self._value_pass.backward()
+            self._adams["value"].descend()
+            self._flat["value"].refresh()
+            if metrics is not None:
+                metrics["value_loss"] = errors.square().mean()
+
+    def _moments(self) -> dict[str, Moments]:
+        return {name: adam.moments() for name, adam in self._adams.items()}
+
+    def _load_moments(self, moments: dict[str, Moments]) -> None:
+        for name, adam in self._adams.items():
+            adam.load_moments(moments.get(name, {}))
+
+    def load_state(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
+        """Take over what `state` returned, also of another engine's learner.
+
+        Raises:
+            UsageError: if it comes from a learner of another shape or another estimator's networks.
+        """
+        super().load_state(tensors, counters)
+        for network in self._flat.values():
+            network.refresh()
