@@ -27,9 +27,12 @@ WARM_STEPS = 320  # steps with updates after those, never timed: compilation, al
 VEC_ENVS = 16  # also the number of updates a call in the "16 updates a call" blocks
 PACKAGES = ("stable_baselines3", "sbx-rl", "jax", "jaxlib", "flax", "optax", "fastsac", "torch", "numpy", "gymnasium")
 FASTSAC_VARIANTS: dict[str, dict[str, Any]] = {
-    "fastsac pathwise fp32": {"estimator": "pathwise", "precision": "fp32"},
-    "fastsac pathwise bf16": {"estimator": "pathwise", "precision": "bf16"},
+    "fastsac reference": {"engine": "reference", "precision": "fp32"},
+    "fastsac pathwise fp32": {"precision": "fp32"},
+    "fastsac pathwise bf16": {"precision": "bf16"},
     "fastsac score+loo fp32": {"estimator": "score", "baseline": "loo", "precision": "fp32"},
+    "fastsac score+loo bf16": {"estimator": "score", "baseline": "loo", "precision": "bf16"},
+    "fastsac score+none bf16": {"estimator": "score", "baseline": "none", "precision": "bf16"},
 }
 CONTENDERS = ("sb3", "sbx", *FASTSAC_VARIANTS)
 SETTINGS = {

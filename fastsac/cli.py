@@ -171,8 +171,9 @@ def _describe(agent: Any) -> str:
     estimator = config.estimator if choice.baseline == "none" else f"{config.estimator} ({choice.baseline})"
     threads = f", threads {agent.num_threads}" if agent.device.type == "cpu" else ""
     return (
-        f"{config.env_id} ({agent.envs.backend_name}), {estimator}, K={choice.num_action_samples}, {config.precision}, "
-        f"{agent.device.type}{threads}, engine {agent.engine} ({agent.engine_reason})"
+        f"{config.env_id} ({agent.envs.backend_name}), {estimator}, K={choice.num_action_samples}, "
+        f"{agent.device.type}{threads}, engine {agent.engine} ({agent.engine_reason}), "
+        f"precision {agent.setup.precision} ({agent.setup.precision_reason})"
     )
 
 
@@ -188,7 +189,8 @@ def _eval(command: Eval) -> None:
         check_video_path(command.video)
     config = read_config(command.run_dir)
     # where it is evaluated need not be like where it was trained, and small batches gain nothing by threads
-    agent = SAC.load(command.run_dir, dataclasses.replace(config, device="auto", engine="auto", num_threads=1))
+    plain = dataclasses.replace(config, device="auto", engine="auto", precision="fp32", num_threads=1)
+    agent = SAC.load(command.run_dir, plain)
     if command.video is not None:
         agent.record_video(command.video, command.seed)
         print(f"video: {command.video}", file=sys.stderr)

@@ -67,10 +67,12 @@ class Config:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is a GPU."""
-    engine: Literal["auto", "reference", "graphed"] = "auto"
-    """`reference` is eager PyTorch, `graphed` CUDA graphs of the same with Triton kernels; `auto` takes it on CUDA."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` allows matrix products of reduced precision: TF32 on CUDA, bfloat16 on CPUs whose library has it."""
+    engine: Literal["auto", "reference", "graphed", "fused"] = "auto"
+    """`reference` is eager PyTorch, `graphed` CUDA graphs of it with Triton kernels, `fused` has its gradients written
+    out, on a CPU. `auto` takes `graphed` on CUDA, else `fused`."""
+    precision: Literal["auto", "fp32", "bf16", "tf32"] = "auto"
+    """Of matrix products: `fp32`; `bf16`, rounded factors on CPUs that multiply them in hardware (engine `fused`);
+    `tf32` on CUDA. `auto` takes `bf16` where a measurement at start-up finds it faster, else `fp32`."""
     num_threads: int = 0
     """PyTorch's CPU threads; 0 measures at start-up which number is fastest."""
 
@@ -148,8 +150,8 @@ _CHOICES = {
     "env_backend": ("auto", "envpool", "gymnasium"),
     "activation": ("relu", "elu", "silu", "tanh"),
     "device": ("auto", "cpu", "cuda"),
-    "engine": ("auto", "reference", "graphed"),
-    "precision": ("fp32", "bf16"),
+    "engine": ("auto", "reference", "graphed", "fused"),
+    "precision": ("auto", "fp32", "bf16", "tf32"),
 }
 _TINY, _HUGE = sys.float_info.min, sys.float_info.max
 #: the range of each real number, which also refuses NaN and infinities

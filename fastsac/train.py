@@ -21,7 +21,7 @@ from fastsac.envs import Floats, Spaces, Step, VectorEnv, make_envs
 from fastsac.errors import FastsacError, UsageError
 from fastsac.estimators import choose
 from fastsac.evaluate import Evaluation, evaluate, record_video
-from fastsac.learner import choose_engine, make_learner, resolve_device, set_up_torch
+from fastsac.learner import choose_engine, make_learner, precisions, resolve_device, set_up_torch
 from fastsac.logger import EpisodeStatistics, Logger
 from fastsac.replay import Replay
 from fastsac.run_dir import config_from_dict, refuse_if_taken, write_config
@@ -42,7 +42,8 @@ class SAC:
         choose(config)  # refuses what does not go together before anything is started
         self.config = config
         self.device = resolve_device(config.device)
-        _, self.engine_reason = choose_engine(config, self.device)  # and this, too
+        _, self.engine_reason = choose_engine(config, self.device)
+        precisions(config, self.device)
         self._envs: VectorEnv | None = None
         self._eval_envs: VectorEnv | None = None
         self.steps = 0
@@ -50,8 +51,9 @@ class SAC:
         if spaces is None:
             self.spaces = self.envs.spaces
         sizes = self.spaces.obs_size, self.spaces.action_size
-        self.num_threads = set_up_torch(config, self.device, *sizes)
-        self.learner = make_learner(config, *sizes, self.device, seed=_child_seed(config.seed, _LEARNER))
+        self.setup = set_up_torch(config, self.device, *sizes)
+        resolved = dataclasses.replace(config, precision=self.setup.precision)
+        self.learner = make_learner(resolved, *sizes, self.device, seed=_child_seed(config.seed, _LEARNER))
         self._replay: Replay | None = None
         self._exploration = np.random.default_rng(_child_seed(config.seed, _EXPLORATION))
         self._warm_up_left = config.learning_starts
@@ -70,6 +72,11 @@ class SAC:
     def engine(self) -> str:
         """The engine that carries out the updates."""
         return self.learner.engine
+
+    @property
+    def num_threads(self) -> int:
+        """PyTorch's threads on the CPU."""
+        return self.setup.num_threads
 
     @property
     def envs(self) -> VectorEnv:

@@ -1,15 +1,20 @@
 """The learner: its state, and `update` with one signature and several engines."""
 
-from fastsac.learner.device import fastest_num_threads, resolve_device, set_up_torch
-from fastsac.learner.graphed import GraphedLearner, choose_engine, make_learner
+from fastsac.learner.device import Setup, has_bfloat16_products, precisions, resolve_device, set_up_torch
+from fastsac.learner.engines import choose_engine, make_learner
+from fastsac.learner.fused import FusedLearner
+from fastsac.learner.graphed import GraphedLearner
 from fastsac.learner.reference import Learner
 
 __all__ = [
+    "FusedLearner",
     "GraphedLearner",
     "Learner",
+    "Setup",
     "choose_engine",
-    "fastest_num_threads",
+    "has_bfloat16_products",
     "make_learner",
+    "precisions",
     "resolve_device",
     "set_up_torch",
 ]

@@ -1,18 +1,35 @@
-"""Where updates run, and the settings that PyTorch keeps per process."""
+"""Where updates run, in which precision and with how many threads, and what PyTorch keeps of that per process."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
 from fastsac.config import Config
 from fastsac.errors import UsageError
-from fastsac.learner.reference import Learner
+from fastsac.learner.engines import choose_engine, make_learner
 from fastsac.types import Batch
 from fastsac_kernels import PhiloxState
 from fastsac_kernels.launch import Backend
+
+Precision = Literal["fp32", "tf32", "bf16"]
+#: rounding has to pay: bfloat16 is taken if an update takes at most so much of float32's time
+WORTH_ROUNDING = 0.95
+#: no further round of measurements is begun after this time
+MEASURE_SECONDS = 0.5
+
+
+class Setup(NamedTuple):
+    """What the process was set to, and why."""
+
+    precision: Precision
+    precision_reason: str
+    num_threads: int  # of the CPU
 
 
 def resolve_device(name: str) -> torch.device:
@@ -28,53 +45,108 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def set_up_torch(config: Config, device: torch.device, obs_size: int, action_size: int) -> int:
-    """Set precision and threads for this process; return the number of CPU threads."""
-    torch.set_float32_matmul_precision("medium" if config.precision == "bf16" else "highest")
+def has_bfloat16_products() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 in hardware: AVX512-BF16 or AMX on x86, BF16 on Arm."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def precisions(config: Config, device: torch.device) -> list[Precision]:
+    """Return what `--precision` leaves to choose from.
+
+    Raises:
+        UsageError: if what it asks for cannot be had here.
+    """
+    engine, _ = choose_engine(config, device)
+    asked = config.precision
+    if asked == "tf32" and device.type != "cuda":
+        raise UsageError("--precision tf32 needs a CUDA GPU; --precision fp32 works")
+    if asked == "bf16" and engine != "fused":
+        raise UsageError(f"--precision bf16 is what --engine fused serves, and the engine is {engine}: take fp32")
+    if asked == "bf16" and not has_bfloat16_products():
+        raise UsageError("--precision bf16: this CPU has no bfloat16 products, so it would be slower; take fp32 or auto")
+    if asked != "auto":
+        return [asked]
+    return ["fp32", "bf16"] if engine == "fused" and has_bfloat16_products() else ["fp32"]
+
+
+def set_up_torch(config: Config, device: torch.device, obs_size: int, action_size: int) -> Setup:
+    """Set PyTorch's threads and precision for this process, by measuring what the configuration leaves open.
+
+    Raises:
+        UsageError: if the precision cannot be had here.
+    """
+    choices = precisions(config, device)
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     torch.set_flush_denormal(True)  # Adam's moments of dead units decay into numbers that are slow to multiply
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    elif device.type == "cpu":
-        torch.set_num_threads(fastest_num_threads(config, obs_size, action_size))
-    return torch.get_num_threads()
+    counts = [config.num_threads] if config.num_threads else _thread_counts()
+    reason = "asked for" if config.precision != "auto" else "the only one here"
+    if device.type != "cpu":
+        return Setup(choices[0], reason, torch.get_num_threads())
+    chosen, num_threads = choices[0], counts[0]
+    if len(choices) * len(counts) > 1:
+        times = measure_updates(config, obs_size, action_size, choices, counts)
+        fastest = {choice: min(counts, key=lambda count: times[choice, count]) for choice in choices}
+        best = {choice: times[choice, count] for choice, count in fastest.items()}
+        if len(choices) > 1:
+            chosen = "bf16" if best["bf16"] <= WORTH_ROUNDING * best["fp32"] else "fp32"
+            reason = ", ".join(f"{choice} {1e3 * seconds:.1f}" for choice, seconds in best.items()) + " ms an update"
+        num_threads = fastest[chosen]
+    torch.set_num_threads(num_threads)
+    return Setup(chosen, reason, num_threads)
+
+
+def _thread_counts() -> list[int]:
+    """Return 1, 2, 4, ... and the number of cores."""
+    cores = len(os.sched_getaffinity(0))
+    return sorted({min(1 << power, cores) for power in range(cores.bit_length() + 1)})
 
 
 class _FixedBatch:
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
+    """Random transitions of the right shape, the same ones every time."""
+
+    def __init__(self, obs_size: int, action_size: int) -> None:
+        self._sizes = obs_size, action_size
+        self._batch: Batch | None = None
 
     def sample(self, batch_size: int, rng: PhiloxState | None = None, backend: Backend = "reference") -> Batch:
+        if self._batch is None or len(self._batch.obs) != batch_size:
+            obs_size, action_size = self._sizes
+            generator = torch.Generator().manual_seed(0)
+            self._batch = Batch(
+                obs=torch.randn(batch_size, obs_size, generator=generator),
+                action=torch.rand(batch_size, action_size, generator=generator) * 2.0 - 1.0,
+                reward=torch.randn(batch_size, generator=generator),
+                next_obs=torch.randn(batch_size, obs_size, generator=generator),
+                terminated=torch.zeros(batch_size, dtype=torch.bool),
+            )
         return self._batch
 
 
-def fastest_num_threads(config: Config, obs_size: int, action_size: int, rounds: int = 4) -> int:
-    """Time a learner of the configuration's shape, thrown away afterwards, at 1, 2, 4, ... threads in turn.
+def measure_updates(
+    config: Config, obs_size: int, action_size: int, choices: Sequence[Precision], counts: Sequence[int], rounds: int = 8
+) -> dict[tuple[Precision, int], float]:
+    """Return the seconds of an update for each precision and number of threads, the least over some rounds.
 
-    Takes some tenths of a second, and leaves PyTorch's setting as it found it.
+    They take turns, on learners of the configuration's shape that are thrown away. Takes about half a second where an
+    update takes milliseconds, and leaves PyTorch's setting as it found it.
     """
-    before = torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0))
-    candidates = sorted({min(1 << power, cores) for power in range(cores.bit_length() + 1)})
-    learner = Learner(config, obs_size, action_size)
-    size, generator = config.batch_size, torch.Generator().manual_seed(0)
-    batch = _FixedBatch(
-        Batch(
-            obs=torch.randn(size, obs_size, generator=generator),
-            action=torch.rand(size, action_size, generator=generator) * 2.0 - 1.0,
-            reward=torch.randn(size, generator=generator),
-            next_obs=torch.randn(size, obs_size, generator=generator),
-            terminated=torch.zeros(size, dtype=torch.bool),
-        )
-    )
-    best: dict[int, float] = dict.fromkeys(candidates, float("inf"))
+    before, batch = torch.get_num_threads(), _FixedBatch(obs_size, action_size)
+    learners = {
+        choice: make_learner(dataclasses.replace(config, precision=choice), obs_size, action_size) for choice in choices
+    }
+    times = {(choice, count): float("inf") for choice in choices for count in counts}
+    started = time.perf_counter()
     try:
         for _ in range(rounds):
-            for threads in candidates:
-                torch.set_num_threads(threads)
-                learner.update(batch, 2)
+            for choice, count in times:
+                torch.set_num_threads(count)
+                learners[choice].update(batch, 2)
                 start = time.perf_counter()
-                learner.update(batch, 5)
-                best[threads] = min(best[threads], time.perf_counter() - start)
+                learners[choice].update(batch, 4)
+                times[choice, count] = min(times[choice, count], (time.perf_counter() - start) / 4)
+            if time.perf_counter() - started > MEASURE_SECONDS:
+                break
     finally:
         torch.set_num_threads(before)
-    return min(candidates, key=lambda threads: best[threads])
+    return times

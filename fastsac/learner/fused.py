@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from fastsac.config import Config
-from fastsac.errors import UsageError
 from fastsac.learner.flat import FlatAdam, FlatGradients, FlatNetwork, Memory
 from fastsac.learner.reference import Learner, Metrics, Moments
 from fastsac.learner.stack import ACTIVATIONS, StackPass
@@ -52,11 +51,11 @@ class FusedLearner(Learner):
         """Initialise the networks, as the reference engine does from the same seed.
 
         Raises:
-            UsageError: if the estimator has no written-out gradient.
+            ValueError: if the estimator has no written-out gradient.
         """
         super().__init__(config, obs_size, action_size, device, seed)
         if self.choice.gradient is None:
-            raise UsageError(f"--engine fused: --estimator {config.estimator} has no written-out gradient")
+            raise ValueError(f"estimator {config.estimator!r} has no written-out gradient")
         self._gradient: Gradient = self.choice.gradient
         self._grad_log_alpha = self._adams["alpha"].grads[0] if self.learns_alpha else None
         self._make_passes(obs_size, action_size)

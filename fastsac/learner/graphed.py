@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from fastsac.config import Config
-from fastsac.errors import UsageError
 from fastsac.learner.reference import ACTING, BATCH, Learner, Metrics
 from fastsac.types import Batch, Draw, Sampler
 from fastsac_kernels import PhiloxState
@@ -151,24 +150,3 @@ class GraphedLearner(Learner):
         self.rng.state[0], self.rng.state[1] = self.acting_rng.state[0], self.updates
         self._forget(None)
 
-
-def make_learner(
-    config: Config, obs_size: int, action_size: int, device: torch.device | str = "cpu", seed: int = 0
-) -> Learner:
-    """Return a learner of the engine that the configuration asks for; see `choose_engine`."""
-    engine, _ = choose_engine(config, torch.device(device))
-    learner = GraphedLearner if engine == "graphed" else Learner
-    return learner(config, obs_size, action_size, device, seed)
-
-
-def choose_engine(config: Config, device: torch.device) -> tuple[str, str]:
-    """Return the engine's name, and in a few words why.
-
-    Raises:
-        UsageError: if it cannot run on the device.
-    """
-    if config.engine == "graphed" and device.type != "cuda":
-        raise UsageError(f"--engine graphed records CUDA graphs, which needs a GPU, and this runs on the {device.type}")
-    if config.engine != "auto":
-        return config.engine, "asked for"
-    return ("graphed", "a CUDA GPU") if device.type == "cuda" else ("reference", "no CUDA GPU")
