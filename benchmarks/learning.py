@@ -27,6 +27,11 @@ RESULTS = Path("benchmarks/results")
 FINAL_EPISODES, FINAL_SEED = 20, 12345
 PATHWISE = "--estimator pathwise"
 SCORE = "--estimator score --baseline"
+ENGINES = {
+    "reference": "--engine reference --precision fp32",
+    "fused, fp32": "--engine fused --precision fp32",
+    "fused, bf16": "--engine fused --precision bf16",
+}
 
 
 class Suite(NamedTuple):
@@ -55,6 +60,8 @@ SUITES = {
     ),
     "hopper": Suite("--env-id Hopper-v5 --total-steps 200000 --eval-every 5000", {"pathwise": PATHWISE}, 1),
     "walker": Suite("--env-id WalkerWalk-v1 --total-steps 50000 --eval-every 5000", {"pathwise": PATHWISE}, 1),
+    "engines_pendulum": Suite("--env-id Pendulum-v1 --total-steps 20000 --eval-every 2000", ENGINES, 5),
+    "engines_halfcheetah": Suite("--env-id HalfCheetah-v5 --total-steps 100000 --eval-every 5000", ENGINES, 10),
 }
 _lock = threading.Lock()
 

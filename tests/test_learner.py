@@ -1,4 +1,3 @@
-import os
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -11,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsac.config import Config
 from fastsac.errors import UsageError
-from fastsac.learner import Learner, fastest_num_threads
+from fastsac.learner import Learner
 from fastsac.replay import Replay
 from fastsac.types import Batch
 from tests.test_networks import unstack
@@ -342,20 +341,6 @@ def test_the_value_network_learns_the_soft_value() -> None:
         soft_value = (q - 0.3 * log_prob).mean(0)
         error = (learner.value(data.batch.obs) - soft_value).square().mean().sqrt()
     assert error < 0.4 * soft_value.std()
-
-
-def test_the_fastest_number_of_threads_is_tried_and_not_kept() -> None:
-    before = torch.get_num_threads()
-    config = Config(hidden_sizes=HIDDEN, batch_size=B)
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(1)
-    try:
-        chosen = fastest_num_threads(config, O, A, rounds=1)
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
-    assert 1 <= chosen <= cores
-    assert chosen == cores or chosen & (chosen - 1) == 0
 
 
 def test_building_a_learner_leaves_the_global_generator_alone() -> None:

@@ -95,11 +95,12 @@ class FlatNetwork:
         weight = stack[0][0]
         self.shapes = [tuple(weight.shape) for weight, _ in stack]
         self.values = memory.zeros([_starts(self.shapes)[-1]], weight.dtype)
-        layers = carve(self.values, self.shapes)
-        for layer, (weight, bias) in zip(layers, stack, strict=True):
+        #: the layers as they are
+        self.exact = carve(self.values, self.shapes)
+        for layer, (weight, bias) in zip(self.exact, stack, strict=True):
             layer.weight.copy_(weight)
             layer.bias.copy_(bias)
-        network.adopt([(layer.weight, layer.bias) for layer in layers])
+        network.adopt([(layer.weight, layer.bias) for layer in self.exact])
         self.rounded_from = len(stack) - 1 if rounded_from is None else min(rounded_from, len(stack) - 1)
         #: the layers as products take them
         self.layers, self._values, self._rounded = self.with_rounded(self.values, memory)

@@ -92,16 +92,32 @@ class FusedLearner(Learner):
         def make(network: str, x: Tensor, name: str, trained: bool = False, first_row: int = 0) -> StackPass:
             grads = self._grads[network] if trained else None
             activation = ACTIVATIONS[self.config.activation]
-            return StackPass(self._flat[network], activation, x, self._memory, name, grads, first_row)
+            return StackPass(self._flat[network].layers, activation, x, self._memory, name, grads, first_row)
 
         self._sampled_pass = make("critic", x[1:-1].view(samples * batch, columns), "critic")
         self._target_pass = make("target_critic", x[0], "critic")
         self._critic_pass = make("critic", x[-1], "critic", trained=True)
         self._policy_pass = make("actor", policy_x, "actor", trained=True, first_row=batch)
         self._next_policy_pass = make("actor", policy_x[:batch], "actor")
+        acting_x = self._memory.zeros([self.config.num_envs, 1 + obs_size], dtype)
+        acting_x[:, 0] = 1.0
+        self._acting_obs, activation = acting_x[:, 1:], ACTIVATIONS[self.config.activation]
+        self._acting_noise = torch.empty(self.config.num_envs, action_size, dtype=dtype, device=self.device)
+        self._acting_pass = StackPass(self._flat["actor"].exact, activation, acting_x, self._memory, "acting")
         self._grad_mean, self._grad_raw = self._policy_pass.grad_output[0].chunk(2, 1)
         self._action_weight = self._flat["critic"].layers[0].weight[:, -action_size:].mT
         self._value_pass = make("value", policy_x[batch:], "value", trained=True) if self.uses_value else None
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, deterministic: bool = False) -> Tensor:
+        """Return actions [N, A] in [-1, 1] for obs [N, O]: a sample, or the squashed mean. No weight is rounded."""
+        if deterministic or len(obs) != self.config.num_envs:
+            return super().act(obs, deterministic)
+        self._acting_obs.copy_(obs)
+        mean, raw = self._acting_pass.forward()[0].chunk(2, 1)
+        self._acting_noise.normal_(generator=self.generator)
+        sigma = torch.add(self._log_std_middle, torch.tanh(raw), alpha=LOG_STD_HALF_RANGE).exp_()
+        return torch.addcmul(mean, sigma, self._acting_noise).tanh_()
 
     @torch.inference_mode()
     def update(self, replay: Sampler, num_updates: int = 1) -> Metrics:

@@ -17,14 +17,14 @@ h_{L-1} on its way there, y, dy, dW_L and db_L.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsac.learner.flat import FlatGradients, FlatNetwork, Memory
+from fastsac.learner.flat import FlatGradients, Layer, Memory
 
 Call = Callable[[], Any]
 _aten = torch.ops.aten
@@ -43,7 +43,7 @@ class StackPass:
 
     def __init__(
         self,
-        network: FlatNetwork,
+        layers: Sequence[Layer],
         activation: Activation,
         x: Tensor,
         memory: Memory,
@@ -54,7 +54,7 @@ class StackPass:
         """Bind the calls.
 
         Args:
-            network: the stack.
+            layers: of the stack, as products are to take them.
             activation: of every hidden layer.
             x: [B, 1 + I], of the first layer's type, with a first column of ones.
             memory: where the buffers come from.
@@ -62,15 +62,15 @@ class StackPass:
             grads: where `backward` leaves the parameters' gradients; None leaves them out.
             first_row: `backward` takes the rows from this one on, B - first_row, which it divides.
         """
-        self._network, self._memory, self._name = network, memory, name
-        self._networks = len(network.layers[0].weight)
+        self._layers, self._memory, self._name = layers, memory, name
+        self._networks = len(layers[0].weight)
         self._forward: list[Call] = []
         self._backward: list[Call] = []
         inputs, kept = self._bind_forward(activation, x)
         if first_row:
             inputs, kept = ([_rows_from(first_row, t) for t in tensors] for tensors in (inputs, kept))
         #: dy [E, B - first_row, O], to be written before `backward`
-        self.grad_output = self._buffer("gradient dy", len(x) - first_row, network.layers[-1].weight)
+        self.grad_output = self._buffer("gradient dy", len(x) - first_row, layers[-1].weight)
         self._bind_backward(activation, inputs, kept, grads)
 
     def forward(self) -> Tensor:
@@ -87,7 +87,7 @@ class StackPass:
 
     def _bind_forward(self, activation: Activation, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return each layer's input, and what each activation's derivative is taken from."""
-        do, layers = self._forward.append, self._network.layers
+        do, layers = self._forward.append, self._layers
         inputs, kept = [x.expand(self._networks, -1, -1)], list[Tensor]()
         for index, (layer, following) in enumerate(zip(layers[:-1], layers[1:], strict=True)):
             z = self._buffer(f"{self._name} z{index}", len(x), layer.weight)
@@ -113,7 +113,7 @@ class StackPass:
     def _bind_backward(
         self, activation: Activation, inputs: list[Tensor], kept: list[Tensor], grads: FlatGradients | None
     ) -> None:
-        do, layers, rows = self._backward.append, self._network.layers, self.grad_output.shape[1]
+        do, layers, rows = self._backward.append, self._layers, self.grad_output.shape[1]
         last, dy = layers[-1], self.grad_output
         d = self._buffer("gradient h", rows, layers[-2].weight, dy.dtype if last.weight.shape[2] > 1 else kept[-1].dtype)
         if grads is not None:
