@@ -2,10 +2,10 @@
 
     python -m benchmarks.equivalence
 
-Stated before any of these runs was made: an engine is equivalent to the reference engine if its mean final return over
-seeds is within 10 % of the reference's mean, by two one-sided Welch tests at the 5 % level each (Schuirmann 1987), which
-is to say that the 90 % confidence interval of the difference lies within that margin. Not finding a difference would be
-no proof: with few seeds nothing is found.
+Stated before any of these runs was made: an engine is equivalent to the reference engine if its mean final return
+over seeds is within 10 % of the reference's mean, by two one-sided Welch tests at the 5 % level each (Schuirmann
+1987), which is to say that the 90 % confidence interval of the difference lies within that margin. Not finding a
+difference would be no proof: with few seeds nothing is found.
 """
 
 from __future__ import annotations

@@ -81,7 +81,11 @@ class Actor(nn.Module):
 
     def stack(self) -> list[StackLayer]:
         """Return the parameters' values as a stack of one network; the last layer makes mean and raw log_std."""
-        return [(layer.weight.detach().T[None], layer.bias.detach()[None, None]) for layer in self.layers]
+        stack = []
+        for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
+            stack.append((layer.weight.detach().T[None], layer.bias.detach()[None, None]))
+        return stack
 
     def adopt(self, stack: Sequence[StackLayer]) -> None:
         """Make these tensors the parameters' memory."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from fastsac.envs import Floats, Spaces, Step, VectorEnv, make_envs
 from fastsac.errors import FastsacError, UsageError
 from fastsac.estimators import choose
 from fastsac.evaluate import Evaluation, evaluate, record_video
-from fastsac.learner import choose_engine, make_learner, precisions, resolve_device, set_up_torch
+from fastsac.learner import ThreadTrial, choose_engine, make_learner, precisions, resolve_device, set_up_torch
 from fastsac.logger import EpisodeStatistics, Logger
 from fastsac.replay import Replay
 from fastsac.run_dir import config_from_dict, refuse_if_taken, write_config
+from fastsac.signals import stop_signals
 
 # children of the one seed; the environments of a resumed run and of evaluations need streams of their own
 _ENVS, _LEARNER, _REPLAY, _EXPLORATION, _EVALUATION = range(5)
@@ -54,6 +54,8 @@ class SAC:
         self.setup = set_up_torch(config, self.device, *sizes)
         resolved = dataclasses.replace(config, precision=self.setup.precision)
         self.learner = make_learner(resolved, *sizes, self.device, seed=_child_seed(config.seed, _LEARNER))
+        measures = self.device.type == "cpu" and config.num_threads == 0
+        self._trial = ThreadTrial(config.num_envs, config.utd) if measures else None
         self._replay: Replay | None = None
         self._exploration = np.random.default_rng(_child_seed(config.seed, _EXPLORATION))
         self._warm_up_left = config.learning_starts
@@ -124,7 +126,7 @@ class SAC:
         directory = None if run_dir is None else Path(run_dir)
         episodes, metrics = EpisodeStatistics(config.num_envs), dict[str, Tensor]()
         with (
-            _stop_signals() as stop,  # before anything is written
+            stop_signals() as stop,  # before anything is written
             Logger(directory and self._claim(directory), total_steps, self.steps, self.time_s, progress) as logger,
         ):
             if self.updates and self._warm_up_left:
@@ -132,8 +134,10 @@ class SAC:
             logger.start_rates(self.steps, self.updates)
             reached = saved = False
             while self.steps < total_steps and not stop and not reached:
-                before = self.steps
+                before, started = self.steps, time.perf_counter()
                 obs, step, new_metrics = self._step(obs)
+                if self._trial is not None and self.updates:
+                    self._try_threads(logger, time.perf_counter() - started, self.steps - before)
                 metrics |= new_metrics
                 episodes.add(step)
                 done = self.steps >= total_steps
@@ -176,6 +180,14 @@ class SAC:
         self._warm_up_left -= warming_up
         self._updates_due += self.config.utd * (new_steps - warming_up)
         return next_obs, step, metrics
+
+    def _try_threads(self, logger: Logger, seconds: float, steps: int) -> None:
+        fastest = self._trial.record(seconds, steps) if self._trial is not None else None
+        if fastest is None:
+            return
+        if fastest != self.num_threads:
+            logger.say(f"threads: {fastest}, beside the environments faster than {self.num_threads}")
+        self.setup, self._trial = self.setup._replace(num_threads=fastest), None
 
     def _explore(self, obs: Tensor) -> Tensor:
         if self._warm_up_left == 0 or self.updates > 0:
@@ -328,25 +340,3 @@ class SAC:
 
 def _child_seed(seed: int, *path: int) -> int:
     return int(np.random.SeedSequence([seed, *path]).generate_state(1)[0])
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Yield a list that SIGINT and SIGTERM are added to; a second one acts at once."""
-    received: list[int] = []
-    before: dict[int, Any] = {}
-
-    def receive(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    try:
-        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-            before[number] = signal.signal(number, receive)
-    except ValueError:  # only the main thread may; elsewhere the caller stops its own way
-        pass
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -36,7 +36,7 @@ def test_train_then_eval(tmp_path, capsys):
     trained = tmp_path / "run"
     assert run("train", *TINY, "--total-steps", 100, "--run-dir", trained) == 0
     out, err = capsys.readouterr()
-    assert "engine reference (no CUDA GPU)" in err
+    assert "engine fused (no CUDA GPU), precision" in err
     assert "evaluation return" in out
     assert f"learning curve: {trained / 'learning_curve.png'}" in out
     assert (trained / "learning_curve.png").read_bytes().startswith(b"\x89PNG")

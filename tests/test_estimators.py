@@ -277,4 +277,5 @@ def test_choose_refuses(settings: dict[str, object], message: str) -> None:
 )
 def test_choose_resolves_the_defaults(settings: dict[str, object], resolved: tuple[str, str, int]) -> None:
     name, *rest = resolved
-    assert choose(Config(**settings)) == (ESTIMATORS[name].estimator, *rest)
+    entry = ESTIMATORS[name]
+    assert choose(Config(**settings)) == (entry.estimator, *rest, entry.gradient)

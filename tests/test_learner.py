@@ -1,3 +1,5 @@
+"""What every engine does that runs on a CPU."""
+
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -10,15 +12,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsac.config import Config
 from fastsac.errors import UsageError
-from fastsac.learner import Learner
+from fastsac.learner import FusedLearner, Learner
 from fastsac.replay import Replay
 from fastsac.types import Batch
 from tests.test_networks import unstack
 
 O, A, B, HIDDEN = 5, 3, 17, (8, 6)  # noqa: E741
 READS = ["item", "tolist", "cpu", "numpy", "__int__", "__float__", "__bool__", "__index__", "__array__"]
+kind: type[Learner] = Learner
 SCORE = {"estimator": "score", "baseline": "loo", "num_action_samples": 3}
 VALUE = {"estimator": "score", "baseline": "value"}
+
+
+@pytest.fixture(params=[Learner, FusedLearner], ids=lambda kind: kind.engine, autouse=True)
+def _engine(request: pytest.FixtureRequest) -> None:
+    global kind
+    kind = request.param
 
 
 @pytest.fixture
@@ -30,7 +39,8 @@ def float64() -> Iterator[None]:
 
 def make(seed: int = 0, obs_size: int = O, **settings: Any) -> Learner:
     rates = {"actor_lr": 1e-2, "critic_lr": 2e-2, "value_lr": 4e-2, "alpha_lr": 3e-2}
-    return Learner(Config(**{"hidden_sizes": HIDDEN, "batch_size": B, **rates, **settings}), obs_size, A, seed=seed)
+    defaults = {"hidden_sizes": HIDDEN, "batch_size": B, "num_envs": 4, "precision": "fp32"}
+    return kind(Config(**{**defaults, **rates, **settings}), obs_size, A, seed=seed)
 
 
 class Fixed:
@@ -47,8 +57,9 @@ class Fixed:
         )
 
     def sample(self, batch_size: int, rng: Any = None, backend: str = "reference") -> Batch:
-        assert batch_size == len(self.batch.obs)
-        return self.batch
+        copies, rest = divmod(batch_size, len(self.batch.obs))
+        assert rest == 0
+        return Batch(*(torch.cat([part] * copies) for part in self.batch))
 
 
 def tensors_of(learner: Learner) -> dict[str, Tensor]:
@@ -199,7 +210,7 @@ def test_a_fixed_alpha_stays() -> None:
     learner = make(alpha=0.37)
     learner.update(Fixed(), 20)
     assert learner.alpha.item() == pytest.approx(0.37, rel=1e-6)
-    assert "alpha" not in learner.optimizers
+    assert not any(name.startswith("optimizer.alpha") for name in learner.state()[0])
 
 
 @pytest.mark.parametrize(("target_entropy", "sign"), [(-50.0, -1), (50.0, 1)])

@@ -1,6 +1,6 @@
 """The learner: its state, and `update` with one signature and several engines."""
 
-from fastsac.learner.device import Setup, has_bfloat16_products, precisions, resolve_device, set_up_torch
+from fastsac.learner.device import Setup, ThreadTrial, has_bfloat16_products, precisions, resolve_device, set_up_torch
 from fastsac.learner.engines import choose_engine, make_learner
 from fastsac.learner.fused import FusedLearner
 from fastsac.learner.graphed import GraphedLearner
@@ -11,6 +11,7 @@ __all__ = [
     "GraphedLearner",
     "Learner",
     "Setup",
+    "ThreadTrial",
     "choose_engine",
     "has_bfloat16_products",
     "make_learner",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ def precisions(config: Config, device: torch.device) -> list[Precision]:
     if asked == "bf16" and engine != "fused":
         raise UsageError(f"--precision bf16 is what --engine fused serves, and the engine is {engine}: take fp32")
     if asked == "bf16" and not has_bfloat16_products():
-        raise UsageError("--precision bf16: this CPU has no bfloat16 products, so it would be slower; take fp32 or auto")
+        raise UsageError("--precision bf16: this CPU has no bfloat16 products, it would be slower; take fp32 or auto")
     if asked != "auto":
         return [asked]
     return ["fp32", "bf16"] if engine == "fused" and has_bfloat16_products() else ["fp32"]
@@ -79,7 +80,7 @@ def set_up_torch(config: Config, device: torch.device, obs_size: int, action_siz
     choices = precisions(config, device)
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     torch.set_flush_denormal(True)  # Adam's moments of dead units decay into numbers that are slow to multiply
-    counts = [config.num_threads] if config.num_threads else _thread_counts()
+    counts = [config.num_threads] if config.num_threads else thread_counts()
     reason = "asked for" if config.precision != "auto" else "the only one here"
     if device.type != "cpu":
         return Setup(choices[0], reason, torch.get_num_threads())
@@ -96,7 +97,7 @@ def set_up_torch(config: Config, device: torch.device, obs_size: int, action_siz
     return Setup(chosen, reason, num_threads)
 
 
-def _thread_counts() -> list[int]:
+def thread_counts() -> list[int]:
     """Return 1, 2, 4, ... and the number of cores."""
     cores = len(os.sched_getaffinity(0))
     return sorted({min(1 << power, cores) for power in range(cores.bit_length() + 1)})
@@ -124,7 +125,12 @@ class _FixedBatch:
 
 
 def measure_updates(
-    config: Config, obs_size: int, action_size: int, choices: Sequence[Precision], counts: Sequence[int], rounds: int = 8
+    config: Config,
+    obs_size: int,
+    action_size: int,
+    choices: Sequence[Precision],
+    counts: Sequence[int],
+    rounds: int = 8,
 ) -> dict[tuple[Precision, int], float]:
     """Return the seconds of an update for each precision and number of threads, the least over some rounds.
 
@@ -150,3 +156,51 @@ def measure_updates(
     finally:
         torch.set_num_threads(before)
     return times
+
+
+class ThreadTrial:
+    """Finds the number of threads with which training goes fastest beside the environments, by training with each.
+
+    A measurement of updates alone cannot know it: environments have threads of their own, which need cores, too.
+    """
+
+    ROUNDS = 3
+
+    def __init__(self, num_envs: int, utd: float) -> None:
+        """Start with the number that is set.
+
+        Args:
+            num_envs: a number of threads is tried for at least two steps of all of these.
+            utd: updates per step; a number of threads is tried for at least eight updates.
+        """
+        first = torch.get_num_threads()
+        counts = [first, *(count for count in thread_counts() if count != first)]
+        self._least_steps = max(2 * num_envs, math.ceil(8 / utd))
+        self._turns = counts * self.ROUNDS
+        self.best = dict.fromkeys(counts, 0.0)  # steps per second
+        self._begin()
+
+    def _begin(self) -> None:
+        torch.set_num_threads(self._turns[0])
+        self._seconds, self._steps, self._settled = 0.0, 0, False
+
+    def record(self, seconds: float, steps: int) -> int | None:
+        """Take the time of a step of the training loop and the number of environment steps in it.
+
+        Returns:
+            The fastest number of threads, which is set then, once every number has had its turns; until then None.
+        """
+        if not self._settled:  # threads start and stop
+            self._settled = True
+            return None
+        self._seconds, self._steps = self._seconds + seconds, self._steps + steps
+        if self._steps < self._least_steps:
+            return None
+        count = self._turns.pop(0)
+        self.best[count] = max(self.best[count], self._steps / self._seconds)
+        if self._turns:
+            self._begin()
+            return None
+        fastest = max(self.best, key=lambda count: self.best[count])
+        torch.set_num_threads(fastest)
+        return fastest

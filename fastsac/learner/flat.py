@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -62,10 +63,8 @@ def _huge_pages(size: int) -> Tensor:
     size = -(-size // HUGE_PAGE) * HUGE_PAGE
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without them
-            pass
     block = torch.frombuffer(memory, dtype=torch.uint8)
     start = -block.data_ptr() % HUGE_PAGE
     return block[start : start + size]
@@ -146,28 +145,34 @@ class FlatAdam:
             lr: the learning rate.
             memory: where the buffers come from.
         """
+        self.values, self.lr = values, lr
         self.grads, self.exp_avg, self.exp_avg_sq = (memory.zeros(values.shape, values.dtype) for _ in range(3))
         self.step = torch.zeros((), device=values.device)
         self._parameters = list(parameters)
-        self._arguments = [[values], [self.grads], [self.exp_avg], [self.exp_avg_sq], [], [self.step]]
-        constants = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
-        self._constants = constants | {"lr": lr, "amsgrad": False, "maximize": False}
 
     def descend(self) -> None:
         """Take one step along the gradients."""
         self.step += 1.0
-        torch._fused_adam_(*self._arguments, **self._constants)
+        torch._fused_adam_(
+            [self.values],
+            [self.grads],
+            [self.exp_avg],
+            [self.exp_avg_sq],
+            [],
+            [self.step],
+            lr=self.lr,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=0.0,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
 
     def of_parameters(self, buffer: Tensor) -> list[Tensor]:
         """Return views of a buffer of this layout in the parameters' shapes."""
-        return [
-            buffer.as_strided(p.shape, p.stride(), buffer.storage_offset() + p.storage_offset() - self._start)
-            for p in self._parameters
-        ]
-
-    @property
-    def _start(self) -> int:
-        return int(self._arguments[0][0].storage_offset())
+        shift = buffer.storage_offset() - self.values.storage_offset()
+        return [buffer.as_strided(p.shape, p.stride(), p.storage_offset() + shift) for p in self._parameters]
 
     def moments(self) -> dict[int, dict[str, Tensor]]:
         """Return what `torch.optim.Adam` would have as its state."""

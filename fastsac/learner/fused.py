@@ -23,6 +23,7 @@ every network's last layer, losses and sums.
 from __future__ import annotations
 
 import math
+
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ TRANSITIONS_DRAWN = 8192
 
 
 class FusedLearner(Learner):
-    """A learner whose parameters, gradients and moments lie in flat buffers, of which the modules' tensors are views."""
+    """A learner whose parameters, gradients and moments lie in flat buffers; the modules' tensors are views of them."""
 
     engine = "fused"
 
@@ -130,7 +131,7 @@ class FusedLearner(Learner):
         size, every = self.config.batch_size, self.config.actor_every
         while num_updates:
             drawn = min(num_updates, max(1, TRANSITIONS_DRAWN // size))
-            parts = [part.split(size) for part in replay.sample(drawn * size)]
+            parts = [torch.split(part, size) for part in replay.sample(drawn * size)]
             for batch in zip(*parts, strict=True):
                 num_updates -= 1
                 self._update_fused(Batch(*batch), self.updates % every == 0, metrics if num_updates < every else None)
@@ -173,7 +174,8 @@ class FusedLearner(Learner):
         (self._sampled_action if with_actor else self._next_action).copy_(action)
         abs_u = u.abs()
         decay = (-2.0 * abs_u).exp_()
-        terms = torch.log1p(decay).add_(abs_u).sub_(math.log(2.0) + 0.25 * math.log(2.0 * math.pi)).mul_(2.0)
+        # two constants: their sum would lose an ulp, the same way in every element
+        terms = torch.log1p(decay).add_(abs_u).sub_(math.log(2.0)).mul_(2.0).sub_(0.5 * math.log(2.0 * math.pi))
         log_prob = terms.sub_(log_std).addcmul_(noise, noise, value=-0.5).sum(-1)
         return Sample(noise, log_std, sigma, deviation, action, decay, log_prob), squashed[-1]
 

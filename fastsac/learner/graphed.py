@@ -149,4 +149,3 @@ class GraphedLearner(Learner):
             self.acting_rng.state[1] = self.updates << 16
         self.rng.state[0], self.rng.state[1] = self.acting_rng.state[0], self.updates
         self._forget(None)
-

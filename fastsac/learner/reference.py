@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.estimators import choose
-from fastsac.networks import Actor, Critic, ValueNetwork
+from fastsac.networks import Actor, Critic, StackedMLP, ValueNetwork
 from fastsac.replay import restore_generator
 from fastsac.types import Batch, Draw, Sampler
 from fastsac_kernels import td_loss
@@ -177,9 +177,12 @@ class Learner:
             state = copy.deepcopy(moments.get(name, {}))
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
-    def _networks(self) -> dict[str, nn.Module]:
-        networks = {"actor": self.actor, "critic": self.critic, "target_critic": self.target_critic}
-        return networks if self.value is None else networks | {"value": self.value}
+    def _networks(self) -> dict[str, Actor | StackedMLP]:
+        networks: dict[str, Actor | StackedMLP] = {"actor": self.actor, "critic": self.critic}
+        networks["target_critic"] = self.target_critic
+        if self.value is not None:
+            networks["value"] = self.value
+        return networks
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Return all that a resumed run needs: tensors by name, and counters for JSON."""

@@ -10,15 +10,16 @@ gradient dy [E, B, O]::
     h_l = f(z_l)                            d_{l-1} = (d_l W_l^T) * f'(z_{l-1})
     y   = h_{L-1} W_L + b_L                 dblock_0 = x^T d_0            dx = d_0 W_0^T
 
-With factors of bfloat16 in some layers, the results of those layers' products are bfloat16 too, with float32 sums inside
-each product, and so are the activations on either side of them. The last layer's factors are never rounded, nor are
-h_{L-1} on its way there, y, dy, dW_L and db_L.
+With factors of bfloat16 in some layers, the results of those layers' products are bfloat16 too, with float32 sums
+inside each product, and so are the activations on either side of them. The last layer's factors are never rounded,
+nor are y, dy, dW_L and db_L.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +81,7 @@ class StackPass:
         return self._output
 
     def backward(self) -> Tensor:
-        """Return d_0 [E, B - first_row, H_0] for `grad_output`, and leave the parameters' gradients where they belong."""
+        """Return d_0 [E, B - first_row, H_0] for `grad_output`, and leave the parameters' gradients in `grads`."""
         for call in self._backward:
             call()
         return self._grad_first
@@ -89,7 +90,7 @@ class StackPass:
         """Return each layer's input, and what each activation's derivative is taken from."""
         do, layers = self._forward.append, self._layers
         inputs, kept = [x.expand(self._networks, -1, -1)], list[Tensor]()
-        for index, (layer, following) in enumerate(zip(layers[:-1], layers[1:], strict=True)):
+        for index, (layer, following) in enumerate(pairwise(layers)):
             z = self._buffer(f"{self._name} z{index}", len(x), layer.weight)
             if index:
                 do(partial(torch.baddbmm, layer.bias, inputs[-1], layer.weight, out=z))
@@ -115,7 +116,9 @@ class StackPass:
     ) -> None:
         do, layers, rows = self._backward.append, self._layers, self.grad_output.shape[1]
         last, dy = layers[-1], self.grad_output
-        d = self._buffer("gradient h", rows, layers[-2].weight, dy.dtype if last.weight.shape[2] > 1 else kept[-1].dtype)
+        d = self._buffer(
+            "gradient h", rows, layers[-2].weight, dy.dtype if last.weight.shape[2] > 1 else kept[-1].dtype
+        )
         if grads is not None:
             do(partial(torch.bmm, dy.mT, inputs[-1], out=grads.layers[-1].weight.mT))
             do(partial(torch.sum, dy, 1, keepdim=True, out=grads.layers[-1].bias))
@@ -172,7 +175,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _relu(z: Tensor, h: Tensor) -> Call:
-    # As integers -inf is -128; numbers below zero are less, numbers above zero are more, and so are all NaN, which stay.
+    # As integers, -inf is -128 and other numbers below zero are less; numbers above zero and all NaN are more
     return partial(torch.threshold_, _bits(z), -128, 0) if z.dtype == torch.bfloat16 else partial(torch.relu_, z)
 
 
