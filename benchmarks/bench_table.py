@@ -15,8 +15,15 @@ OPS = {
     "gather": "batch from replay",
 }
 BACKENDS = {"reference": "PyTorch", "compile": "torch.compile", "triton": "Triton"}
-ENGINES = {"reference": "PyTorch", "compile": "torch.compile", "graphed": "CUDA graph, Triton"}
+ENGINES = {
+    "reference": "PyTorch",
+    "compile": "torch.compile",
+    "graphed": "CUDA graph, Triton",
+    "fused": "fused",
+    "fused-bf16": "fused, bf16",
+}
 STEPS = {"actor": "actor's step", "update": "whole update"}
+COLUMNS = [(what, name) for what in STEPS for name in ENGINES if what == "update" or "fused" not in name]
 ESTIMATOR_SIZE = (256, 6)
 
 
@@ -148,12 +155,12 @@ def estimators_table(result: Row) -> str:
     if not times:
         return ""
     lines = [
-        [name, *(step_cell(by_case.get((what, engine)), engine, result) for what in STEPS for engine in ENGINES)]
+        [name, *(step_cell(by_case.get(column), column[1], result) for column in COLUMNS)]
         for name, by_case in times.items()
     ]
     batch, actions = ESTIMATOR_SIZE
     title = f"Estimators at B = {batch}, A = {actions}: median time in ms (p20 to p80)"
-    header = ["estimator", *(f"{what}, {engine}" for what in STEPS.values() for engine in ENGINES.values())]
+    header = ["estimator", *(f"{STEPS[what]}, {ENGINES[engine]}" for what, engine in COLUMNS)]
     return f"{title}\n\n" + markdown(header, lines)
 
 

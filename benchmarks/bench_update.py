@@ -24,7 +24,7 @@ from fastsac.replay import Replay
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CUDA = torch.cuda.is_available()
-ENGINES = ("reference", "compile", "graphed")
+ENGINES = ("reference", "compile", "graphed", "fused", "fused-bf16")
 SIZES = [(256, 6), *((256, a) for a in ACTIONS if a != 6), (65536, 6), (65536, 32), (4096, 6)]
 SIZES += [(b, a) for b in BATCHES for a in ACTIONS if (b, a) not in SIZES]
 #: updates a call, as when 8 environments were stepped; the graphed engine records as many
@@ -85,7 +85,8 @@ def learner(case: Case, device: torch.device) -> Learner:
         num_action_samples=case.K,
         batch_size=case.B,
         num_envs=NUM_ENVS,
-        engine="graphed" if case.engine == "graphed" else "reference",
+        engine={"compile": "reference", "fused-bf16": "fused"}.get(case.engine, case.engine),
+        precision="bf16" if case.engine == "fused-bf16" else "fp32",
         num_threads=torch.get_num_threads(),
     )
     set_up_torch(config, device, OBS_SIZE, case.A)
@@ -98,11 +99,11 @@ def learner(case: Case, device: torch.device) -> Learner:
     return made
 
 
-@pytest.mark.parametrize(
-    ("case", "what"),
-    [(case, what) for case in CASES for what in (ACTOR, UPDATE)],
-    ids=[f"{what}-{case.id}" for case in CASES for what in (ACTOR, UPDATE)],
-)
+#: the fused engine's actor step has no forward pass of its own
+STEPS = [(case, what) for case in CASES for what in (ACTOR, UPDATE) if what == UPDATE or "fused" not in case.engine]
+
+
+@pytest.mark.parametrize(("case", "what"), STEPS, ids=[f"{what}-{case.id}" for case, what in STEPS])
 def test_update(
     benchmark: Any,
     device: torch.device,
@@ -123,7 +124,9 @@ def test_update(
         call()
         synchronize(device)
 
-    for _ in range(1 if case.engine == "reference" else 4):  # compiles, makes the optimisers' state, records the graph
+    for _ in range(
+        1 if case.engine == "reference" or "fused" in case.engine else 4
+    ):  # compiles, makes the optimisers' state, records the graph
         synchronized()
     row: dict[str, Any] = {"what": what} | case._asdict() | {"updates_per_call": calls}
     record(row | {"wall_us": wall_quantiles(benchmark, synchronized, device, 0.15 if CUDA else 0.5, calls)})

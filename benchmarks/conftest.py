@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.machine import describe_machine, load_average, write_json
 from benchmarks.measure import MEANING, Call, compile_obstacle, copy_bandwidth, flusher
-from fastsac.learner import resolve_device
+from fastsac.learner import has_bfloat16_products, resolve_device
 
 WRITE_EVERY_S = 5.0
 
@@ -119,6 +119,10 @@ def require() -> Callable[[str, torch.device], None]:
     def check(name: str, device: torch.device) -> None:
         if name in ("triton", "graphed") and device.type != "cuda":
             pytest.skip("needs a GPU")
+        if "fused" in name and device.type != "cpu":
+            pytest.skip("runs on a CPU so far")
+        if "bf16" in name and not has_bfloat16_products():
+            pytest.skip("needs a CPU that multiplies bfloat16")
         obstacle = compile_obstacle(device) if name == "compile" else None
         if obstacle:
             pytest.skip(obstacle)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsac.config import Config
-from fastsac.errors import UsageError
-from fastsac.learner import GraphedLearner, Learner, choose_engine, make_learner
+from fastsac.learner import GraphedLearner, Learner
 from fastsac.learner import graphed as engine
 from fastsac.learner.graphed import Graph
 from fastsac.learner.reference import Metrics
@@ -342,26 +341,6 @@ def test_a_run_with_it_is_saved_and_goes_on(tmp_path: Path, monkeypatch: pytest.
     assert loaded.learner.rng.state[1] == 8
     loaded.learn(total_steps=32)
     assert loaded.updates > 8
-
-
-@pytest.mark.parametrize(
-    ("engine", "device", "expected"),
-    [
-        ("auto", "cpu", ("reference", "no CUDA GPU")),
-        ("auto", "cuda", ("graphed", "a CUDA GPU")),
-        ("reference", "cuda", ("reference", "asked for")),
-        ("graphed", "cuda", ("graphed", "asked for")),
-    ],
-)
-def test_the_engine_is_chosen(engine: Any, device: str, expected: tuple[str, str]) -> None:
-    assert choose_engine(Config(engine=engine), torch.device(device)) == expected
-
-
-def test_no_graphs_on_a_cpu() -> None:
-    with pytest.raises(UsageError, match="--engine graphed records CUDA graphs, which needs a GPU") as caught:
-        make_learner(Config(engine="graphed"), O, A)
-    assert caught.value.exit_status == 2
-    assert make_learner(Config(hidden_sizes=HIDDEN), O, A).engine == "reference"
 
 
 @pytest.mark.gpu

@@ -26,6 +26,7 @@ SMALL = Config(
     eval_episodes=2,
     log_every=50,
     num_threads=1,
+    precision="fp32",
 )
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -216,11 +217,17 @@ class Guarded:
 
 
 def mutate(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, module: str, old: str, new: str, dependents: tuple[str, ...] = ()
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    module: str,
+    old: str,
+    new: str,
+    dependents: tuple[str, ...] = (),
+    package: ModuleType = fastsac_kernels,
 ) -> None:
-    """Put a changed copy of a kernel's module in its place, and load anew what has imported from it."""
+    """Put a changed copy of a package's module in its place, and load anew what has imported from it."""
     for name in (module, *dependents):
-        original = importlib.import_module(f"fastsac_kernels.{name}")
+        original = importlib.import_module(f"{package.__name__}.{name}")
         source = Path(str(original.__file__)).read_text()
         if name == module:
             assert source.count(old) == 1, f"{old!r} is in {name} {source.count(old)} times"
@@ -231,5 +238,5 @@ def mutate(
         assert spec.loader is not None
         mutant = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, original.__name__, mutant)
-        monkeypatch.setattr(fastsac_kernels, name, mutant)
+        monkeypatch.setattr(package, name, mutant)
         spec.loader.exec_module(mutant)

@@ -1,0 +1,173 @@
+"""Which engine, precision and number of threads a run gets, and what it says about it."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from fastsac import SAC
+from fastsac.config import Config
+from fastsac.errors import UsageError
+from fastsac.estimators import ESTIMATORS
+from fastsac.learner import ThreadTrial, choose_engine, device, make_learner, precisions, set_up_torch
+from fastsac.learner.device import Setup, measure_updates, thread_counts
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SMALL = {"hidden_sizes": (4,), "batch_size": 8}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_afterwards() -> Any:
+    yield
+    torch.set_num_threads(1)
+
+
+def has_products(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
+
+
+@pytest.mark.parametrize(
+    ("engine", "on", "expected"),
+    [
+        ("auto", CPU, ("fused", "no CUDA GPU")),
+        ("auto", CUDA, ("graphed", "a CUDA GPU")),
+        ("reference", CUDA, ("reference", "asked for")),
+        ("reference", CPU, ("reference", "asked for")),
+        ("graphed", CUDA, ("graphed", "asked for")),
+        ("fused", CPU, ("fused", "asked for")),
+    ],
+)
+def test_the_engine_is_chosen(engine: Any, on: torch.device, expected: tuple[str, str]) -> None:
+    assert choose_engine(Config(engine=engine), on) == expected
+    if on == CPU:
+        assert make_learner(Config(engine=engine, **SMALL), 3, 1).engine == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("engine", "on", "message"),
+    [
+        ("graphed", CPU, "--engine graphed records CUDA graphs, which needs a GPU"),
+        ("fused", CUDA, "--engine fused runs on a CPU so far"),
+    ],
+)
+def test_an_engine_that_cannot_run_is_refused(engine: Any, on: torch.device, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        choose_engine(Config(engine=engine), on)
+    assert caught.value.exit_status == 2
+
+
+def test_an_estimator_without_a_gradient_has_the_reference_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ESTIMATORS, "pathwise", ESTIMATORS["pathwise"]._replace(gradient=None))
+    engine, reason = choose_engine(Config(), CPU)
+    assert engine == "reference"
+    assert "--estimator pathwise has no written-out gradient" in reason
+    assert choose_engine(Config(estimator="score"), CPU)[0] == "fused"
+    with pytest.raises(UsageError, match="--estimator pathwise has no written-out gradient"):
+        choose_engine(Config(engine="fused"), CPU)
+
+
+@pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16", "bf16"])
+def test_bfloat16_where_a_cpu_has_it(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    has_products(monkeypatch, "avx2", capability)
+    assert precisions(Config(precision="auto"), CPU) == ["fp32", "bf16"]
+    assert precisions(Config(precision="bf16"), CPU) == ["bf16"]
+    assert precisions(Config(precision="auto", engine="reference"), CPU) == ["fp32"]
+    assert precisions(Config(precision="auto"), CUDA) == ["fp32"]
+    assert precisions(Config(precision="tf32"), CUDA) == ["tf32"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "on", "message"),
+    [
+        ({"precision": "bf16"}, CPU, "this CPU has no bfloat16 products"),
+        (
+            {"precision": "bf16", "engine": "reference"},
+            CPU,
+            "is what --engine fused serves, and the engine is reference",
+        ),
+        ({"precision": "bf16"}, CUDA, "is what --engine fused serves, and the engine is graphed"),
+        ({"precision": "tf32"}, CPU, "--precision tf32 needs a CUDA GPU"),
+    ],
+)
+def test_a_precision_that_cannot_be_had_is_refused(
+    settings: dict[str, Any], on: torch.device, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_products(monkeypatch, "avx2")
+    assert precisions(Config(precision="auto"), CPU) == ["fp32"]
+    with pytest.raises(UsageError, match=message) as caught:
+        precisions(Config(**settings), on)
+    assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ((3.0, 2.0, 1.0, 1.5), ("bf16", "fp32 2000.0, bf16 1000.0", 1)),
+        ((3.0, 2.0, 4.0, 1.95), ("fp32", "fp32 2000.0, bf16 1950.0", 2)),
+    ],
+)
+def test_the_faster_precision_is_taken_if_it_pays(
+    times: tuple[float, ...], expected: tuple[str, str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_products(monkeypatch, "amx_bf16")
+    monkeypatch.setattr(device, "thread_counts", lambda: [1, 2])
+    pairs = [("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]
+    monkeypatch.setattr(device, "measure_updates", lambda *_: dict(zip(pairs, times, strict=True)))
+    precision, reason, threads = expected
+    assert set_up_torch(Config(), CPU, 3, 1) == Setup(precision, f"{reason} ms an update", threads)
+    assert torch.get_num_threads() == threads
+
+
+def test_what_is_given_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "measure_updates", lambda *_: pytest.fail("measured"))
+    assert set_up_torch(Config(precision="fp32", num_threads=1), CPU, 3, 1) == Setup("fp32", "asked for", 1)
+
+
+def test_measuring_leaves_the_number_of_threads_alone() -> None:
+    torch.set_num_threads(1)
+    times = measure_updates(Config(**SMALL), 3, 1, ["fp32", "bf16"], [1, 2], rounds=1)
+    assert set(times) == {("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)}
+    assert all(0.0 < seconds < 10.0 for seconds in times.values())
+    assert torch.get_num_threads() == 1
+
+
+def test_the_numbers_of_threads_that_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, expected in ((1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert thread_counts() == expected
+
+
+@pytest.mark.parametrize("fastest", [1, 2, 4])
+def test_a_trial_finds_the_fastest_number_of_threads(fastest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "thread_counts", lambda: [1, 2, 4])
+    torch.set_num_threads(2)
+    trial, tried, found = ThreadTrial(num_envs=3, utd=0.5), [], None
+    while found is None:
+        tried.append(torch.get_num_threads())
+        found = trial.record(1.0 if tried[-1] == fastest else 1.1, 3)
+    assert found == fastest == torch.get_num_threads()
+    # one step to settle, then sixteen steps for eight updates, in steps of three; what was set goes first
+    assert tried == ([2] * 7 + [1] * 7 + [4] * 7) * ThreadTrial.ROUNDS
+
+
+def test_a_run_tries_threads_once_it_makes_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "thread_counts", lambda: [1, 2])
+    settings = {"learning_starts": 20, "num_envs": 2, "precision": "fp32", "eval_every": 0, **SMALL}
+    agent = SAC(Config("Pendulum-v1", **settings))
+    trial = agent._trial
+    assert trial is not None
+    agent.learn(total_steps=20)
+    assert not any(trial.best.values())
+    agent.learn(total_steps=150)
+    assert agent._trial is None
+    assert all(trial.best.values())
+    assert agent.num_threads == torch.get_num_threads() == max(trial.best, key=lambda count: trial.best[count])
+    assert SAC(Config("Pendulum-v1", num_threads=1, **settings))._trial is None
+
+
+def test_the_agent_says_what_it_runs_with() -> None:
+    agent = SAC(Config("Pendulum-v1", precision="auto", num_threads=1, **SMALL))
+    assert agent.learner.config.precision == agent.setup.precision
+    assert agent.config.precision == "auto"
+    assert agent.engine == "fused"
