@@ -17,17 +17,22 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import equivalence, step_time, update_sizes
 from benchmarks.bench_table import draw, table
 
 README = Path("README.md")
 KERNELS_README = Path("kernels/README.md")
+PERFORMANCE = Path("docs/performance.md")
 RESULTS = Path("benchmarks/results")
 PEERS = {
     "sb3": "Stable-Baselines3",
     "sbx": "SBX (JAX)",
-    "fastsac pathwise fp32": "fastsac, pathwise",
-    "fastsac pathwise bf16": "fastsac, pathwise, `--precision bf16`",
-    "fastsac score+loo fp32": "fastsac, score, loo (K = 2)",
+    "fastsac reference": "fastsac, `--engine reference`",
+    "fastsac pathwise fp32": "fastsac, fp32",
+    "fastsac pathwise bf16": "fastsac, bf16",
+    "fastsac score+loo fp32": "fastsac, fp32, score, loo (K = 2)",
+    "fastsac score+loo bf16": "fastsac, bf16, score, loo (K = 2)",
+    "fastsac score+none bf16": "fastsac, bf16, score, none (K = 1)",
 }
 
 
@@ -103,14 +108,19 @@ def bench_results() -> list[dict[str, Any]]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "learning": lambda: learning_table("halfcheetah", "pendulum", "hopper", "walker"),
+    "equivalence": equivalence.table,
     "peers": peers_table,
+}
+PERFORMANCE_TABLES: dict[str, Callable[[], str]] = {
+    "step_time": lambda: step_time.table(read("step_time.json")),
+    "update_sizes": lambda: update_sizes.table(read("update_sizes.json")),
 }
 KERNELS_TABLES: dict[str, Callable[[], str]] = {
     "launches": launches_table,
     "bench": lambda: table(bench_results()),
     "resources": resources_table,
 }
-PAGES = {README: TABLES, KERNELS_README: KERNELS_TABLES}
+PAGES = {README: TABLES, KERNELS_README: KERNELS_TABLES, PERFORMANCE: PERFORMANCE_TABLES}
 
 
 def rewritten(page: Path, tables: dict[str, Callable[[], str]]) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_table, gpu, gpu_parts, report, verdicts
+from benchmarks import bench_table, equivalence, gpu, gpu_parts, report, step_time, update_sizes, verdicts
 from benchmarks.measure import quantiles
 from benchmarks.op_cases import ACTIONS, CASES, ESTIMATORS, LAUNCH_SIZES, Case, build, bytes_moved
 
@@ -122,3 +122,46 @@ def test_the_gpu_tests_are_shared_out_and_all_counted(tmp_path, monkeypatch):
     test.write_text(test.read_text().replace("i != 3", "True"))
     assert gpu_parts.run_tests(tmp_path, 60.0, "not gpu", ["test_some.py"])["green"]
     assert not gpu_parts.run_tests(tmp_path, 60.0, "gpu", ["test_some.py"])["green"]  # none at all
+
+
+def test_students_tail_is_the_tables():
+    for t, freedom, p in ((1.8595, 8, 0.05), (2.2281, 10, 0.025), (0.0, 3, 0.5), (-1.8595, 8, 0.95)):
+        assert float(equivalence.upper_tail(t, freedom)) == pytest.approx(p, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("other", "shown"),
+    [
+        ([98.0, 100.0, 103.0, 101.0], True),
+        ([90.0, 92.0, 91.0, 93.0], False),  # a difference within the margin, too close to it
+        ([60.0, 140.0, 80.0, 120.0], False),  # no difference at all, and no knowing
+        ([120.0, 121.0, 119.0, 122.0], False),
+    ],
+)
+def test_equivalence_has_to_be_shown(other, shown):
+    for sign in (1.0, -1.0):  # returns may be negative
+        reference = [sign * value for value in (99.0, 101.0, 100.0, 102.0)]
+        found = equivalence.compare(reference, [sign * value for value in other], 0.05)
+        assert (found.p < 0.05) == shown == (-equivalence.MARGIN < found.low and found.high < equivalence.MARGIN)
+        assert found.low < found.difference < found.high
+
+
+def test_the_measures_of_a_run():
+    run = {"steps": [10, 20, 30, 40], "eval_return": [1.0, 2.0, 5.0, 7.0], "final": {"return_mean": 9.0}}
+    assert [equivalence.value_of(run, measure) for measure in equivalence.MEASURES] == [9.0, 6.0]
+
+
+def test_where_the_time_goes_is_a_table_and_a_picture(tmp_path):
+    row = {"num_envs": 16, "threads": 2, "steps_per_s": 321.0, "us_per_step": dict.fromkeys(step_time.PARTS, 1234.0)}
+    rows = [row | {"engine": engine} for engine in step_time.ENGINES]
+    result = {"rows": rows, "machine": {"cpu": {"model": "CPU", "cores_allowed": 2}}}
+    assert "| reference | 16 | 2 | 321 | 1,234 |" in step_time.table(result)
+    step_time.draw(result, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_engine_is_compared_at_its_own_number_of_threads():
+    times = {"reference": {1: [6.0, 8.0], 2: [4.0, 5.0]}, "fused, fp32": {1: [2.0, 2.0], 2: [3.0, 3.0]}}
+    row = update_sizes.row_of((17, 6, 256, 64), times)
+    assert row["fused, fp32"] == {"ms": 2.0, "threads": 1, "of_reference": 0.45}
+    assert "| 17, 6 | 256, 256 | 64 | 4.5 | 2 (0.45) | not measured |" in update_sizes.table({"rows": [row]})

@@ -1,27 +1,21 @@
 """The fused engine against the reference engine, which autograd differentiates."""
 
-import importlib
 import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-import fastsac.learner
-from fastsac import estimators
 from fastsac.config import Config
 from fastsac.estimators import ESTIMATORS
 from fastsac.learner import FusedLearner, Learner
-from fastsac.learner.flat import ALIGNMENT, HUGE_PAGE, Memory
 from fastsac.learner.reference import Metrics
 from fastsac.learner.stack import ACTIVATIONS
 from fastsac.types import Batch, Draw, Sampler
-from tests.kernels.parity import mutate
 from tests.test_graphed import A, O, StandIn, assert_equal, filled, tensors_of
 
 PAIRS = [(name, baseline) for name, entry in ESTIMATORS.items() for baseline in entry.baselines or ("auto",)]
@@ -164,93 +158,6 @@ def test_an_update_is_as_exact_as_autograds(
         assert error <= 2.0 * allowed + slack, f"{key}: off by {error:.2e}, autograd by {allowed:.2e}"
 
 
-EXACT = [
-    {},
-    {"num_action_samples": 3, "num_critics": 3, "actor_every": 2, "hidden_sizes": (8, 8, 8)},
-    {"estimator": "score", "baseline": "loo"},
-    {"estimator": "score", "baseline": "value"},
-    {"activation": "silu"},
-    {"activation": "elu", "hidden_sizes": (8,)},
-]
-
-
-def worst_difference(settings: dict[str, Any]) -> float:
-    """In float64: how far an engine of its own and the reference are apart after four updates, relative to each tensor.
-
-    The module is looked up anew: a test may have changed it.
-    """
-    shape = Shape(5, 3, 16, (8, 8), 2, 1)
-    config = Config(batch_size=16, precision="fp32", **({"hidden_sizes": (8, 8)} | settings))
-    kinds = Learner, importlib.import_module("fastsac.learner.fused").FusedLearner
-    with float64():
-        learners = [kind(config, shape.obs_size, shape.action_size) for kind in kinds]
-        for seed in range(4):
-            metrics = [learner.update(Fixed(shape, seed, torch.float64)) for learner in learners]
-    expected, found = (learner.state()[0] | each for learner, each in zip(learners, metrics, strict=True))
-    if expected.keys() != found.keys():
-        return math.inf
-    del expected["generator"]
-    differences = [(found[key] - wanted).abs().max() / (1e-3 + wanted.abs().max()) for key, wanted in expected.items()]
-    return torch.stack(differences).nan_to_num(nan=math.inf).max().item()
-
-
-@pytest.mark.parametrize("settings", EXACT, ids=str)
-def test_in_float64_nothing_is_left_to_rounding(settings: dict[str, Any]) -> None:
-    assert worst_difference(settings) < 1e-12
-
-
-MUTATIONS = [
-    ("learner.stack", "times_derivative(d, kept[index])", "times_derivative(d, kept[-1])"),
-    ("learner.stack", "torch.sum, d, 1, keepdim", "torch.mean, d, 1, keepdim"),
-    ("learner.stack", "torch.sum, dy, 1, keepdim", "torch.mean, dy, 1, keepdim"),
-    ("learner.stack", "torch.bmm, inputs[index].mT, d,", "torch.bmm, inputs[-1].mT, d,"),
-    ("learner.stack", "torch.bmm, d, layer.weight.mT,", "torch.bmm, d, layer.weight,"),
-    ("learner.stack", "torch.bmm, dy, last.weight.mT,", "torch.bmm, dy, -last.weight.mT,"),
-    ("learner.stack", "torch.mul, dy, last.weight.mT,", "torch.div, dy, last.weight.mT,"),
-    ("learner.stack", "+ first_row * tensor.stride(1)", "+ 0 * tensor.stride(1)"),
-    ("learner.stack", "        keeps_input=True,\n", ""),
-    ("learner.stack", "1.0, 1.0, 1.0, True, h", "1.0, 1.0, 1.0, False, h"),
-    ("learner.flat", "beta2=0.999", "beta2=0.99"),
-    ("learner.flat", "self.step += 1.0", "self.step += 2.0"),
-    ("learner.fused", "2.0 / len(target)", "1.0 / len(target)"),
-    ("learner.fused", "next_log_prob, value=-1.0", "next_log_prob, value=1.0"),
-    ("learner.fused", "torch.where(batch.terminated, 0.0, next_value)", "next_value"),
-    ("learner.fused", "sub_(math.log(2.0))", "sub_(math.log(3.0))"),
-    ("learner.fused", "noise, noise, value=-0.5", "noise, noise, value=-0.25"),
-    ("learner.fused", "torch.ops.aten.tanh_backward(grad_log_std, squashed)", "grad_log_std"),
-    ("learner.fused", '["critic"].values, self.config.tau', '["critic"].values, 0.5 * self.config.tau'),
-    ("learner.fused", "entropy - self.target_entropy", "entropy + self.target_entropy"),
-    ("learner.fused", "value + f.mean(0)", "value - f.mean(0)"),
-    ("learner.fused", "baseline = -value", "baseline = value"),
-    ("learner.fused", "squashed[-1]", "squashed[0]"),
-    ("learner.fused", "self.updates % every == 0", "True"),
-    ("learner.fused", "weight[:, -action_size:].mT", "weight[:, :action_size].mT"),
-    ("learner.fused", "each[0] if samples == 1 else each.sum(0)", "each[0]"),
-    ("learner.fused", "share /= share.sum(0)", "share *= 2.0"),
-    ("estimators.pathwise", "value=2.0", "value=1.0"),
-    ("estimators.pathwise", "sub_(alpha)", "add_(alpha)"),
-    ("estimators.pathwise", "-4.0 * sample.decay", "-2.0 * sample.decay"),
-    ("estimators.pathwise", "grad_mean * sample.deviation", "grad_mean * sample.noise"),
-    ("estimators.score", "sample.noise / sample.sigma", "sample.noise * sample.sigma"),
-    ("estimators.score", "square().sub_(1.0)", "square().sub_(0.5)"),
-    ("estimators.score", "(log_normal * advantage)", "advantage"),
-]
-
-
-@pytest.mark.parametrize(("module", "old", "new"), MUTATIONS)
-def test_a_wrong_gradient_is_noticed(
-    module: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package, leaf = module.split(".")
-    dependents = {"stack": ("fused",), "flat": ("stack", "fused")}.get(leaf, ())
-    mutate(monkeypatch, tmp_path, leaf, old, new, dependents, getattr(fastsac, package))
-    if package == "estimators":
-        mutant = getattr(estimators, leaf)
-        entry = ESTIMATORS[leaf]._replace(gradient=getattr(mutant, f"{leaf}_gradient"))
-        monkeypatch.setitem(ESTIMATORS, leaf, entry)
-    assert max(worst_difference(settings) for settings in EXACT) > 1e-6
-
-
 class Shuffled(Learner):
     """The reference engine with each batch in another order: the same update, with its sums in another order."""
 
@@ -329,39 +236,6 @@ def test_bfloat16_products_stay_within_their_bound(name: str, baseline: str, act
         assert metrics[key].item() == pytest.approx(value.item(), rel=0.02, abs=0.02), key
 
 
-@pytest.mark.parametrize(("obs_size", "rounded"), [(17, [False, True, True, False]), (200, [True, True, True, False])])
-def test_what_is_rounded(obs_size: int, rounded: list[bool]) -> None:
-    """Hidden layers are, and the first one of a wide input; the last ones, parameters, moments and sums never."""
-    shape = Shape(obs_size, 6, 8, (16, 16, 16), 2, 1)
-    learner = FusedLearner(config_of("score", "value", "relu", shape, precision="bf16"), obs_size, 6)
-    learner.update(Fixed(shape))
-    for network in learner._flat.values():
-        assert [layer.weight.dtype == torch.bfloat16 for layer in network.layers] == rounded
-        for layer, exact in zip(network.layers, network.exact, strict=True):
-            assert torch.equal(layer.weight, exact.weight.to(layer.weight.dtype))
-            assert torch.equal(layer.bias, exact.bias.to(layer.bias.dtype))
-    tensors, _ = learner.state()
-    assert {tensor.dtype for name, tensor in tensors.items() if name != "generator"} == {torch.float32}
-    plain = FusedLearner(config_of("score", "value", "relu", shape, precision="fp32"), obs_size, 6)
-    assert not any(dtype == torch.bfloat16 for _, dtype in plain._memory._shared)
-    assert all(layer.weight.dtype == torch.float32 for net in plain._flat.values() for layer in net.layers)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_modules_are_views_of_the_buffers(precision: str) -> None:
-    learner = FusedLearner(Config(batch_size=16, hidden_sizes=(32, 32), precision=precision), O, A)
-    reference = Learner(Config(batch_size=16, hidden_sizes=(32, 32), precision="fp32"), O, A)
-    for name, network in learner._networks().items():
-        values = learner._flat[name].values
-        for own, other in zip(network.parameters(), reference._networks()[name].parameters(), strict=True):
-            assert own.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
-            assert torch.equal(own, other)  # drawn as the reference engine's
-        with torch.no_grad():
-            values += 1.0
-        for own, other in zip(network.parameters(), reference._networks()[name].parameters(), strict=True):
-            assert torch.equal(own, other + 1.0)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("settings", [{}, {"estimator": "score", "baseline": "value"}], ids=str)
 def test_checkpoints_go_from_any_engine_to_any_other(settings: dict[str, Any], precision: str) -> None:
@@ -383,15 +257,6 @@ def test_checkpoints_go_from_any_engine_to_any_other(settings: dict[str, Any], p
             torch.testing.assert_close(parameters(again), parameters(taken), rtol=0.0, atol=3e-3)
 
 
-def test_a_loaded_state_is_rounded_anew() -> None:
-    config = Config(batch_size=16, hidden_sizes=(8, 8), precision="bf16")
-    first, second = FusedLearner(config, O, A, seed=0), FusedLearner(config, O, A, seed=1)
-    second.load_state(*first.state())
-    for name, network in second._flat.items():
-        for layer, other in zip(network.layers, first._flat[name].layers, strict=True):
-            assert torch.equal(layer.weight, other.weight)
-
-
 def test_equal_critics_share_the_actions_gradient() -> None:
     shape = Shape(O, A, 16, (8, 8), 3, 1)
     config, learners = config_of("pathwise", "auto", "relu", shape, critic_lr=1e-30), []
@@ -408,19 +273,6 @@ def test_equal_critics_share_the_actions_gradient() -> None:
     torch.testing.assert_close(*learners, rtol=0.0, atol=1e-12)
 
 
-def test_relu_on_bits_is_relu() -> None:
-    z = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)  # every number there is
-    expected, h = torch.relu(z), z.clone()
-    ACTIVATIONS["relu"].function(h, h)()
-    assert torch.equal(h.isnan(), z.isnan())
-    assert torch.equal(h[~z.isnan()], expected[~z.isnan()])
-    d = torch.randn(len(z)).to(torch.bfloat16)
-    slope = (z > 0).to(torch.bfloat16)
-    gradient = d.clone()
-    ACTIVATIONS["relu"].times_derivative(gradient, h)()
-    assert torch.equal(gradient[~z.isnan()], (d * slope)[~z.isnan()])
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("where", ["critic", "actor"])
 def test_what_is_not_finite_does_not_hide(where: str, precision: str) -> None:
@@ -430,23 +282,6 @@ def test_what_is_not_finite_does_not_hide(where: str, precision: str) -> None:
     learner._flat[where].refresh()
     metrics = learner.update(Fixed(shape))
     assert not metrics["critic_loss"].isfinite()
-
-
-def test_memory_comes_in_aligned_pieces_that_are_shared_by_name() -> None:
-    memory = Memory(torch.device("cpu"))
-    tensors = [
-        memory.zeros(shape, dtype) for shape in ((3, 5), (1,), (2**20,)) for dtype in (torch.float32, torch.bfloat16)
-    ]
-    assert all(tensor.data_ptr() % ALIGNMENT == 0 and not tensor.any() for tensor in tensors)
-    assert tensors[0].data_ptr() % HUGE_PAGE == 0
-    for index, tensor in enumerate(tensors):
-        tensor.fill_(index)
-    assert all((tensor == index).all() for index, tensor in enumerate(tensors))
-    large = memory.shared("a", (4, 6), torch.float32)
-    assert memory.shared("a", (2, 3), torch.float32).data_ptr() == large.data_ptr()
-    assert memory.shared("b", (2, 3), torch.float32).data_ptr() != large.data_ptr()
-    assert memory.shared("a", (2, 3), torch.bfloat16).data_ptr() != large.data_ptr()
-    assert memory.shared("a", (5, 6), torch.float32).data_ptr() != large.data_ptr()  # too small for this one
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

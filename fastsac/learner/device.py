@@ -103,7 +103,7 @@ def thread_counts() -> list[int]:
     return sorted({min(1 << power, cores) for power in range(cores.bit_length() + 1)})
 
 
-class _FixedBatch:
+class FixedBatch:
     """Random transitions of the right shape, the same ones every time."""
 
     def __init__(self, obs_size: int, action_size: int) -> None:
@@ -111,6 +111,7 @@ class _FixedBatch:
         self._batch: Batch | None = None
 
     def sample(self, batch_size: int, rng: PhiloxState | None = None, backend: Backend = "reference") -> Batch:
+        """Return the batch; neither a generator nor a backend has a say."""
         if self._batch is None or len(self._batch.obs) != batch_size:
             obs_size, action_size = self._sizes
             generator = torch.Generator().manual_seed(0)
@@ -137,7 +138,7 @@ def measure_updates(
     They take turns, on learners of the configuration's shape that are thrown away. Takes about half a second where an
     update takes milliseconds, and leaves PyTorch's setting as it found it.
     """
-    before, batch = torch.get_num_threads(), _FixedBatch(obs_size, action_size)
+    before, batch = torch.get_num_threads(), FixedBatch(obs_size, action_size)
     learners = {
         choice: make_learner(dataclasses.replace(config, precision=choice), obs_size, action_size) for choice in choices
     }

@@ -59,9 +59,16 @@ class Memory:
 
 
 def _huge_pages(size: int) -> Tensor:
-    """Return at least `size` zero bytes from a multiple of a huge page's size on."""
+    """Return at least `size` zero bytes from a multiple of a huge page's size on.
+
+    Raises:
+        MemoryError: if there are not so many.
+    """
     size = -(-size // HUGE_PAGE) * HUGE_PAGE
-    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"{size / 2**30:.1f} GiB cannot be had") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)

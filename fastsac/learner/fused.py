@@ -63,14 +63,13 @@ class FusedLearner(Learner):
 
     def _make_optimizers(self, groups: dict[str, tuple[list[nn.Parameter], float]]) -> None:
         self._memory = Memory(self.device)
-        inputs = sum(layer[0].shape[1] for layer in self.critic.stack()[:1])
-        rounded_from = int(inputs <= NARROW) if self.config.precision == "bf16" else None
+        weight, _ = self.critic.stack()[0]
+        rounded_from = int(weight.shape[1] <= NARROW) if self.config.precision == "bf16" else None
         self._flat = {
             name: FlatNetwork(network, self._memory, rounded_from) for name, network in self._networks().items()
         }
         self._adams: dict[str, FlatAdam] = {}
         self._grads: dict[str, FlatGradients] = {}
-        self._log_std_middle = torch.full((), LOG_STD_MIDDLE, dtype=self.log_alpha.dtype, device=self.device)
         for name, (parameters, lr) in groups.items():
             values = self._flat[name].values if name in self._flat else self.log_alpha.detach().view(1)
             self._adams[name] = FlatAdam(values, parameters, lr, self._memory)
@@ -78,8 +77,10 @@ class FusedLearner(Learner):
                 self._grads[name] = FlatGradients(self._flat[name], self._adams[name].grads, self._memory)
 
     def _make_passes(self, obs_size: int, action_size: int) -> None:
-        batch, samples, dtype = self.config.batch_size, self.choice.num_action_samples, self.log_alpha.dtype
-        noise = torch.empty(1 + samples, batch, action_size, dtype=dtype, device=self.device)
+        """Make the inputs, with views of their parts, and bind each pass to its own."""
+        batch, samples, like = self.config.batch_size, self.choice.num_action_samples, self.log_alpha.detach()
+        self._log_std_middle = torch.full_like(like, LOG_STD_MIDDLE)
+        noise = like.new_empty(1 + samples, batch, action_size)
         self._next_noise, self._sample_noise, self._noise = noise[:1], noise[1:], noise
         # [1 | obs | action]: next_obs with its sampled action, obs with K sampled ones, obs with the batch's
         columns = 1 + obs_size + action_size
@@ -100,14 +101,14 @@ class FusedLearner(Learner):
         self._critic_pass = make("critic", x[-1], "critic", trained=True)
         self._policy_pass = make("actor", policy_x, "actor", trained=True, first_row=batch)
         self._next_policy_pass = make("actor", policy_x[:batch], "actor")
-        acting_x = self._memory.zeros([self.config.num_envs, 1 + obs_size], dtype)
-        acting_x[:, 0] = 1.0
-        self._acting_obs, activation = acting_x[:, 1:], ACTIVATIONS[self.config.activation]
-        self._acting_noise = torch.empty(self.config.num_envs, action_size, dtype=dtype, device=self.device)
-        self._acting_pass = StackPass(self._flat["actor"].exact, activation, acting_x, self._memory, "acting")
+        self._value_pass = make("value", policy_x[batch:], "value", trained=True) if self.uses_value else None
         self._grad_mean, self._grad_raw = self._policy_pass.grad_output[0].chunk(2, 1)
         self._action_weight = self._flat["critic"].layers[0].weight[:, -action_size:].mT
-        self._value_pass = make("value", policy_x[batch:], "value", trained=True) if self.uses_value else None
+        acting_x = self._memory.zeros([self.config.num_envs, 1 + obs_size], like.dtype)
+        acting_x[:, 0] = 1.0
+        self._acting_obs, self._acting_noise = acting_x[:, 1:], like.new_empty(self.config.num_envs, action_size)
+        activation = ACTIVATIONS[self.config.activation]
+        self._acting_pass = StackPass(self._flat["actor"].exact, activation, acting_x, self._memory, "acting")
 
     @torch.no_grad()
     def act(self, obs: Tensor, deterministic: bool = False) -> Tensor:
@@ -180,43 +181,42 @@ class FusedLearner(Learner):
         return Sample(noise, log_std, sigma, deviation, action, decay, log_prob), squashed[-1]
 
     def _descend_critic(self, batch: Batch, next_log_prob: Tensor, alpha: Tensor, metrics: Metrics | None) -> None:
-        made = self._critic_pass
-        next_q = self._target_pass.forward().squeeze(2)
+        next_q = self._target_pass.forward().squeeze(2)  # [E, B]
         next_value = torch.addcmul(next_q.amin(0), alpha, next_log_prob, value=-1.0)
-        target = torch.add(batch.reward, torch.where(batch.terminated, 0.0, next_value), alpha=self.config.gamma)
-        q = made.forward()
+        target = torch.add(batch.reward, torch.where(batch.terminated, 0.0, next_value), alpha=self.config.gamma)  # [B]
+        q = self._critic_pass.forward()  # [E, B, 1]
         errors = q - target.unsqueeze(1)
-        torch.mul(errors, 2.0 / len(target), out=made.grad_output)
+        torch.mul(errors, 2.0 / len(target), out=self._critic_pass.grad_output)
         if metrics is not None:
             metrics |= {"critic_loss": errors.square().mean(1).sum(), "q": q.mean()}
-        made.backward()
+        self._critic_pass.backward()
         self._adams["critic"].descend()
         self._flat["critic"].refresh()
 
     def _descend_actor_and_alpha(
         self, sample: Sample, squashed: Tensor, alpha: Tensor, metrics: Metrics | None
     ) -> None:
-        samples, batch, action_size = sample.action.shape
-        q = self._sampled_pass.forward()
+        samples, batch, _ = sample.action.shape
+        q = self._sampled_pass.forward()  # [E, K B, 1]
         min_q = q.amin(0)
-        f = torch.mul(alpha, sample.log_prob).sub_(min_q.view(samples, batch))
+        f = torch.mul(alpha, sample.log_prob).sub_(min_q.view(samples, batch))  # [K, B]
 
         def q_gradient() -> Tensor:
             share = torch.eq(q, min_q, out=self._sampled_pass.grad_output)
             share /= share.sum(0)
-            d = self._sampled_pass.backward()
-            return torch.bmm(d, self._action_weight).sum(0, dtype=q.dtype).view(samples, batch, action_size)
+            d = self._sampled_pass.backward()  # [E, K B, H]
+            return torch.bmm(d, self._action_weight).sum(0, dtype=q.dtype).view(sample.action.shape)
 
         baseline: str | Tensor = self.choice.baseline
         if self._value_pass is not None:
-            value = self._value_pass.forward()
+            value = self._value_pass.forward()  # [1, B, 1]
             baseline = -value.view(batch)
         gradient = self._gradient(sample, f, q_gradient, alpha, baseline)
         grad_mean, grad_log_std = (
             each[0] if samples == 1 else each.sum(0) for each in (gradient.mean, gradient.log_std)
         )
         torch.mul(grad_mean, 1.0 / (samples * batch), out=self._grad_mean)
-        grad_raw = torch.ops.aten.tanh_backward(grad_log_std, squashed)
+        grad_raw = torch.ops.aten.tanh_backward(grad_log_std, squashed)  # times 1 - tanh(raw)^2
         torch.mul(grad_raw, LOG_STD_HALF_RANGE / (samples * batch), out=self._grad_raw)
         self._policy_pass.backward()
         self._adams["actor"].descend()

@@ -108,7 +108,7 @@ class StackPass:
         else:  # a batch of products with one column is slow
             for h, column, y in zip(inputs[-1], last.weight.squeeze(2), self._output.squeeze(2), strict=True):
                 do(partial(torch.mv, h, column, out=y))
-            do(partial(self._output.add_, last.bias))
+            do(partial(torch.add, self._output, last.bias, out=self._output))
         return inputs, kept
 
     def _bind_backward(
@@ -152,7 +152,7 @@ class StackPass:
         if tensor.dtype == dtype:
             return tensor
         other = self._memory.shared(name, tensor.shape, dtype)
-        do(partial(other.copy_, tensor))
+        do(partial(torch.Tensor.copy_, other, tensor))
         return other
 
 
