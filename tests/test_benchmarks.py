@@ -142,7 +142,7 @@ def test_equivalence_has_to_be_shown(other, shown):
     for sign in (1.0, -1.0):  # returns may be negative
         reference = [sign * value for value in (99.0, 101.0, 100.0, 102.0)]
         found = equivalence.compare(reference, [sign * value for value in other], 0.05)
-        assert (found.p < 0.05) == shown == (-equivalence.MARGIN < found.low and found.high < equivalence.MARGIN)
+        assert (found.p < 0.05) == shown == (found.low > -equivalence.MARGIN and found.high < equivalence.MARGIN)
         assert found.low < found.difference < found.high
 
 

@@ -54,7 +54,9 @@ def test_a_loaded_state_is_rounded_anew() -> None:
 
 
 def test_relu_on_bits_is_relu() -> None:
-    z = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)  # every number there is
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32)
+    bits = bits[(bits & 0x7F80 != 0) | (bits & 0x7F == 0)]  # every number but denormals, which may be flushed
+    z = bits.to(torch.int16).view(torch.bfloat16)
     expected, h = torch.relu(z), z.clone()
     ACTIVATIONS["relu"].function(h, h)()
     assert torch.equal(h.isnan(), z.isnan())

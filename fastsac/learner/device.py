@@ -81,7 +81,10 @@ def set_up_torch(config: Config, device: torch.device, obs_size: int, action_siz
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     torch.set_flush_denormal(True)  # Adam's moments of dead units decay into numbers that are slow to multiply
     counts = [config.num_threads] if config.num_threads else thread_counts()
-    reason = "asked for" if config.precision != "auto" else "the only one here"
+    engine, _ = choose_engine(config, device)
+    reason = "no bfloat16 products on this CPU" if engine == "fused" else f"what engine {engine} takes"
+    if config.precision != "auto":
+        reason = "asked for"
     if device.type != "cpu":
         return Setup(choices[0], reason, torch.get_num_threads())
     chosen, num_threads = choices[0], counts[0]

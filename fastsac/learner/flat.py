@@ -65,13 +65,14 @@ def _huge_pages(size: int) -> Tensor:
         MemoryError: if there are not so many.
     """
     size = -(-size // HUGE_PAGE) * HUGE_PAGE
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
+        return torch.zeros(size, dtype=torch.uint8)
     try:
         memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise MemoryError(f"{size / 2**30:.1f} GiB cannot be had") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     block = torch.frombuffer(memory, dtype=torch.uint8)
     start = -block.data_ptr() % HUGE_PAGE
     return block[start : start + size]
