@@ -84,9 +84,9 @@ def test_bfloat16_where_a_cpu_has_it(capability: str, monkeypatch: pytest.Monkey
         (
             {"precision": "bf16", "engine": "reference"},
             CPU,
-            "is what --engine fused serves, and the engine is reference",
+            "--precision bf16 needs --engine fused, and this run has ref",
         ),
-        ({"precision": "bf16"}, CUDA, "is what --engine fused serves, and the engine is graphed"),
+        ({"precision": "bf16"}, CUDA, "--precision bf16 needs --engine fused, and this run has graphed"),
         ({"precision": "tf32"}, CPU, "--precision tf32 needs a CUDA GPU"),
     ],
 )

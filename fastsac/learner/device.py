@@ -63,9 +63,9 @@ def precisions(config: Config, device: torch.device) -> list[Precision]:
     if asked == "tf32" and device.type != "cuda":
         raise UsageError("--precision tf32 needs a CUDA GPU; --precision fp32 works")
     if asked == "bf16" and engine != "fused":
-        raise UsageError(f"--precision bf16 is what --engine fused serves, and the engine is {engine}: take fp32")
+        raise UsageError(f"--precision bf16 needs --engine fused, and this run has {engine}: --precision fp32 works")
     if asked == "bf16" and not has_bfloat16_products():
-        raise UsageError("--precision bf16: this CPU has no bfloat16 products, it would be slower; take fp32 or auto")
+        raise UsageError("--precision bf16: this CPU has no bfloat16 products, so it would be slow; fp32 and auto work")
     if asked != "auto":
         return [asked]
     return ["fp32", "bf16"] if engine == "fused" and has_bfloat16_products() else ["fp32"]
