@@ -61,7 +61,7 @@ SUITES = {
     "hopper": Suite("--env-id Hopper-v5 --total-steps 200000 --eval-every 5000", {"pathwise": PATHWISE}, 1),
     "walker": Suite("--env-id WalkerWalk-v1 --total-steps 50000 --eval-every 5000", {"pathwise": PATHWISE}, 1),
     "engines_pendulum": Suite("--env-id Pendulum-v1 --total-steps 20000 --eval-every 2000", ENGINES, 5),
-    "engines_halfcheetah": Suite("--env-id HalfCheetah-v5 --total-steps 100000 --eval-every 5000", ENGINES, 10),
+    "engines_halfcheetah": Suite("--env-id HalfCheetah-v5 --total-steps 100000 --eval-every 5000", ENGINES, 20),
 }
 _lock = threading.Lock()
 
@@ -145,8 +145,9 @@ def draw(suite: str, result: dict[str, Any]) -> None:
         variant: [(run["steps"], run["eval_return"]) for run in result["runs"] if run["variant"] == variant]
         for variant in SUITES[suite].variants
     }
-    title = f"{SUITES[suite].arguments.split()[1]}: mean and range over {SUITES[suite].num_seeds} seeds"
-    title = title if SUITES[suite].num_seeds > 1 else title.split(":")[0] + ": one seed"
+    seeds = max(len(runs) for runs in curves.values())
+    spread = f"mean and range over {seeds} seeds" if seeds > 1 else "one seed"
+    title = f"{SUITES[suite].arguments.split()[1]}: {spread}"
     plot_curves(curves, results_file(suite).with_suffix(".png"), title, "evaluation return")
 
 
