@@ -13,9 +13,7 @@ such column: their rows would not be aligned.)
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -25,30 +23,18 @@ from torch import Tensor, nn
 from fastsac.networks import Actor, StackedMLP
 
 ALIGNMENT = 64  # bytes
-HUGE_PAGE = 2**21
 
 
 class Memory:
-    """Hands out tensors: on a CPU from huge pages, if the system has them, and close to one another.
-
-    An update works on some ten megabytes. In pages of 4 KiB it would spend a good part of its time on page tables.
-    """
+    """Hands out tensors of zeros; those of passes that do not live at the same time share one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._rest = torch.empty(0, dtype=torch.uint8)
         self._shared: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return a tensor of zeros."""
-        if self.device.type != "cpu":
-            return torch.zeros(*shape, dtype=dtype, device=self.device)
-        size = math.prod(shape) * dtype.itemsize
-        taken = -(-size // ALIGNMENT) * ALIGNMENT
-        if taken > len(self._rest):
-            self._rest = _huge_pages(taken)
-        block, self._rest = self._rest[:size], self._rest[taken:]
-        return block.view(dtype).view(*shape)
+        return torch.zeros(*shape, dtype=dtype, device=self.device)
 
     def shared(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return a tensor that shares its memory with all others of this name and type, the largest asked for first."""
@@ -56,26 +42,6 @@ class Memory:
         if (name, dtype) not in self._shared or len(self._shared[name, dtype]) < size:
             self._shared[name, dtype] = self.zeros([size], dtype)
         return self._shared[name, dtype][:size].view(*shape)
-
-
-def _huge_pages(size: int) -> Tensor:
-    """Return at least `size` zero bytes from a multiple of a huge page's size on.
-
-    Raises:
-        MemoryError: if there are not so many.
-    """
-    size = -(-size // HUGE_PAGE) * HUGE_PAGE
-    if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
-        return torch.zeros(size, dtype=torch.uint8)
-    try:
-        memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, OverflowError) as error:
-        raise MemoryError(f"{size / 2**30:.1f} GiB cannot be had") from error
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    block = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -block.data_ptr() % HUGE_PAGE
-    return block[start : start + size]
 
 
 class Layer(NamedTuple):
