@@ -210,7 +210,7 @@ def draw(result: Row, path: Path) -> None:
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
     panels[0].invert_yaxis()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     batch, actions = ESTIMATOR_SIZE
     note = "" if on_gpu(result) else "; Triton needs a GPU"
     figure.suptitle(f"B = {batch}, A = {actions}: median, p20 to p80. {machine_name(result)}{note}", fontsize=11)

@@ -36,7 +36,7 @@ class Config:
     learning_starts: int = 1000
     """Steps with uniformly random actions before the first update."""
     buffer_size: int = 1_000_000
-    """Transitions that the replay holds."""
+    """Transitions that the replay buffer holds."""
     batch_size: int = 256
     """Transitions per update."""
 
@@ -49,13 +49,13 @@ class Config:
     target_entropy: float | Literal["auto"] = "auto"
     """Entropy that an automatic alpha aims at, in nats; `auto` is minus the action size."""
     actor_lr: float = 3e-4
-    """Adam's step size for the actor."""
+    """Learning rate of the actor (Adam)."""
     critic_lr: float = 3e-4
-    """Adam's step size for the critics."""
+    """Learning rate of the critics."""
     value_lr: float = 1e-3
-    """Adam's step size for the value network of `--baseline value`, which has to follow the critics."""
+    """Learning rate of the value network of `--baseline value`, which has to follow the critics."""
     alpha_lr: float = 3e-4
-    """Adam's step size for an automatic alpha."""
+    """Learning rate of an automatic alpha."""
     actor_every: int = 1
     """Critic updates per actor and alpha update."""
     hidden_sizes: tuple[int, ...] = (256, 256)
@@ -68,16 +68,16 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is a GPU."""
     engine: Literal["auto", "reference", "graphed", "fused"] = "auto"
-    """`reference` is eager PyTorch, `graphed` CUDA graphs of it with Triton kernels, `fused` has its gradients written
-    out, on a CPU. `auto` takes `graphed` on CUDA, else `fused`."""
+    """`reference`: PyTorch with autograd. `fused`: gradients written out by hand, on a CPU. `graphed`: Triton kernels
+    in CUDA graphs. `auto` takes `graphed` on CUDA, else `fused`."""
     precision: Literal["auto", "fp32", "bf16", "tf32"] = "auto"
-    """Of matrix products: `fp32`; `bf16`, rounded factors on CPUs that multiply them in hardware (engine `fused`);
-    `tf32` on CUDA. `auto` takes `bf16` where a measurement at start-up finds it faster, else `fp32`."""
+    """Precision of matrix products: `fp32`; `bf16` with engine `fused`, on CPUs that have it in hardware; `tf32` on
+    CUDA. `auto` takes `bf16` where a measurement at start-up finds it faster, else `fp32`."""
     num_threads: int = 0
-    """PyTorch's CPU threads; 0 measures at start-up which number is fastest."""
+    """CPU threads of PyTorch; 0 measures which number is fastest."""
 
     eval_every: int = 10_000
-    """Steps between evaluations of the deterministic policy; 0 evaluates never."""
+    """Steps between evaluations of the deterministic policy; 0 never evaluates."""
     eval_episodes: int = 10
     """Episodes of an evaluation."""
     target_return: float | None = None
@@ -87,7 +87,7 @@ class Config:
     checkpoint_every: int = 50_000
     """Steps between checkpoints; 0 saves only at the end."""
     checkpoint_replay: bool = False
-    """Store the replay in checkpoints too, so that a resumed run need not refill it."""
+    """Store the replay buffer in checkpoints too, so that a resumed run need not refill it."""
 
     def __post_init__(self) -> None:
         """Raise UsageError for the first setting that is out of its range."""

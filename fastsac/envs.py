@@ -300,7 +300,7 @@ def make_envs(env_id: str, num_envs: int, seed: int, backend: str = "auto", rend
 def _make_envpool(env_id: str, num_envs: int, seeds: list[int], render_mode: str | None) -> VectorEnv:
     import envpool
 
-    threads = min(num_envs, len(os.sched_getaffinity(0)))  # fewer gained at most 2 % (LOG.md)
+    threads = min(num_envs, len(os.sched_getaffinity(0)))  # fewer gain at most 4 % (LOG.md)
     try:
         pool = envpool.make(
             env_id, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seeds, render_mode=render_mode
