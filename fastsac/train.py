@@ -130,13 +130,15 @@ class SAC:
             Logger(directory and self._claim(directory), total_steps, self.steps, self.time_s, progress) as logger,
         ):
             if self.updates and self._warm_up_left:
-                logger.say(f"the replay starts empty: {self._warm_up_left} steps refill it before the next update")
+                logger.say(f"the replay buffer is empty: {self._warm_up_left} steps refill it before the next update")
             logger.start_rates(self.steps, self.updates)
+            if self._trial is not None:
+                self._trial.begin_turn()
             reached = saved = False
             while self.steps < total_steps and not stop and not reached:
                 before, started = self.steps, time.perf_counter()
                 obs, step, new_metrics = self._step(obs)
-                if self._trial is not None and self.updates:
+                if self._trial is not None and self.updates and not self._warm_up_left:
                     self._try_threads(logger, time.perf_counter() - started, self.steps - before)
                 metrics |= new_metrics
                 episodes.add(step)
@@ -149,6 +151,8 @@ class SAC:
                 saved = self._crossed(config.checkpoint_every, before)
                 if directory and saved:
                     self.save(directory)
+            if self._trial is not None:  # it goes on with the next call
+                torch.set_num_threads(self.num_threads)
             self.stopped_by_signal = self.steps < total_steps and not reached
             if directory and not saved:
                 self.save(directory)
@@ -186,7 +190,7 @@ class SAC:
         if fastest is None:
             return
         if fastest != self.num_threads:
-            logger.say(f"threads: {fastest}, beside the environments faster than {self.num_threads}")
+            logger.say(f"threads: {fastest}, which is faster than {self.num_threads} while the environments run")
         self.setup, self._trial = self.setup._replace(num_threads=fastest), None
 
     def _explore(self, obs: Tensor) -> Tensor:

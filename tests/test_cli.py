@@ -58,7 +58,7 @@ def test_no_baseline_is_a_baseline(tmp_path):
 
 def test_resume_with_another_setting(trained, capsys):
     assert run("train", "--resume", trained, "--total-steps", 140, "--actor-lr", 1e-3) == 0
-    assert "the replay starts empty" in capsys.readouterr().err
+    assert "the replay buffer is empty" in capsys.readouterr().err
     stored = json.loads((trained / "config.json").read_text())
     assert (stored["total_steps"], stored["actor_lr"], stored["hidden_sizes"]) == (140, 1e-3, [8])
     assert run("train", "--resume", trained) == 2

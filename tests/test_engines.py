@@ -1,6 +1,7 @@
 """Which engine, precision and number of threads a run gets, and what it says about it."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,7 +152,7 @@ def test_a_trial_finds_the_fastest_number_of_threads(fastest: int, monkeypatch: 
     assert tried == ([2] * 7 + [1] * 7 + [4] * 7) * ThreadTrial.ROUNDS
 
 
-def test_a_run_tries_threads_once_it_makes_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_tries_threads_while_it_makes_updates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(device, "thread_counts", lambda: [1, 2])
     settings = {"learning_starts": 20, "num_envs": 2, "precision": "fp32", "eval_every": 0, **SMALL}
     agent = SAC(Config("Pendulum-v1", **settings))
@@ -159,6 +160,14 @@ def test_a_run_tries_threads_once_it_makes_updates(monkeypatch: pytest.MonkeyPat
     assert trial is not None
     agent.learn(total_steps=20)
     assert not any(trial.best.values())
+    agent.learn(total_steps=36, run_dir=tmp_path)  # in the middle of the second number's turn
+    assert agent._trial is trial
+    assert sum(best > 0.0 for best in trial.best.values()) == 1
+    assert torch.get_num_threads() == agent.num_threads
+    resumed = SAC.load(tmp_path)
+    resumed.learn(total_steps=36 + 20)  # the replay buffer is filled again
+    assert resumed._trial is not None
+    assert not any(resumed._trial.best.values())
     agent.learn(total_steps=150)
     assert agent._trial is None
     assert all(trial.best.values())

@@ -213,18 +213,27 @@ def test_many_large_batches_are_drawn_in_several_goes(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("name", "baseline"), PAIRS)
-@pytest.mark.parametrize("obs_size", [17, 200])  # a first layer that is rounded, and one that is not
-def test_bfloat16_products_stay_within_their_bound(name: str, baseline: str, activation: str, obs_size: int) -> None:
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(17, 6, 256, (256, 256), 2, 2),  # a first layer that is not rounded
+        Shape(200, 6, 256, (256, 256), 2, 2),  # and one that is
+        Shape(111, 17, 133, (96, 65, 47), 3, 4),
+        Shape(111, 1, 64, (130,), 1, 1),
+    ],
+    ids=str,
+)
+def test_bfloat16_products_stay_within_their_bound(name: str, baseline: str, activation: str, shape: Shape) -> None:
     """Losses and gradients are off by at most 2 % (of a gradient's norm): each factor of 8 bits is by up to 0.4 %.
 
     With ReLU a gradient may be off by 8 %: some units in a thousand are so close to zero that rounding opens or shuts
     them, and the error is of the order of the square root of their share.
     """
     bound = 0.08 if activation == "relu" else 0.02
-    shape = Shape(obs_size, 6, 256, (256, 256), 2, 2)
     made = []
     for precision in ("fp32", "bf16"):
-        learner = FusedLearner(config_of(name, baseline, activation, shape, precision=precision), obs_size, 6)
+        config = config_of(name, baseline, activation, shape, precision=precision)
+        learner = FusedLearner(config, shape.obs_size, shape.action_size)
         made.append((learner.update(Fixed(shape)), gradients(learner)))
     (expected_metrics, expected), (metrics, found) = made
     assert expected.keys() == found.keys()
@@ -240,21 +249,30 @@ def test_bfloat16_products_stay_within_their_bound(name: str, baseline: str, act
 @pytest.mark.parametrize("settings", [{}, {"estimator": "score", "baseline": "value"}], ids=str)
 def test_checkpoints_go_from_any_engine_to_any_other(settings: dict[str, Any], precision: str) -> None:
     config = Config(batch_size=16, hidden_sizes=(8, 8), precision=precision, **settings)
-    replay, kinds = filled(), (Learner, FusedLearner, StandIn)
+    kinds = (Learner, FusedLearner, StandIn)
     for first, second in itertools.permutations(kinds, 2):
         made, taken = first(config, O, A, "cpu", 0), second(config, O, A, "cpu", 1)
-        made.update(replay, 3)
+        made.update(filled(), 3)
         taken.load_state(*made.state())
         before, after = tensors_of(made), tensors_of(taken)
         assert_equal({k: v for k, v in before.items() if k in after}, {k: v for k, v in after.items() if k in before})
         assert before.keys() ^ after.keys() <= {"philox"}
         again = first(config, O, A, "cpu", 2)
         again.load_state(*taken.state())
-        taken.update(replay, 2)
-        again.update(replay, 2)
+        taken.update(filled(), 2)
+        again.update(filled(), 2)
         assert (taken.updates, again.updates) == (5, 5)
-        if precision == "fp32":
-            torch.testing.assert_close(parameters(again), parameters(taken), rtol=0.0, atol=3e-3)
+        if precision == "fp32" and StandIn not in (first, second):  # which draws other random numbers
+            torch.testing.assert_close(parameters(again), parameters(taken), rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Learner, FusedLearner])
+def test_a_learners_own_state_changes_nothing(kind: type[Learner]) -> None:
+    learner = kind(Config(batch_size=16, hidden_sizes=(8, 8), precision="fp32"), O, A)
+    learner.update(filled(), 3)
+    before = {name: tensor.clone() for name, tensor in tensors_of(learner).items()}
+    learner.load_state(*learner.state())
+    assert_equal(before, tensors_of(learner))
 
 
 def test_equal_critics_share_the_actions_gradient() -> None:

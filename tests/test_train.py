@@ -62,8 +62,9 @@ def test_reset_rows_are_no_steps():
     "choice",
     [{"estimator": "pathwise"}] + [{"estimator": "score", "baseline": b} for b in ("none", "constant", "value", "loo")],
 )
-def test_same_seed_same_parameters(choice):
-    agents = [SAC(small(**choice, seed=seed)) for seed in (3, 3, 4)]
+@pytest.mark.parametrize("setup", [{}, {"precision": "bf16", "num_threads": 2, "hidden_sizes": (64, 64)}], ids=str)
+def test_same_seed_same_parameters(choice, setup):
+    agents = [SAC(small(**choice, **setup, seed=seed)) for seed in (3, 3, 4)]
     for agent in agents:
         agent.learn(total_steps=120)
     first, second, other = (parameters(agent) for agent in agents)
@@ -166,7 +167,7 @@ def test_resume_refills_the_replay(tmp_path, capsys):
     updates = resumed.updates
     resumed.learn(total_steps=140, run_dir=run_dir, progress=True)
     assert resumed.updates == updates
-    assert "the replay starts empty: 40 steps refill it" in capsys.readouterr().err
+    assert "the replay buffer is empty: 40 steps refill it" in capsys.readouterr().err
     resumed.learn(total_steps=200, run_dir=run_dir)
     # the four updates that were due at the save are made then
     assert resumed.updates == updates + 4 + 56

@@ -61,11 +61,14 @@ def precisions(config: Config, device: torch.device) -> list[Precision]:
     engine, _ = choose_engine(config, device)
     asked = config.precision
     if asked == "tf32" and device.type != "cuda":
-        raise UsageError("--precision tf32 needs a CUDA GPU; --precision fp32 works")
+        raise UsageError("--precision tf32 needs a CUDA GPU: use --precision fp32")
     if asked == "bf16" and engine != "fused":
-        raise UsageError(f"--precision bf16 needs --engine fused, and this run has {engine}: --precision fp32 works")
+        raise UsageError(f"--precision bf16 needs --engine fused, and this run has {engine}: use --precision fp32")
     if asked == "bf16" and not has_bfloat16_products():
-        raise UsageError("--precision bf16: this CPU has no bfloat16 products, so it would be slow; fp32 and auto work")
+        raise UsageError(
+            "--precision bf16: this CPU has no bfloat16 products (AVX512-BF16, AMX or Arm's BF16), "
+            "so it would be slow: use --precision fp32 or auto"
+        )
     if asked != "auto":
         return [asked]
     return ["fp32", "bf16"] if engine == "fused" and has_bfloat16_products() else ["fp32"]
@@ -82,7 +85,7 @@ def set_up_torch(config: Config, device: torch.device, obs_size: int, action_siz
     torch.set_flush_denormal(True)  # Adam's moments of dead units decay into numbers that are slow to multiply
     counts = [config.num_threads] if config.num_threads else thread_counts()
     engine, _ = choose_engine(config, device)
-    reason = "no bfloat16 products on this CPU" if engine == "fused" else f"what engine {engine} takes"
+    reason = "no bfloat16 products on this CPU" if engine == "fused" else f"the default of engine {engine}"
     if config.precision != "auto":
         reason = "asked for"
     if device.type != "cpu":
@@ -107,25 +110,26 @@ def thread_counts() -> list[int]:
 
 
 class FixedBatch:
-    """Random transitions of the right shape, the same ones every time."""
+    """Random transitions of the right shape, the same ones every time that as many are asked for."""
 
     def __init__(self, obs_size: int, action_size: int) -> None:
         self._sizes = obs_size, action_size
-        self._batch: Batch | None = None
+        self._batches: dict[int, Batch] = {}
 
     def sample(self, batch_size: int, rng: PhiloxState | None = None, backend: Backend = "reference") -> Batch:
         """Return the batch; neither a generator nor a backend has a say."""
-        if self._batch is None or len(self._batch.obs) != batch_size:
+        if batch_size not in self._batches:
             obs_size, action_size = self._sizes
             generator = torch.Generator().manual_seed(0)
-            self._batch = Batch(
-                obs=torch.randn(batch_size, obs_size, generator=generator),
-                action=torch.rand(batch_size, action_size, generator=generator) * 2.0 - 1.0,
-                reward=torch.randn(batch_size, generator=generator),
-                next_obs=torch.randn(batch_size, obs_size, generator=generator),
-                terminated=torch.zeros(batch_size, dtype=torch.bool),
-            )
-        return self._batch
+            with torch.inference_mode(False):  # another engine may differentiate what it is used for
+                self._batches[batch_size] = Batch(
+                    obs=torch.randn(batch_size, obs_size, generator=generator),
+                    action=torch.rand(batch_size, action_size, generator=generator) * 2.0 - 1.0,
+                    reward=torch.randn(batch_size, generator=generator),
+                    next_obs=torch.randn(batch_size, obs_size, generator=generator),
+                    terminated=torch.zeros(batch_size, dtype=torch.bool),
+                )
+        return self._batches[batch_size]
 
 
 def measure_updates(
@@ -151,7 +155,7 @@ def measure_updates(
         for _ in range(rounds):
             for choice, count in times:
                 torch.set_num_threads(count)
-                learners[choice].update(batch, 2)
+                learners[choice].update(batch, 4)
                 start = time.perf_counter()
                 learners[choice].update(batch, 4)
                 times[choice, count] = min(times[choice, count], (time.perf_counter() - start) / 4)
@@ -182,9 +186,10 @@ class ThreadTrial:
         self._least_steps = max(2 * num_envs, math.ceil(8 / utd))
         self._turns = counts * self.ROUNDS
         self.best = dict.fromkeys(counts, 0.0)  # steps per second
-        self._begin()
+        self.begin_turn()
 
-    def _begin(self) -> None:
+    def begin_turn(self) -> None:
+        """Set the number of threads whose turn it is, and measure anew; to be called when training goes on, too."""
         torch.set_num_threads(self._turns[0])
         self._seconds, self._steps, self._settled = 0.0, 0, False
 
@@ -203,7 +208,7 @@ class ThreadTrial:
         count = self._turns.pop(0)
         self.best[count] = max(self.best[count], self._steps / self._seconds)
         if self._turns:
-            self._begin()
+            self.begin_turn()
             return None
         fastest = max(self.best, key=lambda count: self.best[count])
         torch.set_num_threads(fastest)

@@ -30,9 +30,12 @@ def choose_engine(config: Config, device: torch.device) -> tuple[str, str]:
     """
     written_out = choose(config).gradient is not None
     if config.engine == "graphed" and device.type != "cuda":
-        raise UsageError(f"--engine graphed records CUDA graphs, which needs a GPU, and this runs on the {device.type}")
+        raise UsageError(
+            f"--engine graphed records CUDA graphs, which needs a GPU, and this runs on the {device.type}: "
+            "use --engine auto"
+        )
     if config.engine == "fused" and device.type != "cpu":
-        raise UsageError(f"--engine fused runs on a CPU so far, and this runs on {device.type}: --engine graphed does")
+        raise UsageError(f"--engine fused runs on a CPU so far, and this runs on {device.type}: use --engine graphed")
     if config.engine == "fused" and not written_out:
         raise UsageError(f"--engine fused: --estimator {config.estimator} has no written-out gradient")
     if config.engine != "auto":

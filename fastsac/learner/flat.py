@@ -12,6 +12,7 @@ such column: their rows would not be aligned.)
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from itertools import accumulate
@@ -160,6 +161,7 @@ class FlatAdam:
 
     def load_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
         """Take over copies of what `moments` returned; where there is nothing, start anew."""
+        moments = copy.deepcopy(moments)  # they may be this very learner's
         self.step.zero_()
         for name, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
             buffer.zero_()

@@ -16,8 +16,9 @@ One update, in the order of the reference engine, with B states, K action sample
     targets     target_critic += tau (critic - target_critic)
 
 How gradients pass through the networks' layers is written out in `fastsac.learner.stack`, where they live in
-`fastsac.learner.flat`. With the factors of products in bfloat16 all else stays float32: parameters, Adam, targets,
-every network's last layer, losses and sums.
+`fastsac.learner.flat`. In bfloat16 are only the hidden layers' factors (weights, biases, activations) and results, the
+gradients of their parameters included; sums are made in float32 and rounded once. Parameters, Adam, targets, losses and
+every network's last layer stay float32.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fastsac.networks import LOG_STD_HALF_RANGE, LOG_STD_MAX, LOG_STD_MIN
 from fastsac.types import Batch, Gradient, Sample, Sampler
 
 LOG_STD_MIDDLE = 0.5 * (LOG_STD_MIN + LOG_STD_MAX)
-#: first layers with at most so many inputs gain nothing from products of bfloat16
+#: first layers with at most so many inputs gain 0 to 6 % from products of bfloat16: they see the exact observations
 NARROW = 64
 #: transitions that are drawn in one go, if several updates are due
 TRANSITIONS_DRAWN = 8192

@@ -174,7 +174,11 @@ class Learner:
     def _load_moments(self, moments: dict[str, Moments]) -> None:
         """Take over copies of what `_moments` returned; a group that is not there starts anew."""
         for name, optimizer in self.optimizers.items():
-            state = copy.deepcopy(moments.get(name, {}))
+            # fused Adam goes through memory as it lies, and the parameters are contiguous
+            state = {
+                index: {key: value.clone(memory_format=torch.contiguous_format) for key, value in own.items()}
+                for index, own in moments.get(name, {}).items()
+            }
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
     def _networks(self) -> dict[str, Actor | StackedMLP]:

@@ -105,7 +105,7 @@ class StackPass:
         self._output = self._buffer(f"{self._name} y", len(x), last.weight)
         if last.weight.shape[2] > 1:
             do(partial(torch.baddbmm, last.bias, inputs[-1], last.weight, out=self._output))
-        else:  # a batch of products with one column is slow
+        else:  # one column: for each network a product of a matrix and a vector
             for h, column, y in zip(inputs[-1], last.weight.squeeze(2), self._output.squeeze(2), strict=True):
                 do(partial(torch.mv, h, column, out=y))
             do(partial(torch.add, self._output, last.bias, out=self._output))
