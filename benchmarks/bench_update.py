@@ -99,7 +99,7 @@ def learner(case: Case, device: torch.device) -> Learner:
     return made
 
 
-#: the fused engine's actor step has no forward pass of its own
+#: the fused engine has no actor's step apart from the update: the actor's forward pass is shared with the critics' step
 STEPS = [(case, what) for case in CASES for what in (ACTOR, UPDATE) if what == UPDATE or "fused" not in case.engine]
 
 

@@ -133,14 +133,18 @@ class FastsacContender:
         self.updater = make(VEC_ENVS, FILL_STEPS)
         self.updater.learn(total_steps=FILL_STEPS)
         self.learners: dict[int, Any] = {num_envs: make(num_envs, LEARNING_STARTS) for num_envs in (1, VEC_ENVS)}
-        agents = [("updater", self.updater), *self.learners.items()]
-        self.threads = {"chosen": {str(role): agent.num_threads for role, agent in agents}}
         choice = self.updater.learner.choice
         self.settings = {
             "engine": self.updater.engine,
             "baseline": choice.baseline,
             "num_action_samples": choice.num_action_samples,
         }
+
+    @property
+    def threads(self) -> dict[str, Any]:
+        """Chosen while training, so only known after the warm-up."""
+        agents = [("updater", self.updater), *self.learners.items()]
+        return {"chosen": {str(role): agent.num_threads for role, agent in agents}}
 
     def _use_threads_of(self, agent: Any) -> None:
         """torch's thread count is the process's: the agent made last would otherwise decide for all three."""

@@ -193,7 +193,7 @@ def _check_memory(num_rows: int, num_envs: int, obs_size: int, action_size: int,
     fits = max(0, available * 9 // 10 // (needed // num_rows) - 1) * num_envs
     advice = f"--buffer-size {fits} fits" if fits else "no --buffer-size fits"
     need, free = f"{needed / 2**30:.2f} GiB", f"{available / 2**30:.2f} GiB"
-    raise UsageError(f"the replay needs {need} of {device.type} memory and {free} are free: {advice}")
+    raise UsageError(f"the replay buffer needs {need} of {device.type} memory and {free} are free: {advice}")
 
 
 def available_bytes(device: torch.device) -> int:
