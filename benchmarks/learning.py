@@ -61,7 +61,7 @@ SUITES = {
     "hopper": Suite("--env-id Hopper-v5 --total-steps 200000 --eval-every 5000", {"pathwise": PATHWISE}, 1),
     "walker": Suite("--env-id WalkerWalk-v1 --total-steps 50000 --eval-every 5000", {"pathwise": PATHWISE}, 1),
     "engines_pendulum": Suite("--env-id Pendulum-v1 --total-steps 20000 --eval-every 2000", ENGINES, 5),
-    "engines_halfcheetah": Suite("--env-id HalfCheetah-v5 --total-steps 100000 --eval-every 5000", ENGINES, 20),
+    "engines_halfcheetah": Suite("--env-id HalfCheetah-v5 --total-steps 100000 --eval-every 5000", ENGINES, 18),
 }
 _lock = threading.Lock()
 
