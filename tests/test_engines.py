@@ -12,7 +12,7 @@ from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.estimators import ESTIMATORS
 from fastsac.learner import ThreadTrial, choose_engine, device, make_learner, precisions, set_up_torch
-from fastsac.learner.device import Setup, measure_updates, thread_counts
+from fastsac.learner.device import FixedBatch, Setup, measure_updates, thread_counts
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = {"hidden_sizes": (4,), "batch_size": 8}
@@ -123,6 +123,15 @@ def test_the_faster_precision_is_taken_if_it_pays(
 def test_what_is_given_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "measure_updates", lambda *_: pytest.fail("measured"))
     assert set_up_torch(Config(precision="fp32", num_threads=1), CPU, 3, 1) == Setup("fp32", "asked for", 1)
+
+
+def test_no_batch_is_made_while_updates_are_timed() -> None:
+    source = FixedBatch(3, 1)
+    with torch.inference_mode():
+        first = source.sample(8), source.sample(16)
+        again = source.sample(8), source.sample(16)
+    assert all(one is other for one, other in zip(first, again, strict=True))
+    assert not any(tensor.is_inference() for batch in first for tensor in batch)
 
 
 def test_measuring_leaves_the_number_of_threads_alone() -> None:

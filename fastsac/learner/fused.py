@@ -16,8 +16,8 @@ One update, in the order of the reference engine, with B states, K action sample
     targets     target_critic += tau (critic - target_critic)
 
 How gradients pass through the networks' layers is written out in `fastsac.learner.stack`, where they live in
-`fastsac.learner.flat`. In bfloat16 are only the hidden layers' factors (weights, biases, activations) and results, the
-gradients of their parameters included; sums are made in float32 and rounded once. Parameters, Adam, targets, losses and
+`fastsac.learner.flat`. With `bf16`, hidden layers' weights, biases, activations and gradients are rounded to bfloat16 for
+the products, whose sums are made in float32 and rounded once. Parameters, Adam, targets, losses and
 every network's last layer stay float32.
 """
 
@@ -36,7 +36,7 @@ from fastsac.networks import LOG_STD_HALF_RANGE, LOG_STD_MAX, LOG_STD_MIN
 from fastsac.types import Batch, Gradient, Sample, Sampler
 
 LOG_STD_MIDDLE = 0.5 * (LOG_STD_MIN + LOG_STD_MAX)
-#: first layers with at most so many inputs gain 0 to 6 % from products of bfloat16: they see the exact observations
+#: first layers with at most so many inputs stay exact: bfloat16 would save 0 to 6 % of an update (LOG.md)
 NARROW = 64
 #: transitions that are drawn in one go, if several updates are due
 TRANSITIONS_DRAWN = 8192
