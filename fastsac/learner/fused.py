@@ -16,9 +16,9 @@ One update, in the order of the reference engine, with B states, K action sample
     targets     target_critic += tau (critic - target_critic)
 
 How gradients pass through the networks' layers is written out in `fastsac.learner.stack`, where they live in
-`fastsac.learner.flat`. With `bf16`, hidden layers' weights, biases, activations and gradients are rounded to bfloat16 for
-the products, whose sums are made in float32 and rounded once. Parameters, Adam, targets, losses and
-every network's last layer stay float32.
+`fastsac.learner.flat`. With `bf16`, hidden layers' weights, biases, activations and gradients are rounded to bfloat16
+for the products, whose sums are made in float32 and rounded once. Parameters, Adam, targets, losses and every network's
+last layer stay float32.
 """
 
 from __future__ import annotations
