@@ -2,6 +2,10 @@
 
 A checkpoint is written beside its place and renamed into it. The one it replaces waits as ``.<name>.replaced`` until
 the new one is in place, and is found there by `load_checkpoint` and `latest_checkpoint` if the writer dies in between.
+Files that do not change from one checkpoint to the next are hard links, so each checkpoint is whole by itself.
+
+What is read may come from anybody: every file is a plain one inside its directory, its size is the one that was
+promised, and nothing of it is parsed before its hash has been checked.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import platform
 import re
 import secrets
 import shutil
-import time
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,23 +31,32 @@ from torch import Tensor
 
 from fastsac.errors import FastsacError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
-STALE_SECONDS = 24 * 3600
+BEST = "best"
+#: bytes of JSON, of which none of ours has a hundredth
+LONGEST_JSON = 64 * 2**20
 _GROUP = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _FILE = re.compile(rf"{_GROUP.pattern}\.safetensors|state\.json")
 _STEP = re.compile(r"step-([0-9]{1,18})")
-_TEMPORARY = re.compile(r"\..+\.tmp-(.*)-([0-9]{1,9})-[0-9a-f]{8}")
+_TEMPORARY = re.compile(r"\..+\.tmp-.*-[0-9]{1,9}-[0-9a-f]{8}")
 _BAD_JSON = (KeyError, TypeError, AttributeError, ValueError, RecursionError)
 _T = TypeVar("_T")
 
 
-def save_checkpoint(directory: Path, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    directory: Path,
+    groups: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    unchanged: Collection[str] = (),
+    before: Path | None = None,
+) -> None:
     """Write `<group>.safetensors` for each group, `state` as JSON and the manifest, atomically and durably.
 
     A checkpoint that is at `directory` already is replaced; after any failure it is as it was. Tensors may be on any
     device, strided or share storage; they are copied only where needed. `state` is plain JSON with finite numbers.
+    The groups in `unchanged` are taken over from the checkpoint at `before`.
 
     Raises:
         FastsacError: if writing fails, `state` is not such JSON, or `directory` holds anything but a checkpoint.
@@ -55,12 +68,11 @@ def save_checkpoint(directory: Path, groups: Mapping[str, Mapping[str, Tensor]],
     with _reported(f"cannot save the checkpoint {target}: its state is not JSON", *_BAD_JSON):
         encoded = json.dumps(dict(state)).encode()
         _parse_json(encoded)  # nothing is written that could not be read
-    temporary = _temporary_sibling(target)
+    temporary = temporary_sibling(target)
     try:
         with _reported(f"cannot save the checkpoint {target}", OSError, SafetensorError):
             _refuse_to_destroy(target)
             target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_stale(target.parent)
             temporary.mkdir()
             (temporary / STATE).write_bytes(encoded)
             for group, tensors in groups.items():
@@ -71,12 +83,28 @@ def save_checkpoint(directory: Path, groups: Mapping[str, Mapping[str, Tensor]],
             for path in list(temporary.iterdir()):
                 _fsync(path)
                 files[path.name] = {"sha256": _sha256(path), "size": path.stat().st_size}
+            if before is not None:
+                files |= _take_over(before, unchanged, temporary)
             (temporary / MANIFEST).write_bytes(_manifest_bytes({"format": FORMAT, "files": files}))
             _fsync(temporary / MANIFEST)
             _fsync(temporary)
             _swap_in(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_over(before: Path, groups: Collection[str], temporary: Path) -> dict[str, dict[str, Any]]:
+    """Link, or copy where the file system has no links, an older checkpoint's files; return their manifest entries."""
+    hashes = _read_manifest(before, groups)
+    entries = {}
+    for name in (f"{group}.safetensors" for group in groups):
+        try:
+            os.link(before / name, temporary / name)
+        except OSError:
+            shutil.copyfile(before / name, temporary / name)
+            _fsync(temporary / name)
+        entries[name] = {"sha256": hashes[name], "size": (temporary / name).stat().st_size}
+    return entries
 
 
 def load_checkpoint(
@@ -96,7 +124,7 @@ def load_checkpoint(
                 damage = f"{place / name} is damaged: SHA-256 differs from the manifest"
                 raise FastsacError(damage + _older_instead(place))
         with _reported(f"{place / STATE} is damaged", *_BAD_JSON):
-            state = _parse_json((place / STATE).read_bytes())
+            state = _parse_json(_read_json(place / STATE))
         paths = [place / name for name in hashes if name != STATE]
         return {path.stem: _load_tensors(path, device) for path in paths}, state
 
@@ -117,13 +145,46 @@ def latest_checkpoint(run_dir: Path) -> Path:
     return directories[0]
 
 
+def groups_of(directory: Path) -> list[str]:
+    """Return the names of the groups of the checkpoint.
+
+    Raises:
+        FastsacError: if there is none, or a file is missing or has another size.
+    """
+    files = _settled(Path(os.path.realpath(directory)), _read_manifest)
+    return [name.removesuffix(".safetensors") for name in files if name != STATE]
+
+
+def tensor_shapes(directory: Path, group: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a group's tensors without reading these, once its hash has been checked.
+
+    Raises:
+        FastsacError: if there is no such group, or its file is missing, damaged or unreadable.
+    """
+
+    def read(place: Path) -> dict[str, tuple[int, ...]]:
+        path = place / f"{group}.safetensors"
+        hashes = _read_manifest(place, [group])
+        if _sha256(path) != hashes[path.name]:
+            raise FastsacError(f"{path} is damaged: SHA-256 differs from the manifest" + _older_instead(place))
+        with _reported(f"{path} is damaged", *_BAD_JSON):
+            return {name: tuple(entry["shape"]) for name, entry in _read_header(path).items()}
+
+    return _settled(Path(os.path.realpath(directory)), read)
+
+
 def step_directory(run_dir: Path, step: int) -> Path:
     """Return `run_dir/checkpoints/step-<12 digits>`."""
     return run_dir / "checkpoints" / f"step-{step:012d}"
 
 
+def best_checkpoint(run_dir: Path) -> Path:
+    """Return where the checkpoint with the highest evaluation is."""
+    return run_dir / "checkpoints" / BEST
+
+
 def prune_checkpoints(run_dir: Path, keep: int) -> None:
-    """Remove what is older than the `keep` (at least 1) newest complete checkpoints, and what dead writers left.
+    """Remove what is older than the `keep` (at least 1) newest complete checkpoints.
 
     Raises:
         FastsacError: if something cannot be removed.
@@ -135,8 +196,15 @@ def prune_checkpoints(run_dir: Path, keep: int) -> None:
         for directory in older:
             _discard(_replaced(directory))
             _discard(directory)
-        if directories:
-            _remove_stale(run_dir / "checkpoints")
+
+
+def remove_temporaries(run_dir: Path) -> None:
+    """Remove what dead writers left, which nobody else may be writing to; what cannot be removed stays."""
+    for parent in (run_dir, run_dir / "checkpoints"):
+        for entry in list(parent.iterdir()) if parent.is_dir() else []:
+            if _TEMPORARY.fullmatch(entry.name):
+                with suppress(OSError):
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _older_instead(damaged: Path) -> str:
@@ -196,6 +264,8 @@ def _settled(directory: Path, read: Callable[[Path], _T]) -> _T:
 
 
 def _problem(directory: Path) -> str:
+    if linked := [path for path in (directory.parent, directory) if path.is_symlink()]:
+        return f"{linked[0]} is a symbolic link, and checkpoints are read in their own directory only"
     try:
         _settled(directory, _read_manifest)
     except FastsacError as error:
@@ -203,28 +273,15 @@ def _problem(directory: Path) -> str:
     return ""
 
 
-def _temporary_sibling(path: Path) -> Path:
+def temporary_sibling(path: Path) -> Path:
+    """Return a name beside `path` that `remove_temporaries` knows."""
     return path.with_name(f".{path.name}.tmp-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
-
-
-def _remove_stale(parent: Path) -> None:
-    for entry in parent.iterdir():
-        if match := _TEMPORARY.fullmatch(entry.name):
-            with suppress(OSError):
-                gone = time.time() - entry.stat().st_mtime > STALE_SECONDS  # another machine's, or its id is reused
-                try:
-                    if match[1] == platform.node():
-                        os.kill(int(match[2]), 0)
-                except ProcessLookupError:
-                    gone = True
-                if gone:
-                    shutil.rmtree(entry)
 
 
 def _discard(path: Path) -> None:
     """Remove a directory under a temporary name: half removed, it never looks like a checkpoint."""
     if path.exists():
-        trash = _temporary_sibling(path)
+        trash = temporary_sibling(path)
         os.rename(path, trash)
         shutil.rmtree(trash, ignore_errors=True)
 
@@ -289,9 +346,26 @@ def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _load_tensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
-    with _reported(f"{path} is damaged", SafetensorError), safe_open(path, framework="pt") as file:
-        # safetensors maps the file: copied, the tensors outlive it and do not share one storage
-        return {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
+    with _reported(f"{path} is damaged", SafetensorError, *_BAD_JSON):
+        _read_header(path)
+        with safe_open(path, framework="pt") as file:
+            # safetensors maps the file: copied, the tensors outlive it and do not share one storage
+            return {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Return what a safetensors file says of its tensors, each of them once."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(path.stat().st_size - 8, LONGEST_JSON):
+            raise ValueError(f"its header cannot have {length} bytes")
+        return _parse_json(file.read(length))
+
+
+def _read_json(path: Path) -> bytes:
+    if (size := path.stat().st_size) > LONGEST_JSON:
+        raise ValueError(f"{size} bytes are too many")
+    return path.read_bytes()
 
 
 def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
@@ -301,27 +375,37 @@ def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
 def _read_manifest(place: Path, groups: Collection[str] | None = None) -> dict[str, str]:
     """Return the SHA-256 of each file of `groups` and of the state; all of them are there, with the right size."""
     path = place / MANIFEST
-    if not path.is_file():
+    if not _is_plain(path):
         raise FastsacError(f"there is no checkpoint at {place}: {MANIFEST} is missing")
-    encoded = path.read_bytes()
     with _reported(f"{path} is damaged", *_BAD_JSON):
+        encoded = _read_json(path)
         manifest = _parse_json(encoded)
         if type(version := manifest["format"]) is int and version != FORMAT:
             raise FastsacError(f"{path} has format {version}, and this version of fastsac reads format {FORMAT}")
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
         if not all(_FILE.fullmatch(name) for name in files):  # "../x", say
             raise ValueError("it names files that no checkpoint has")
-        if _manifest_bytes(manifest) != encoded:  # it has no hash of its own
+        ours = {name: {"size": size, "sha256": sha256} for name, (size, sha256) in files.items()}
+        if _manifest_bytes({"format": FORMAT, "files": ours}) != encoded:  # it has no hash of its own
             raise ValueError("it is not as fastsac writes it")
     wanted = list(files) if groups is None else [f"{group}.safetensors" for group in groups]
     for name in dict.fromkeys([*wanted, STATE]):
         if name not in files:
             raise FastsacError(f"the checkpoint {place} has no {name}, only {', '.join(sorted(files)) or 'a manifest'}")
-        if not (place / name).is_file():
+        if not (place / name).exists():
             raise FastsacError(f"{place / name} is missing")
+        if not _is_plain(place / name):
+            raise FastsacError(f"{place / name} is damaged: it is no plain file")
         if (size := (place / name).stat().st_size) != files[name][0]:
             raise FastsacError(f"{place / name} is damaged: it has {size} bytes, not {files[name][0]!r}")
     return {name: files[name][1] for name in dict.fromkeys([*wanted, STATE])}
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether it is a file of its own: a symbolic link could lead anywhere, and a device never ends."""
+    with suppress(OSError):
+        return stat.S_ISREG(path.lstat().st_mode)
+    return False
 
 
 def _parse_json(encoded: bytes) -> dict[str, Any]:

@@ -18,8 +18,10 @@ from typing import Annotated, Any, NoReturn
 import tyro
 
 from fastsac.config import Config
-from fastsac.errors import FastsacError, UsageError
-from fastsac.run_dir import read_config, refuse_if_taken
+from fastsac.errors import EnvironmentFailure, FastsacError, UsageError
+from fastsac.run_dir import newest_step, read_config, refuse_if_taken
+from fastsac.signals import ENVIRONMENT_FAILED, Heartbeat
+from fastsac.supervisor import Supervisor
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,12 @@ class Train:
     """Where the run goes; by default a new directory below `runs/`."""
     resume: Path | None = None
     """Go on with this run directory's newest checkpoint; other options change its settings."""
+    restarts: int = 0
+    """Train in a process of its own, and start it again from the last checkpoint if it dies or hangs, or an environment
+    fails. Give up after so many restarts in a row without a further checkpoint; 0 does not supervise."""
+    step_timeout: float | None = None
+    """With --restarts: seconds without a step after which the process counts as hung (default 600); 0 waits for
+    ever."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,8 @@ class Eval:
     """Episodes to play."""
     seed: int = 0
     """Seeds the environments."""
+    best: bool = False
+    """Take the checkpoint with the highest evaluation during training instead of the newest."""
     json: bool = False
     """Print one JSON object instead of a sentence."""
     video: Path | None = None
@@ -55,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command = _parse(arguments)
         if isinstance(command, Train):
-            _train(command)
+            _train(command, arguments)
         else:
             _eval(command)
         sys.stdout.flush()
@@ -83,7 +93,7 @@ def _parse(arguments: list[str]) -> Train | Eval:
     default = Config()
     names = [argument.partition("=")[0] for argument in arguments]
     if "--resume" in names:
-        position = names.index("--resume")
+        position = len(names) - 1 - names[::-1].index("--resume")
         value = arguments[position].partition("=")[2] or "".join(arguments[position + 1 : position + 2])
         if value:
             default = read_config(Path(value))
@@ -129,22 +139,50 @@ def default_run_dir(config: Config) -> Path:
     return Path("runs") / f"{env}_{estimator}_s{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _train(command: Train) -> None:
+def _train(command: Train, arguments: Sequence[str]) -> None:
+    heartbeat = Heartbeat()
+    if command.restarts < 0:
+        raise UsageError(f"--restarts must be a whole number of at least 0, got {command.restarts}")
+    if command.step_timeout is not None and not 0.0 <= command.step_timeout <= 1e9:
+        raise UsageError(f"--step-timeout must be a number of seconds of at least 0, got {command.step_timeout}")
+    if command.step_timeout is not None and command.restarts == 0:
+        raise UsageError("--step-timeout needs --restarts: a process cannot tell that it hangs itself")
+    if command.resume is not None and command.run_dir is not None and command.resume != command.run_dir:
+        raise UsageError("--resume goes on in its own directory: leave --run-dir out")
+    if command.restarts and not heartbeat.supervised:
+        run_dir = command.resume or command.run_dir or default_run_dir(command.config)
+        if command.resume is None:
+            refuse_if_taken(run_dir)
+        timeout = 600.0 if command.step_timeout is None else command.step_timeout
+        status = Supervisor(run_dir, command.restarts, timeout).run(arguments)
+        if status:
+            sys.exit(status)
+        return
+    try:
+        _train_here(command, heartbeat)
+    except EnvironmentFailure:
+        heartbeat.send(ENVIRONMENT_FAILED)
+        raise
+
+
+def _train_here(command: Train, heartbeat: Heartbeat) -> None:
     from fastsac.plot import plot_curves, read_metric
     from fastsac.train import SAC
 
     config = command.config
-    if command.resume is not None:
-        if command.run_dir is not None:
-            raise UsageError("--resume goes on in its own directory: leave --run-dir out")
-        run_dir = command.resume
-        agent = SAC.load(run_dir, config)
-        if agent.steps >= config.total_steps:
-            raise UsageError(f"{run_dir} has reached step {agent.steps} already: a larger --total-steps goes on")
-    else:
+    if command.resume is None:
         run_dir = command.run_dir or default_run_dir(config)
         refuse_if_taken(run_dir)
         agent = SAC(config)
+    else:
+        run_dir = command.resume
+        if newest_step(run_dir) is None:
+            print(f"fastsac: {run_dir} has no checkpoint yet: it starts from the beginning", file=sys.stderr)
+        agent = SAC.resume(run_dir, config)
+        if agent.steps >= config.total_steps:
+            raise UsageError(f"{run_dir} has reached step {agent.steps} already: a larger --total-steps goes on")
+    if heartbeat.tries > 1:  # what failed more than once may fail for ever
+        agent.new_episodes(heartbeat.tries)
     _ = agent.replay  # its memory is forecast before anything is announced or written
     print(f"fastsac: {_describe(agent)}; run directory {run_dir}", file=sys.stderr)
     agent.learn(config.total_steps, run_dir, progress=True)
@@ -190,7 +228,7 @@ def _eval(command: Eval) -> None:
     config = read_config(command.run_dir)
     # where it is evaluated need not be like where it was trained, and small batches gain nothing by threads
     plain = dataclasses.replace(config, device="auto", engine="auto", precision="fp32", num_threads=1)
-    agent = SAC.load(command.run_dir, plain)
+    agent = SAC.load(command.run_dir, plain, best=command.best)
     if command.video is not None:
         agent.record_video(command.video, command.seed)
         print(f"video: {command.video}", file=sys.stderr)

@@ -10,17 +10,18 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsac.errors import FastsacError, UsageError, did_you_mean
+from fastsac.errors import EnvironmentFailure, FastsacError, UsageError, did_you_mean
+from fastsac.spaces import Bools, Floats, Spaces, read_spaces
 
-Floats = NDArray[np.float32]
-Bools = NDArray[np.bool_]
+#: observations [L + 1, O] and actions [L, A] of the episode under way
+Episode = tuple[Floats, Floats]
 
 
 class Step(NamedTuple):
@@ -33,81 +34,15 @@ class Step(NamedTuple):
     valid: Bools  # [N]; False where the environment was reset and the action ignored
 
 
-class Spaces(NamedTuple):
-    """How the policy's numbers map to the environment's."""
-
-    obs_shapes: dict[str, tuple[int, ...]]  # by key in alphabetical order; a single "" for an array
-    action_low: Floats  # [A]
-    action_high: Floats  # [A]
-
-    @property
-    def obs_size(self) -> int:
-        """O, the length of a flattened observation."""
-        return sum(int(np.prod(shape)) for shape in self.obs_shapes.values())
-
-    @property
-    def action_size(self) -> int:
-        """A."""
-        return len(self.action_low)
-
-    def same_as(self, other: Spaces) -> bool:
-        """Return whether observations and actions have the same shapes and bounds."""
-        bounds = zip(self[1:], other[1:], strict=True)
-        return self.obs_shapes == other.obs_shapes and all(np.array_equal(ours, theirs) for ours, theirs in bounds)
-
-    def flatten(self, obs: Any) -> Floats:
-        """Flatten observations, an array or a dict of arrays with leading dimension N, to [N, O] float32.
-
-        Raises:
-            ValueError: if a key is missing or a shape does not fit.
-        """
-        parts = obs if isinstance(obs, Mapping) else {"": obs}
-        if not set(self.obs_shapes) <= set(parts):
-            raise ValueError(f"the observation has the keys {sorted(parts)}, expected {list(self.obs_shapes)}")
-        columns = []
-        for key, shape in self.obs_shapes.items():
-            part = np.asarray(parts[key])
-            if part.shape[1:] != shape:
-                raise ValueError(f"observation {key or 'array'} must be [N, *{shape}], got {part.shape}")
-            columns.append(part.reshape(len(part), -1))
-        return np.concatenate(columns, axis=1, dtype=np.float32, casting="same_kind")
-
-    def scale(self, action: Floats) -> Floats:
-        """Map actions from the policy's [-1, 1] to the environment's own units."""
-        scaled = self.action_low + 0.5 * (action + 1.0) * (self.action_high - self.action_low)
-        return np.clip(scaled, self.action_low, self.action_high)  # rounding must not lead out of the space
-
-
-def read_spaces(env_id: str, obs_space: Any, action_space: Any) -> Spaces:
-    """Check one environment's Gymnasium spaces and return what is needed of them.
-
-    Raises:
-        UsageError: for a discrete or unbounded action space, or observations that are no numbers.
-    """
-    if type(action_space).__name__ != "Box":
-        raise UsageError(f"{env_id} has a {type(action_space).__name__} action space; SAC needs a bounded Box")
-    low, high = action_space.low.astype(np.float32).ravel(), action_space.high.astype(np.float32).ravel()
-    if action_space.dtype.kind != "f" or len(action_space.shape) != 1:
-        raise UsageError(f"{env_id} has actions {action_space.dtype}{action_space.shape}; SAC needs a vector of floats")
-    # some specifications say "unbounded" with the largest finite number
-    if not (np.isfinite(low).all() and np.isfinite(high).all() and (high - low < 1e30).all() and (low < high).all()):
-        raise UsageError(f"{env_id} has an unbounded action space; SAC needs finite bounds")
-    parts = dict(obs_space.spaces) if type(obs_space).__name__ == "Dict" else {"": obs_space}
-    for key, part in parts.items():
-        if type(part).__name__ != "Box":
-            kind = type(part).__name__
-            raise UsageError(f"{env_id} has a {kind} observation {key}; only Box, or a Dict of Box, is supported")
-        if len(part.shape) > 2:
-            raise UsageError(f"{env_id} has observations of shape {part.shape}: pixels are not supported")
-    return Spaces({key: tuple(parts[key].shape) for key in sorted(parts)}, low, high)
-
-
 class _Backend(Protocol):
     """What `VectorEnv` asks of a library; actions in the environment's own units."""
 
     @property
     def metadata(self) -> dict[str, Any]: ...
-    def reset(self) -> Any: ...
+    def reset(self, seeds: Sequence[int] | None) -> Any: ...
+    def streams(self) -> Any: ...
+    def rewind(self, resets: NDArray[np.int64], streams: Any) -> Any: ...
+    def step_some(self, indices: NDArray[np.int64], action: Floats) -> Any: ...
     def send(self, action: Floats) -> None: ...
     def recv(self) -> tuple[Any, Any, Any, Any, Bools]: ...
     def render(self) -> Any: ...
@@ -125,21 +60,68 @@ class VectorEnv:
         self._backend = backend
         self._steps = 0
         self._pending = False
+        self._resets = np.zeros(num_envs, dtype=np.int64)
+        self._elapsed = np.zeros(num_envs, dtype=np.int64)  # actions since each environment's last reset
 
     @property
     def render_fps(self) -> float:
         """Pictures a second at the environment's own speed, or 30 where it does not say."""
         return float(self._backend.metadata.get("render_fps") or 30.0)
 
-    def reset(self) -> Floats:
-        """Reset every environment and return the observations [N, O]."""
+    def reset(self, seed: int | None = None) -> Floats:
+        """Reset every environment and return the observations [N, O].
+
+        Args:
+            seed: begins the environments' random streams anew; None goes on with them.
+        """
         with self._naming_the_environment():
             if self._pending:  # a step that was interrupted: its outcome must not be taken for the reset's
                 self._backend.recv()
                 self._pending = False
-            obs = self.spaces.flatten(self._backend.reset())
+            seeds = None if seed is None else environment_seeds(seed, self.num_envs)
+            obs = self.spaces.flatten(self._backend.reset(seeds))
+        self._resets = self._resets + 1 if seed is None else np.ones_like(self._resets)
+        self._elapsed[:] = 0
         self._check_finite("observation", obs)
         return obs
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs beside the episodes under way, for JSON."""
+        return {
+            "backend": self.backend_name,
+            "resets": self._resets.tolist(),
+            "elapsed": self._elapsed.tolist(),
+            "streams": self._backend.streams(),
+        }
+
+    def restore(self, state: Mapping[str, Any], episodes: Sequence[Episode]) -> str:
+        """Bring environments that were just made from the same seed to where `state` was taken.
+
+        Each is reset as often as it had been, and its episode under way is played again. That is exact if a step draws
+        no random numbers; Gymnasium's environments may draw them, too, from their `np_random`. Every observation of
+        these episodes is compared, bit for bit.
+
+        Returns:
+            An empty string, or why it could not be done. They are to be reset then.
+        """
+        if state["backend"] != self.backend_name:
+            return f"they ran in {state['backend']}, and now in {self.backend_name}"
+        resets, elapsed = np.array(state["resets"], dtype=np.int64), np.array(state["elapsed"], dtype=np.int64)
+        if resets.shape != (self.num_envs,) or elapsed.tolist() != [len(action) for _, action in episodes]:
+            return "the checkpoint holds others"
+        with self._naming_the_environment():
+            start = self.spaces.flatten(self._backend.rewind(resets, state["streams"]))
+            same = np.array_equal(start, np.stack([obs[0] for obs, _ in episodes]))
+            for step in range(max(elapsed)):
+                indices = np.flatnonzero(elapsed > step)
+                under_way = [episode for episode in episodes if len(episode[1]) > step]
+                action = self.spaces.scale(np.stack([action[step] for _, action in under_way]))
+                obs = self.spaces.flatten(self._backend.step_some(indices, action))
+                same = same and np.array_equal(obs, np.stack([obs[step + 1] for obs, _ in under_way]))
+                if not same:
+                    break
+        self._resets, self._elapsed = resets, elapsed
+        return "" if same else "played again, they give other observations"
 
     def send(self, action: Floats) -> None:
         """Start a step with actions [N, A] in [-1, 1]; `recv` returns its outcome.
@@ -175,6 +157,8 @@ class VectorEnv:
             )
             if len(step.obs) != self.num_envs or any(part.shape != (self.num_envs,) for part in step[1:]):
                 raise ValueError(f"shapes {[part.shape for part in step]} for {self.num_envs} environments")
+        self._resets += ~valid
+        self._elapsed = np.where(valid, self._elapsed + 1, 0)
         self._check_finite("observation", step.obs)
         self._check_finite("reward", step.reward)
         return step
@@ -193,27 +177,46 @@ class VectorEnv:
             return
         index, *column = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
         value = f"{values[index, *column]}" + "".join(f" in column {i}" for i in column)
-        raise FastsacError(f"{self.env_id}, environment {index}, step {self._steps}: {what} not finite: {value}")
+        raise EnvironmentFailure(f"{self.env_id}, environment {index}, step {self._steps}: {what} not finite: {value}")
 
     @contextmanager
     def _naming_the_environment(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            raise FastsacError(
+            raise EnvironmentFailure(
                 f"{self.env_id} failed at step {self._steps}: {type(error).__name__}: {_one_line(error)}"
             ) from error
 
 
 class _EnvPool:
-    def __init__(self, pool: Any, opengl_context: Any, camera: int | None) -> None:
+    def __init__(
+        self, make: Callable[[Sequence[int]], Any], pool: Any, opengl_context: Any, camera: int | None
+    ) -> None:
+        self._make = make
         self._pool = pool
         self._camera = camera
         self._opengl_context = opengl_context  # destroyed with its last reference, and drawing aborts without it
         self.metadata: dict[str, Any] = pool.metadata
 
-    def reset(self) -> Any:
+    def reset(self, seeds: Sequence[int] | None) -> Any:
+        if seeds is not None:  # a pool cannot be seeded again
+            self._pool.close()
+            self._pool = self._make(seeds)
         return self._pool.reset()[0]
+
+    def streams(self) -> None:
+        """Their state cannot be had, but follows from the seed and the number of resets."""
+
+    def rewind(self, resets: NDArray[np.int64], streams: None) -> Any:
+        obs = self._pool.reset()[0]
+        for done in range(1, max(resets)):
+            indices = np.flatnonzero(resets > done)
+            _put(obs, indices, self._pool.reset(indices.astype(np.int32))[0])
+        return obs
+
+    def step_some(self, indices: NDArray[np.int64], action: Floats) -> Any:
+        return self._pool.step(action.astype(self._pool.action_space.dtype), indices.astype(np.int32))[0]
 
     def send(self, action: Floats) -> None:
         self._pool.send(action.astype(self._pool.action_space.dtype))
@@ -237,17 +240,50 @@ class _Gymnasium:
         self._seeds: list[int] | None = list(seeds)
         self._done: Bools = np.zeros(envs.num_envs, dtype=np.bool_)
         self._action: Any = None
+        #: of each environment's np_random as it was before the last reset; None if that was the seeded one
+        self._streams: list[Any] = [None] * envs.num_envs
 
-    def reset(self) -> Any:
-        obs, _ = self._envs.reset(seed=self._seeds)
+    def reset(self, seeds: Sequence[int] | None) -> Any:
+        seeds = self._seeds if seeds is None else list(seeds)
+        self._keep_streams(range(self._envs.num_envs), seeded=seeds is not None)
+        obs, _ = self._envs.reset(seed=seeds)
         self._seeds = None  # a second reset goes on with the streams
         self._done[:] = False
         return obs
+
+    def _keep_streams(self, indices: Iterable[int], seeded: bool = False) -> None:
+        for index in indices:
+            generator = _bit_generator(self._envs.envs[index])
+            self._streams[index] = None if seeded or generator is None else generator.state
+
+    def streams(self) -> list[Any]:
+        return list(self._streams)
+
+    def rewind(self, resets: NDArray[np.int64], streams: list[Any]) -> Any:
+        seeds, self._seeds, self._streams = self._seeds or [], None, list(streams)
+        obs = []
+        for env, seed, stream in zip(self._envs.envs, seeds, streams, strict=True):
+            first = env.reset(seed=seed)[0]
+            if stream is not None:
+                _bit_generator(env).state = stream
+                first = env.reset()[0]
+            obs.append(first)
+        return _stack(obs)
+
+    def step_some(self, indices: NDArray[np.int64], action: Floats) -> Any:
+        obs = []
+        for index, each in zip(indices, action.astype(self._envs.action_space.dtype), strict=True):
+            after, _, terminated, truncated, _ = self._envs.envs[index].step(each)
+            self._done[index] = terminated or truncated
+            obs.append(after)
+        self._envs._autoreset_envs = self._done.copy()  # what its own `step` would have left
+        return _stack(obs)
 
     def send(self, action: Floats) -> None:
         self._action = action.astype(self._envs.action_space.dtype)
 
     def recv(self) -> tuple[Any, Any, Any, Any, Bools]:
+        self._keep_streams(np.flatnonzero(self._done))
         obs, reward, terminated, truncated, _ = self._envs.step(self._action)
         valid = ~self._done
         self._done = terminated | truncated
@@ -258,6 +294,28 @@ class _Gymnasium:
 
     def close(self) -> None:
         self._envs.close()
+
+
+def _bit_generator(env: Any) -> Any:
+    """Return what is behind the environment's `np_random`: its state is plain numbers if it is NumPy's default."""
+    generator = getattr(getattr(env.unwrapped, "np_random", None), "bit_generator", None)
+    return generator if isinstance(generator, np.random.PCG64) else None
+
+
+def _stack(obs: Sequence[Any]) -> Any:
+    """Join observations, arrays or dicts of arrays, to a batch."""
+    if isinstance(obs[0], Mapping):
+        return {key: _stack([each[key] for each in obs]) for key in obs[0]}
+    return np.stack([np.asarray(each) for each in obs])
+
+
+def _put(batch: Any, indices: NDArray[np.int64], some: Any) -> None:
+    """Write some environments' observations over those of a batch."""
+    if isinstance(batch, Mapping):
+        for key in batch:
+            _put(batch[key], indices, some[key])
+    else:
+        batch[indices] = some
 
 
 def environment_seeds(seed: int, num_envs: int) -> list[int]:
@@ -301,10 +359,19 @@ def _make_envpool(env_id: str, num_envs: int, seeds: list[int], render_mode: str
     import envpool
 
     threads = min(num_envs, len(os.sched_getaffinity(0)))  # fewer gain at most 4 % (LOG.md)
-    try:
-        pool = envpool.make(
-            env_id, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seeds, render_mode=render_mode
+
+    def make(seeds: Sequence[int]) -> Any:
+        return envpool.make(
+            env_id,
+            env_type="gymnasium",
+            num_envs=num_envs,
+            num_threads=threads,
+            seed=list(seeds),
+            render_mode=render_mode,
         )
+
+    try:
+        pool = make(seeds)
     except Exception as error:
         raise FastsacError(f"EnvPool could not create {env_id}: {_one_line(error)}") from error
     families = " ".join(base.__module__ for base in type(pool).__mro__)
@@ -312,7 +379,7 @@ def _make_envpool(env_id: str, num_envs: int, seeds: list[int], render_mode: str
     # dm_control's own camera follows the body; the free one that is EnvPool's default stays behind
     camera = 0 if "mujoco_dmc" in families else None
     spaces = read_spaces(env_id, pool.observation_space, pool.action_space)
-    return VectorEnv(env_id, spaces, num_envs, _EnvPool(pool, context, camera), "envpool")
+    return VectorEnv(env_id, spaces, num_envs, _EnvPool(make, pool, context, camera), "envpool")
 
 
 def _make_gymnasium(

@@ -12,6 +12,14 @@ class FastsacError(Exception):
     exit_status = 1
 
 
+class EnvironmentFailure(FastsacError):
+    """An environment raised an exception, or returned what cannot be."""
+
+
+class Divergence(FastsacError):
+    """A loss or a parameter is not finite."""
+
+
 class UsageError(FastsacError):
     """A request that cannot be served, found before anything was started or written."""
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsac.envs import Floats, VectorEnv
+from fastsac.envs import VectorEnv
 from fastsac.errors import FastsacError, UsageError
+from fastsac.spaces import Floats
 
 LONGEST_EPISODE = 100_000  # steps
 #: obs [N, O] -> action [N, A] in [-1, 1]
@@ -40,6 +41,7 @@ def evaluate(
     envs: VectorEnv,
     episodes: int,
     should_stop: Callable[[], bool] | None = None,
+    seed: int | None = None,
     before_step: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Play whole episodes from a reset on.
@@ -52,6 +54,7 @@ def evaluate(
         envs: they are reset first.
         episodes: how many, over all environments.
         should_stop: asked before every step; if it says so, only the episodes that have ended are returned.
+        seed: begins the environments' random streams anew; None goes on with them.
         before_step: called before every step, for pictures.
 
     Raises:
@@ -62,7 +65,7 @@ def evaluate(
     played = np.zeros_like(share)
     returns, lengths = [], []
     episode_return, episode_length = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=np.int64)
-    obs = envs.reset()
+    obs = envs.reset(seed)
     while (played < share).any() and not (should_stop is not None and should_stop()):
         if episode_length[played < share].max() >= LONGEST_EPISODE:
             raise FastsacError(

@@ -7,24 +7,37 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastsac.envs import Step
 from fastsac.errors import FastsacError
-from fastsac.run_dir import METRICS
+from fastsac.run_dir import METRICS, TENSORBOARD
 
 Value = float | int | Tensor
+Row = dict[str, float | int]
+
+
+def read_scalars(values: Mapping[str, Value]) -> dict[str, float]:
+    """Read scalars, those that are on a device all at once."""
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    read = torch.stack([value.detach().double() for value in tensors.values()]).tolist() if tensors else []
+    on_device = dict(zip(tensors, read, strict=True))
+    return {name: float(on_device.get(name, value)) for name, value in values.items()}
 
 
 class Logger:
-    """Writes one line of metrics at a time. The only place where device values are read."""
+    """Writes one line of metrics at a time.
+
+    A line that cannot be written, because the disk is full, say, waits for the next one.
+    """
 
     def __init__(
         self, run_dir: Path | None, total_steps: int, step: int = 0, time_s: float = 0.0, progress: bool = True
@@ -34,25 +47,23 @@ class Logger:
         Args:
             run_dir: where they go; None writes none.
             total_steps: for the progress display.
-            step: where a resumed run goes on; lines behind it are dropped from metrics.jsonl.
+            step: where a resumed run goes on; lines behind it are dropped from metrics.jsonl and TensorBoard.
             time_s: seconds that the run had taken by then.
             progress: whether anything is displayed.
+
+        Raises:
+            FastsacError: if the files cannot be opened.
         """
         self._started = time.perf_counter() - time_s
         self._total_steps = total_steps
-        self._file: IO[str] | None = None
-        self._events: _Events | None = None
+        self._files: _Files | None = None
+        self._problem = ""
         self._last = (time.perf_counter(), step, 0)
         if run_dir is not None:
-            path = run_dir / METRICS
-            with _reporting(path):
-                if path.exists():
-                    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-                    temporary = path.with_name(f".{METRICS}.{os.getpid()}")
-                    temporary.write_text("".join(f"{line}\n" for line in kept))
-                    temporary.replace(path)
-                self._file = path.open("a")
-                self._events = _Events(run_dir / "tensorboard", step)
+            try:
+                self._files = _Files(run_dir, step)
+            except OSError as error:
+                raise FastsacError(f"cannot write {run_dir / METRICS}: {error.strerror}") from error
         self._display = _make_display(total_steps, step) if progress else None
 
     @property
@@ -64,24 +75,23 @@ class Logger:
         """Begin a new interval for steps/s and updates/s."""
         self._last = (time.perf_counter(), step, updates)
 
-    def log(self, step: int, updates: int, values: Mapping[str, Value]) -> None:
+    def log(self, step: int, updates: int, values: Mapping[str, float]) -> None:
         """Write one line: `step`, `updates`, `time_s`, the rates since the last line, and `values`."""
         now = time.perf_counter()
         since, step_before, updates_before = self._last
         seconds = max(now - since, 1e-9)
-        row: dict[str, float | int] = {"step": step, "updates": updates, "time_s": round(self.time_s, 3)}
+        row: Row = {"step": step, "updates": updates, "time_s": round(self.time_s, 3)}
         if step > step_before:
             row["steps_per_s"] = (step - step_before) / seconds
             row["updates_per_s"] = (updates - updates_before) / seconds
             self._last = (now, step, updates)
-        row |= {key: float(value) for key, value in values.items()}
+        row |= values
         # JSON has no word for NaN
         row = {key: value for key, value in row.items() if math.isfinite(value)}
-        if self._file is not None and self._events is not None:
-            with _reporting(Path(self._file.name)):
-                self._file.write(json.dumps(row) + "\n")
-                self._file.flush()
-                self._events.add({key: row[key] for key in row.keys() - {"step", "updates", "time_s"}}, step)
+        problem = self._files.add(row) if self._files is not None else ""
+        if problem and problem != self._problem:
+            self.say(f"warning: {problem}; training goes on, and the line is tried again with the next one")
+        self._problem = problem
         if self._display is not None:
             self._display.show(row)
 
@@ -98,46 +108,135 @@ class Logger:
     ) -> None:
         if self._display is not None:
             self._display.close()
-        if self._file is not None and self._events is not None:
-            with _reporting(Path(self._file.name)) if error is None else suppress(OSError):
-                self._file.close()
-                self._events.close()
+        if self._files is not None and (problem := self._files.close()) and error is None:
+            raise FastsacError(problem)
+
+
+class _Files:
+    """metrics.jsonl, and TensorBoard's events, which are made of it whenever the two may differ."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self._path = run_dir / METRICS
+        self._directory = run_dir / TENSORBOARD
+        self._waiting: list[Row] = []
+        rows = [row for row in read_rows(self._path) if row["step"] <= step]
+        temporary = self._path.with_name(f".{METRICS}.tmp-{os.uname().nodename}-{os.getpid()}-00000000")
+        try:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            temporary.replace(self._path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+        self._file: IO[bytes] | None = self._path.open("ab")
+        self._events: _Events | None = _Events(self._directory, rows)
+
+    def add(self, row: Row) -> str:
+        """Write the line and those that wait; return what went wrong, or an empty string."""
+        self._waiting.append(row)
+        return self._write()
+
+    def _write(self) -> str:
+        try:
+            if self._file is None or os.fstat(self._file.fileno()).st_nlink == 0:  # removed together with the run
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("ab", buffering=0)
+            while self._waiting:
+                end = os.fstat(self._file.fileno()).st_size
+                try:
+                    self._file.write(json.dumps(self._waiting[0]).encode() + b"\n")
+                    self._file.flush()
+                except OSError:
+                    self._close_metrics(end)
+                    raise
+                row = self._waiting.pop(0)
+                if self._events is not None:
+                    self._events.add(row)
+            if self._events is None or self._events.removed:
+                self._events = _Events(self._directory, read_rows(self._path))
+        except OSError as error:
+            self._close_events()
+            return f"cannot write {self._path}: {error.strerror}"
+        return ""
+
+    def _close_metrics(self, size: int) -> None:
+        """Close the file without the half line that it may hold."""
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):
+                file.close()
+            with suppress(OSError):
+                os.truncate(self._path, size)
+
+    def _close_events(self) -> None:
+        events, self._events = self._events, None
+        if events is not None:
+            with suppress(OSError):
+                events.close()
+
+    def close(self) -> str:
+        """Close the files; return what could not be written, or an empty string."""
+        problem = self._write() if self._waiting else ""
+        self._close_events()
+        if self._file is not None:
+            self._file.close()
+        return problem
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the lines of a metrics.jsonl that are whole."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError, RecursionError):  # cut short
+            row = json.loads(line)
+            if (
+                isinstance(row, dict)
+                and all(isinstance(value, int | float) for value in row.values())
+                and "step" in row
+            ):
+                rows.append(row)
+    return rows
 
 
 class _Events:
     """TensorBoard events, written at once: the usual writer's thread would print a traceback if the disk is full."""
 
-    def __init__(self, directory: Path, step: int) -> None:
-        """Open a new file; what earlier files hold behind `step` is no longer shown."""
+    def __init__(self, directory: Path, rows: Sequence[Row]) -> None:
+        """Begin a new file with `rows`, in place of all earlier ones: no step is ever shown twice."""
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._proto, self._summary = event_pb2, summary_pb2
         directory.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
-        self._writer = RecordWriter((directory / name).open("xb"))
-        self._write(file_version="brain.Event:2")
-        if step:
-            self._write(step=step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        for path in directory.glob("events.out.tfevents.*"):
+            path.unlink()
+        self._path = directory / f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
+        self._writer = RecordWriter(self._path.open("xb"))
+        self._write(time.time(), file_version="brain.Event:2")
+        # whoever watches the run drops what was read of it before
+        self._write(time.time(), step=0, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        began = time.time() - (rows[-1].get("time_s", 0.0) if rows else 0.0)
+        for row in rows:
+            self.add(row, began + row.get("time_s", 0.0))
 
-    def add(self, values: Mapping[str, float], step: int) -> None:
+    @property
+    def removed(self) -> bool:
+        """Whether somebody has removed the file."""
+        return not self._path.exists()
+
+    def add(self, row: Row, wall_time: float | None = None) -> None:
+        values = {key: value for key, value in row.items() if key not in ("step", "updates", "time_s")}
         scalars = [self._summary.Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
-        self._write(step=step, summary=self._summary.Summary(value=scalars))
+        summary = self._summary.Summary(value=scalars)
+        self._write(wall_time or time.time(), step=int(row["step"]), summary=summary)
 
-    def _write(self, **fields: Any) -> None:
-        self._writer.write(self._proto.Event(wall_time=time.time(), **fields).SerializeToString())
+    def _write(self, wall_time: float, **fields: Any) -> None:
+        self._writer.write(self._proto.Event(wall_time=wall_time, **fields).SerializeToString())
         self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
-
-
-@contextmanager
-def _reporting(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise FastsacError(f"cannot write {path}: {error.strerror}") from error
 
 
 class EpisodeStatistics:
@@ -164,12 +263,22 @@ class EpisodeStatistics:
         self._finished.clear()
         return {"episode_return": float(returns), "episode_length": float(lengths)}
 
+    def restart(self) -> None:
+        """Forget the episodes under way: all environments were reset."""
+        self._return[:], self._length[:] = 0.0, 0
 
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line cut short by a crash
-        return math.inf
+    def state(self) -> dict[str, Any]:
+        """Return everything, for JSON."""
+        return {
+            "returns": self._return.tolist(),
+            "lengths": self._length.tolist(),
+            "finished": [list(episode) for episode in self._finished],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned."""
+        self._return[:], self._length[:] = state["returns"], state["lengths"]
+        self._finished = [(float(returns), int(length)) for returns, length in state["finished"]]
 
 
 def _make_display(total_steps: int, step: int) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from fastsac.logger import read_rows
+from fastsac.run_dir import METRICS
 
 #: steps, and a value at each
 Curve = tuple[Sequence[float], Sequence[float]]
@@ -14,8 +16,7 @@ Curve = tuple[Sequence[float], Sequence[float]]
 
 def read_metric(run_dir: Path, metric: str) -> Curve:
     """Return the steps and values of one metric of a run's metrics.jsonl."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if metric in row]
+    rows = [row for row in read_rows(run_dir / METRICS) if metric in row]
     return [row["step"] for row in rows], [row[metric] for row in rows]
 
 

@@ -21,6 +21,11 @@ from fastsac.types import Batch
 from fastsac_kernels import PhiloxState, replay_gather
 from fastsac_kernels.launch import Backend
 
+OTHER_SIZES = (
+    "the stored replay has another --num-envs, --buffer-size, observation or action size; "
+    "--no-checkpoint-replay goes on without it"
+)
+
 
 class Replay:
     """A ring of transitions from `num_envs` environments; only `begin` and `add` write it."""
@@ -59,8 +64,8 @@ class Replay:
         self._reward = torch.zeros(*shape, device=self.device)
         self._terminated = torch.zeros(*shape, dtype=torch.bool, device=self.device)
         self._queue = torch.zeros(self.num_rows * num_envs, dtype=torch.int64, device=self.device)
-        self._row_sizes = np.zeros(self.num_rows, dtype=np.int64)  # transitions in each row
-        self._row = 0  # the newest row: an observation without a transition yet
+        self._valid = np.zeros(shape, dtype=np.bool_)  # whether there is a transition
+        self.newest = 0  # of all rows ever written, the last: an observation without a transition yet
         self._first = 0  # the queue's oldest entry
         self._begun = False
         self.size = 0  # transitions that can be drawn
@@ -89,22 +94,23 @@ class Replay:
         """
         if not self._begun:
             raise ValueError("call begin with the observations after the reset before adding steps")
-        row = self._row
+        row = self.newest % self.num_rows
         self._advance(next_obs)
         self._action[row] = action
         self._reward[row] = reward
         self._terminated[row] = terminated
+        self._valid[row] = valid
         self._enqueue(row * self.num_envs + np.flatnonzero(valid))
-        self._row_sizes[row] = np.count_nonzero(valid)
 
     def _advance(self, obs: Tensor) -> None:
         """Go on to the next row; the transition that it held goes with its observation."""
-        self._row = (self._row + 1) % self.num_rows
-        dropped = int(self._row_sizes[self._row])
-        self._row_sizes[self._row] = 0
+        self.newest += 1
+        row = self.newest % self.num_rows
+        dropped = int(np.count_nonzero(self._valid[row]))
+        self._valid[row] = False
         self._first = (self._first + dropped) % len(self._queue)
         self.size -= dropped
-        self._obs[self._row] = obs
+        self._obs[row] = obs
 
     def _enqueue(self, indices: NDArray[np.int64]) -> None:
         number = len(indices)
@@ -135,43 +141,76 @@ class Replay:
         ring = self._obs, self._action, self._reward, self._terminated
         return Batch(*replay_gather(*ring, self._queue, self._span, draws, batch_size, backend))
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, int | list[int]]]:
-        """Return the written part: tensors, and the ring's counters for JSON."""
-        written = self.num_rows if self._row_sizes[self._row :].any() else self._row + 1
-        tensors = {
-            "obs": self._obs[:written],
-            "action": self._action[:written],
-            "reward": self._reward[:written],
-            "terminated": self._terminated[:written],
-            "queue": self._queue,
-            "row_sizes": torch.from_numpy(self._row_sizes),
-        }
+    @property
+    def oldest(self) -> int:
+        """The first row that is still there, counted as `newest` is."""
+        return max(1, self.newest - self.num_rows + 1)
+
+    def rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Return a copy of the rows from `start` to `stop` - 1, on the CPU, for `load_rows`."""
+        index = torch.arange(start, stop, device=self.device) % self.num_rows
+        tensors = {name: ring[index].cpu() for name, ring in self._rings().items()}
+        return tensors | {"valid": torch.from_numpy(self._valid[index.cpu().numpy()])}
+
+    def newest_obs(self) -> Tensor:
+        """Return the observations [N, O] that no action has followed yet."""
+        return self._obs[self.newest % self.num_rows].clone()
+
+    def episode(self, env: int, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """Return an environment's last `length` actions [L, A] and the observations [L + 1, O] around them.
+
+        None if they are not all there any more.
+        """
+        if self.newest - length < self.oldest:
+            return None
+        index = torch.arange(self.newest - length, self.newest + 1, device=self.device) % self.num_rows
+        return self._obs[index, env].cpu().numpy(), self._action[index[:-1], env].cpu().numpy()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Return what a copy needs beside the `rows` before the newest: tensors, and counters for JSON."""
+        tensors = {"obs": self._obs[self.newest % self.num_rows].cpu()}
         if self.generator is not None:
             tensors["generator"] = self.generator.get_state()
-        return tensors, {"row": self._row, "first": self._first, "size": self.size, "num_rows": self.num_rows}
+        counters = {"newest": self.newest, "first": self._first, "size": self.size, "num_rows": self.num_rows}
+        return tensors, counters
+
+    def load_rows(self, start: int, tensors: dict[str, Tensor]) -> None:
+        """Take over what `rows` returned; `load_state` comes last.
+
+        Raises:
+            UsageError: if they were stored with other sizes.
+        """
+        for name, ring in self._rings().items():
+            if tensors[name].shape[1:] != ring.shape[1:]:
+                raise UsageError(OTHER_SIZES)
+        index = torch.arange(start, start + len(tensors["valid"])) % self.num_rows
+        for name, ring in self._rings().items():
+            ring[index.to(self.device)] = tensors[name].to(self.device)
+        self._valid[index.numpy()] = tensors["valid"].numpy()
 
     def load_state(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
-        """Take over what `state` returned.
+        """Take over what `state` returned, after all rows from the oldest to the one before the newest.
 
         Raises:
             UsageError: if it was stored with other sizes.
+            ValueError: if the rows do not add up to it.
         """
-        rings = {"obs": self._obs, "action": self._action, "reward": self._reward, "terminated": self._terminated}
-        same_shape = all(tensors[name].shape[1:] == ring.shape[1:] for name, ring in rings.items())
-        if counters["num_rows"] != self.num_rows or not same_shape:
-            raise UsageError(
-                "the stored replay has another --num-envs, --buffer-size, observation or action size; "
-                "--no-checkpoint-replay goes on without it"
-            )
-        for name, ring in rings.items():
-            ring[: len(tensors[name])] = tensors[name].to(self.device)
-        self._queue.copy_(tensors["queue"])
-        self._row_sizes[:] = tensors["row_sizes"].cpu().numpy()
+        if counters["num_rows"] != self.num_rows:
+            raise UsageError(OTHER_SIZES)
+        self.newest = counters["newest"]
+        row = self.newest % self.num_rows
+        self._obs[row], self._valid[row] = tensors["obs"].to(self.device), False
+        index = np.arange(self.oldest, self.newest) % self.num_rows
+        self._first, self.size = counters["first"] % len(self._queue), 0
+        self._enqueue((index[:, None] * self.num_envs + np.arange(self.num_envs))[self._valid[index]])
+        if self.size != counters["size"]:
+            raise ValueError(f"{self.size} transitions instead of {counters['size']}")
         if self.generator is not None and "generator" in tensors:
             restore_generator(self.generator, tensors["generator"])
-        self._row, self._first, self.size = counters["row"], counters["first"], counters["size"]
-        self._span.copy_(torch.tensor([self._first, self.size]))
         self._begun = True
+
+    def _rings(self) -> dict[str, Tensor]:
+        return {"obs": self._obs, "action": self._action, "reward": self._reward, "terminated": self._terminated}
 
 
 def restore_generator(generator: torch.Generator, state: Tensor) -> None:

@@ -1,10 +1,14 @@
-"""A run's directory: whose it is, and its config.json."""
+"""A run's directory: whose it is, who writes it, and its config.json."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
+import platform
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,28 +18,94 @@ from fastsac.errors import FastsacError, UsageError
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
+LONGEST_CONFIG = 2**20  # bytes
+_STEP = re.compile(r"step-([0-9]{1,18})")
+
+
+class RunLock:
+    """Holds a run directory for this process; the system lets go of it when the process ends, however it ends."""
+
+    def __init__(self, directory: Path) -> None:
+        """Make the directory if need be, and lock it.
+
+        Raises:
+            UsageError: if another process has it, or a part of it is a symbolic link, which may lead anywhere.
+            FastsacError: if it cannot be written.
+        """
+        self.directory = directory
+        self._descriptor = -1
+        for name in (CONFIG, METRICS, TENSORBOARD, CHECKPOINTS, LOCK):
+            if (directory / name).is_symlink():
+                raise UsageError(
+                    f"{directory / name} is a symbolic link, and a run is written to its own directory only"
+                )
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            while not self.holds():  # whoever had it before removes the file
+                self.release()
+                self._descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+                self._lock()
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+        except OSError as error:
+            self.release()
+            raise FastsacError(f"cannot write to the run directory {directory}: {error.strerror}") from error
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(self._descriptor, 300).decode(errors="replace") or "another process"
+            os.close(self._descriptor)
+            self._descriptor = -1
+            raise UsageError(f"{self.directory} is being written by {owner}: wait for it, or stop it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):  # a file system without locks
+                raise
+
+    def holds(self) -> bool:
+        """Whether the directory is still there, and ours."""
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.directory / LOCK))
+        return False
+
+    def release(self) -> None:
+        """Let go of it."""
+        if self._descriptor >= 0:
+            if self.holds():
+                with suppress(OSError):
+                    (self.directory / LOCK).unlink()
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def refuse_if_taken(directory: Path) -> None:
     """Raise UsageError if the directory already holds a run."""
-    if not any((directory / name).exists() for name in (CONFIG, METRICS, "checkpoints")):
-        return
-    if any((directory / "checkpoints").glob("step-*")):
+    if any((directory / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS)):
         advice = "choose another directory, or go on with it (--resume, SAC.load)"
-    else:
-        advice = "it ended before its first checkpoint, so choose another directory or delete this one"
-    raise UsageError(f"{directory} already holds a run: {advice}")
+        raise UsageError(f"{directory} already holds a run: {advice}")
+
+
+def newest_step(directory: Path) -> int | None:
+    """Return the step of the newest checkpoint, or None where there is none."""
+    names = [path.parent.name for path in (directory / CHECKPOINTS).glob("*/manifest.json")]
+    steps = [
+        int(match[1]) for name in names if (match := _STEP.fullmatch(name.removeprefix(".").removesuffix(".replaced")))
+    ]
+    return max(steps, default=None)
 
 
 def write_config(directory: Path, config: Config) -> None:
-    """Write config.json atomically, making the directory if need be.
+    """Write config.json atomically.
 
     Raises:
         FastsacError: if it cannot be written.
     """
-    temporary = directory / f".{CONFIG}.{os.getpid()}"
+    temporary = directory / f".{CONFIG}.tmp-{platform.node()}-{os.getpid()}-00000000"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         temporary.replace(directory / CONFIG)
     except OSError as error:
@@ -53,10 +123,23 @@ def read_config(directory: Path) -> Config:
     """
     path = directory / CONFIG
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{directory} is no run directory: {path} cannot be read ({error})") from error
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ValueError("it is no plain file")
+        if path.stat().st_size > LONGEST_CONFIG:
+            raise ValueError("it is too large")
+        values = json.loads(path.read_bytes().decode(), object_pairs_hook=_unique)
+    except OSError as error:
+        raise UsageError(f"{directory} is no run directory: {path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{directory} is no run directory: {path} cannot be read ({reason})") from error
     return config_from_dict(values)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
 
 
 def config_from_dict(values: Any) -> Config:
@@ -69,5 +152,5 @@ def config_from_dict(values: Any) -> Config:
         raise UsageError("the stored configuration is not a JSON object")
     unknown = set(values) - {field.name for field in dataclasses.fields(Config)}
     if unknown:
-        raise UsageError(f"the stored configuration has unknown settings: {', '.join(sorted(unknown))}")
+        raise UsageError(f"the stored configuration has unknown settings: {', '.join(map(repr, sorted(unknown)))}")
     return Config(**values)

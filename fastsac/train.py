@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,29 @@ from torch import Tensor
 
 from fastsac import checkpoint
 from fastsac.config import Config
-from fastsac.envs import Floats, Spaces, Step, VectorEnv, make_envs
-from fastsac.errors import FastsacError, UsageError
+from fastsac.divergence import finite_flags, refuse_divergence
+from fastsac.envs import Step, VectorEnv, make_envs
+from fastsac.errors import EnvironmentFailure, FastsacError, UsageError
 from fastsac.estimators import choose
 from fastsac.evaluate import Evaluation, evaluate, record_video
-from fastsac.learner import ThreadTrial, choose_engine, make_learner, precisions, resolve_device, set_up_torch
-from fastsac.logger import EpisodeStatistics, Logger
+from fastsac.learner import (
+    ThreadTrial,
+    choose_engine,
+    make_learner,
+    precisions,
+    refuse_other_networks,
+    resolve_device,
+    set_up_torch,
+)
+from fastsac.logger import EpisodeStatistics, Logger, read_scalars
+from fastsac.progress import Progress
 from fastsac.replay import Replay
-from fastsac.run_dir import config_from_dict, refuse_if_taken, write_config
-from fastsac.signals import stop_signals
+from fastsac.run_dir import config_from_dict, newest_step
+from fastsac.saver import Contents, Saver, first_row
+from fastsac.signals import Heartbeat, stop_signals
+from fastsac.spaces import Floats, Spaces
 
-# children of the one seed; the environments of a resumed run and of evaluations need streams of their own
+# children of the one seed; new episodes of a resumed run and evaluations need streams of their own
 _ENVS, _LEARNER, _REPLAY, _EXPLORATION, _EVALUATION = range(5)
 
 
@@ -46,7 +59,12 @@ class SAC:
         precisions(config, self.device)
         self._envs: VectorEnv | None = None
         self._eval_envs: VectorEnv | None = None
-        self.steps = 0
+        self._progress = Progress(
+            env_seed=_child_seed(config.seed, _ENVS, 0),
+            exploration=np.random.default_rng(_child_seed(config.seed, _EXPLORATION)),
+            warm_up_left=config.learning_starts,
+            episodes=EpisodeStatistics(config.num_envs),
+        )
         self.spaces: Spaces = spaces  # type: ignore[assignment]
         if spaces is None:
             self.spaces = self.envs.spaces
@@ -57,13 +75,22 @@ class SAC:
         measures = self.device.type == "cpu" and config.num_threads == 0
         self._trial = ThreadTrial(config.num_envs, config.utd) if measures else None
         self._replay: Replay | None = None
-        self._exploration = np.random.default_rng(_child_seed(config.seed, _EXPLORATION))
-        self._warm_up_left = config.learning_starts
-        self._updates_due = 0.0
-        self.time_s = 0.0
+        self._obs: Tensor | None = None  # [N, O] to go on from; None while a step is made and where one was cut
+        self._stored_envs: dict[str, Any] | None = None  # the environments' state in the checkpoint that was loaded
         self.stopped_by_signal = False
         self.last_evaluation: Evaluation | None = None
-        self._run_dirs: set[Path] = set()
+        self._run_dirs: dict[Path, Path | None] = {}  # ours, with the checkpoint each was loaded from
+        self._heartbeat = Heartbeat()
+
+    @property
+    def steps(self) -> int:
+        """Environment steps made, over all environments."""
+        return self._progress.steps
+
+    @property
+    def time_s(self) -> float:
+        """Seconds of training."""
+        return self._progress.time_s
 
     @property
     def updates(self) -> int:
@@ -85,8 +112,7 @@ class SAC:
         """The training environments, created when they are first needed."""
         if self._envs is None:
             config = self.config
-            seed = _child_seed(config.seed, _ENVS, self.steps)
-            envs = make_envs(config.env_id, config.num_envs, seed, config.env_backend)
+            envs = make_envs(config.env_id, config.num_envs, self._progress.env_seed, config.env_backend)
             if self.spaces is not None and not self.spaces.same_as(envs.spaces):
                 envs.close()
                 raise UsageError(f"{config.env_id} has other observations or actions than this agent was trained with")
@@ -116,62 +142,113 @@ class SAC:
             progress: whether a progress display goes to standard error.
 
         Raises:
-            UsageError: if the replay does not fit, or `run_dir` already holds another run.
-            FastsacError: if an environment fails or a file cannot be written.
+            UsageError: if the replay does not fit, or `run_dir` holds another run or is written by another process.
+            FastsacError: if an environment fails, training diverges or the last checkpoint cannot be written.
         """
         if total_steps is not None:
             self.config = dataclasses.replace(self.config, total_steps=total_steps)
-        config, total_steps = self.config, self.config.total_steps
-        obs = self._begin()
         directory = None if run_dir is None else Path(run_dir)
-        episodes, metrics = EpisodeStatistics(config.num_envs), dict[str, Tensor]()
+        _ = self.replay  # its memory is forecast before anything is written
         with (
             stop_signals() as stop,  # before anything is written
-            Logger(directory and self._claim(directory), total_steps, self.steps, self.time_s, progress) as logger,
+            nullcontext() if directory is None else self._saver(directory) as saver,
+            Logger(directory, self.config.total_steps, self.steps, self.time_s, progress) as logger,
         ):
-            if self.updates and self._warm_up_left:
-                logger.say(f"the replay buffer is empty: {self._warm_up_left} steps refill it before the next update")
-            logger.start_rates(self.steps, self.updates)
-            if self._trial is not None:
-                self._trial.begin_turn()
-            reached = saved = False
-            while self.steps < total_steps and not stop and not reached:
-                before, started = self.steps, time.perf_counter()
-                obs, step, new_metrics = self._step(obs)
-                if self._trial is not None and self.updates and not self._warm_up_left:
-                    self._try_threads(logger, time.perf_counter() - started, self.steps - before)
-                metrics |= new_metrics
-                episodes.add(step)
-                done = self.steps >= total_steps
-                if done or self._crossed(config.log_every, before):
-                    logger.log(self.steps, self.updates, {**metrics, **episodes.take()})
-                if config.eval_every and (done or self._crossed(config.eval_every, before)):
-                    reached = self._evaluate_and_log(logger, stop)
-                self.time_s = logger.time_s
-                saved = self._crossed(config.checkpoint_every, before)
-                if directory and saved:
-                    self.save(directory)
-            if self._trial is not None:  # it goes on with the next call
-                torch.set_num_threads(self.num_threads)
-            self.stopped_by_signal = self.steps < total_steps and not reached
-            if directory and not saved:
-                self.save(directory)
+            if saver is not None:
+                saver.say = logger.say
+            self._learn(logger, stop, saver)
 
-    def _begin(self) -> Tensor:
-        """Reset the environments; return their observations [N, O] on the device."""
+    def _learn(self, logger: Logger, stop: list[int], saver: Saver | None) -> None:
+        config, total_steps, progress = self.config, self.config.total_steps, self._progress
+        obs = self._begin(logger)
+        logger.start_rates(self.steps, self.updates)
+        if self._trial is not None:
+            self._trial.begin_turn()
+        reached = saved = False
+        if progress.evaluation_due and not stop:
+            reached = self._evaluate_and_log(logger, stop, saver)
+        while self.steps < total_steps and not stop and not reached:
+            before, started = self.steps, time.perf_counter()
+            obs, step, metrics = self._step(obs, saver)
+            if self._trial is not None and self.updates and not progress.warm_up_left:
+                self._try_threads(logger, time.perf_counter() - started, self.steps - before)
+            progress.metrics |= metrics
+            progress.episodes.add(step)
+            done = self.steps >= total_steps
+            if done or self._crossed(config.log_every, before):
+                logger.log(self.steps, self.updates, {**self._read_metrics(saver), **progress.episodes.take()})
+            if config.eval_every and (done or self._crossed(config.eval_every, before)):
+                reached = self._evaluate_and_log(logger, stop, saver)
+            progress.time_s = logger.time_s
+            saved = self._crossed(config.checkpoint_every, before)
+            if saver is not None:
+                if saved:
+                    saver.save(lambda: self._state(saver))
+                saver.warn()
+            self._heartbeat.beat(stop)
+        self._obs = obs
+        if self._trial is not None:  # it goes on with the next call
+            torch.set_num_threads(self.num_threads)
+        self.stopped_by_signal = self.steps < total_steps and not reached
+        if saver is not None:
+            saver.finish(lambda: self._state(saver), saved)
+
+    def _begin(self, logger: Logger) -> Tensor:
+        """Return the observations [N, O] to go on from, on the device: of the episodes under way, or of new ones."""
+        obs, self._obs = self._obs, None
+        if obs is not None:
+            return obs
+        problem = ""
+        if self._stored_envs is not None:
+            stored, self._stored_envs = self._stored_envs, None
+            if not (problem := self._restore_envs(stored)):
+                return self.replay.newest_obs()
+            logger.say(f"the episodes under way cannot be resumed ({problem}): new ones are started")
+            self.new_episodes()
+        self._progress.episodes.restart()
         if self.replay.size == 0:
-            self._warm_up_left = self.config.learning_starts
+            steps = self._progress.warm_up_left = self.config.learning_starts
+            if self.updates and steps:
+                logger.say(f"the replay buffer is empty: {steps} steps refill it before updates go on, in new episodes")
         obs = torch.from_numpy(self.envs.reset()).to(self.device)
         self.replay.begin(obs)
         return obs
 
-    def _step(self, obs: Tensor) -> tuple[Tensor, Step, dict[str, Tensor]]:
+    def _restore_envs(self, stored: dict[str, Any]) -> str:
+        """Bring the environments to where the checkpoint left them; return why that cannot be done."""
+        episodes = [self.replay.episode(index, length) for index, length in enumerate(stored["elapsed"])]
+        found = [episode for episode in episodes if episode is not None]
+        if len(found) < len(episodes):
+            return "one is longer than what is left of it in the replay buffer"
+        try:
+            return self.envs.restore(stored, found)
+        except EnvironmentFailure as error:
+            return str(error)
+
+    def new_episodes(self, tries: int = 0) -> None:
+        """Let the next call of `learn` begin new episodes, in environments made anew.
+
+        Args:
+            tries: another number gives other episodes.
+        """
+        path = (self.steps, tries) if tries else (self.steps,)
+        self._progress.env_seed = _child_seed(self.config.seed, _ENVS, *path)
+        self._stored_envs = self._obs = None
+        if self._envs is not None:
+            self._envs.close()
+            self._envs = None
+
+    def _step(self, obs: Tensor, saver: Saver | None) -> tuple[Tensor, Step, dict[str, Tensor]]:
         """Step every environment once and make the updates that are due; return what follows obs [N, O]."""
+        progress = self._progress
         action = self._explore(obs)
-        self.envs.send(action.cpu().numpy())
+        host_action = action.cpu().numpy()
+        if not np.isfinite(host_action).all():
+            self._read_metrics(saver)
+        self.envs.send(host_action)
         # the environments step while the learner updates
-        due = int(self._updates_due) if self._warm_up_left == 0 and self.replay.size else 0
-        self._updates_due -= due
+        due = int(progress.updates_due) if progress.warm_up_left == 0 and self.replay.size else 0
+        progress.updates_due -= due
         metrics = self.learner.update(self.replay, due)
         step = self.envs.recv()
         next_obs = torch.from_numpy(step.obs).to(self.device)
@@ -179,11 +256,28 @@ class SAC:
         terminated = torch.from_numpy(step.terminated).to(self.device)
         self.replay.add(action, reward, terminated, next_obs, step.valid)
         new_steps = int(step.valid.sum())
-        self.steps += new_steps
-        warming_up = min(new_steps, self._warm_up_left)
-        self._warm_up_left -= warming_up
-        self._updates_due += self.config.utd * (new_steps - warming_up)
+        progress.steps += new_steps
+        warming_up = min(new_steps, progress.warm_up_left)
+        progress.warm_up_left -= warming_up
+        progress.updates_due += self.config.utd * (new_steps - warming_up)
         return next_obs, step, metrics
+
+    def _read_metrics(self, saver: Saver | None) -> dict[str, float]:
+        """Read the latest metrics from the device.
+
+        Raises:
+            Divergence: if one of them, or anything in the learner's state, is not finite.
+        """
+        state, _ = self.learner.state()
+        if not self.learner.learns_alpha:
+            del state["log_alpha"]  # of a fixed alpha of 0 it is minus infinity
+        flags = {f"finite {name}": flag for name, flag in finite_flags(state).items()}
+        values = read_scalars({**self._progress.metrics, **flags})
+        finite = {name.removeprefix("finite "): values.pop(name) for name in flags}
+        where = f"step {self.steps:,} ({self.updates:,} updates)"
+        last_good = "nothing was saved" if saver is None else saver.last_good
+        refuse_divergence(values, finite, self.config, where, last_good)
+        return values
 
     def _try_threads(self, logger: Logger, seconds: float, steps: int) -> None:
         fastest = self._trial.record(seconds, steps) if self._trial is not None else None
@@ -194,19 +288,21 @@ class SAC:
         self.setup, self._trial = self.setup._replace(num_threads=fastest), None
 
     def _explore(self, obs: Tensor) -> Tensor:
-        if self._warm_up_left == 0 or self.updates > 0:
+        if self._progress.warm_up_left == 0 or self.updates > 0:
             return self.learner.act(obs)
         shape = (self.config.num_envs, self.spaces.action_size)
-        return torch.from_numpy(self._exploration.uniform(-1.0, 1.0, shape).astype(np.float32)).to(self.device)
+        return torch.from_numpy(self._progress.exploration.uniform(-1.0, 1.0, shape).astype(np.float32)).to(self.device)
 
     def _crossed(self, interval: int, before: int) -> bool:
         return interval > 0 and self.steps // interval > before // interval
 
-    def _evaluate_and_log(self, logger: Logger, stop: list[int]) -> bool:
+    def _evaluate_and_log(self, logger: Logger, stop: list[int], saver: Saver | None) -> bool:
         """Evaluate the deterministic policy, unless a signal stops it; return whether it reached the target."""
         self.last_evaluation = None
-        evaluation = self.evaluate(self.config.eval_episodes, should_stop=lambda: bool(stop))
-        if len(evaluation.returns) < self.config.eval_episodes:
+        self._read_metrics(saver)  # a policy that has diverged cannot play
+        evaluation = self.evaluate(self.config.eval_episodes, should_stop=lambda: self._heartbeat.beat(stop))
+        self._progress.evaluation_due = len(evaluation.returns) < self.config.eval_episodes
+        if self._progress.evaluation_due:
             logger.say("the evaluation was interrupted")
             return False
         self.last_evaluation = evaluation
@@ -214,20 +310,29 @@ class SAC:
         spread = float(evaluation.returns.std())
         logger.log(self.steps, self.updates, {"eval_return": mean, "eval_return_std": spread})
         logger.start_rates(self.steps, self.updates)
+        if saver is not None and mean > saver.best_return:
+            saver.save_best(lambda: self._state(saver), mean)
         return self.config.target_return is not None and mean >= self.config.target_return
 
     def evaluate(
         self, episodes: int, seed: int | None = None, should_stop: Callable[[], bool] | None = None
     ) -> Evaluation:
-        """Play episodes with the deterministic policy on environments of their own (see `fastsac.evaluate`)."""
+        """Play episodes with the deterministic policy on environments of their own (see `fastsac.evaluate`).
+
+        Args:
+            episodes: how many.
+            seed: of their environments; by default it follows from the run's seed and the number of steps.
+            should_stop: asked before every step; if it says so, only the episodes that have ended are returned.
+        """
         if episodes < 1:
             raise UsageError(f"an evaluation needs at least 1 episode, got {episodes}")
-        if self._eval_envs is None or seed is not None:
-            if self._eval_envs is not None:
-                self._eval_envs.close()
-            seed = _child_seed(self.config.seed, _EVALUATION) if seed is None else seed
-            num_envs = min(episodes, 32)
-            self._eval_envs = make_envs(self.config.env_id, num_envs, seed, self.config.env_backend)
+        num_envs = min(episodes, 32)
+        seed = _child_seed(self.config.seed, _EVALUATION, self.steps) if seed is None else seed
+        if self._eval_envs is not None and self._eval_envs.num_envs == num_envs:
+            return evaluate(self._deterministic, self._eval_envs, episodes, should_stop, seed)
+        if self._eval_envs is not None:
+            self._eval_envs.close()
+        self._eval_envs = make_envs(self.config.env_id, num_envs, seed, self.config.env_backend)
         return evaluate(self._deterministic, self._eval_envs, episodes, should_stop)
 
     def record_video(self, path: str | os.PathLike[str], seed: int = 0) -> None:
@@ -271,74 +376,119 @@ class SAC:
         action = self.spaces.scale(self.learner.act(flat, deterministic).cpu().numpy())
         return action[0] if single else action
 
-    def _claim(self, directory: Path) -> Path:
+    @contextmanager
+    def _saver(self, directory: Path) -> Iterator[Saver]:
         """Make the run directory this agent's, unless it is another's."""
-        if directory.resolve() not in self._run_dirs:
-            refuse_if_taken(directory)
-        write_config(directory, self.config)
-        self._run_dirs.add(directory.resolve())
-        return directory
+        place = directory.resolve()
+        with Saver(directory, self.config, place in self._run_dirs, self._run_dirs.get(place)) as saver:
+            self._run_dirs.setdefault(place, None)
+            yield saver
+            self._run_dirs[place] = saver.newest
+
+    def _state(self, saver: Saver) -> Contents:
+        """Return all that a resumed run needs, but nothing that has diverged."""
+        metrics = self._read_metrics(saver)
+        tensors, counters = self.learner.state()
+        replay = self._replay if self.config.checkpoint_replay else None
+        state = {
+            "config": dataclasses.asdict(self.config),
+            "learner": counters,
+            "precision": self.setup.precision,
+            "obs_shapes": self.spaces.obs_shapes,
+            "action_low": self.spaces.action_low.tolist(),
+            "action_high": self.spaces.action_high.tolist(),
+            "metrics": metrics,
+            "envs": self._envs_state() if replay is not None else None,
+            **self._progress.state(),
+        }
+        return {"learner": tensors}, state, replay
+
+    def _envs_state(self) -> dict[str, Any] | None:
+        if self._stored_envs is not None:  # they have not been brought there yet
+            return self._stored_envs
+        return None if self._envs is None else self._envs.state()
 
     def save(self, run_dir: str | os.PathLike[str]) -> Path:
         """Write a checkpoint into `run_dir` (see `fastsac.checkpoint`) and return its directory.
 
         Raises:
-            UsageError: if the directory holds another run.
-            FastsacError: if it cannot be written; what was saved before stays.
+            UsageError: if the directory holds another run, or another process writes it.
+            FastsacError: if it cannot be written, what was saved before stays; or if training has diverged.
         """
-        directory = self._claim(Path(run_dir))
-        tensors, counters = self.learner.state()
-        groups = {"learner": tensors}
-        state = {
-            "config": dataclasses.asdict(self.config),
-            "steps": self.steps,
-            "time_s": self.time_s,
-            "updates_due": self._updates_due,
-            "warm_up_left": self._warm_up_left,
-            "exploration": self._exploration.bit_generator.state,
-            "learner": counters,
-            "obs_shapes": self.spaces.obs_shapes,
-            "action_low": self.spaces.action_low.tolist(),
-            "action_high": self.spaces.action_high.tolist(),
-        }
-        if self.config.checkpoint_replay and self._replay is not None:
-            groups["replay"], state["replay"] = self._replay.state()
-        path = checkpoint.step_directory(directory, self.steps)
-        checkpoint.save_checkpoint(path, groups, state)
-        checkpoint.prune_checkpoints(directory, keep=2)
-        return path
+        directory = Path(run_dir)
+        with self._saver(directory) as saver:
+            saver.finish(lambda: self._state(saver), saved=False)
+        return checkpoint.step_directory(directory, self.steps)
 
     @classmethod
-    def load(cls, run_dir: str | os.PathLike[str], config: Config | None = None) -> SAC:
+    def load(cls, run_dir: str | os.PathLike[str], config: Config | None = None, best: bool = False) -> SAC:
         """Load the newest checkpoint of a run.
 
         Args:
             run_dir: what `save` or a training run wrote.
             config: takes the place of the stored configuration, where its networks still fit.
+            best: take the policy with the highest evaluation instead, to play with; its run cannot be resumed from it.
 
         Raises:
             FastsacError: if there is none, or it is damaged.
             UsageError: if it does not fit the configuration.
         """
         directory = Path(run_dir)
-        path = checkpoint.latest_checkpoint(directory)
+        path = checkpoint.best_checkpoint(directory) if best else checkpoint.latest_checkpoint(directory)
         _, state = checkpoint.load_checkpoint(path, groups=())
         try:
-            config = config or config_from_dict(state["config"])
-            shapes = {key: tuple(shape) for key, shape in state["obs_shapes"].items()}
-            bounds = (np.array(state[key], dtype=np.float32) for key in ("action_low", "action_high"))
-            agent = cls(config, Spaces(shapes, *bounds))
-            agent.steps, agent.time_s = state["steps"], state["time_s"]
-            agent._updates_due, agent._warm_up_left = state["updates_due"], state["warm_up_left"]
-            agent._exploration.bit_generator.state = state["exploration"]
-            with_replay = config.checkpoint_replay and "replay" in state
-            groups, _ = checkpoint.load_checkpoint(path, groups=("learner", "replay") if with_replay else ("learner",))
-            agent.learner.load_state(groups["learner"], state["learner"])
-            if with_replay:
-                agent.replay.load_state(groups["replay"], state["replay"])
-        except (KeyError, TypeError, ValueError) as error:
+            agent = cls._of_state(path, state, config)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+            if "memory" in str(error):
+                raise
             raise FastsacError(f"{path} is not a checkpoint of this version: {error!r}") from error
-        agent._run_dirs.add(directory.resolve())
+        if not best:
+            agent._run_dirs[directory.resolve()] = path
+        return agent
+
+    @classmethod
+    def resume(cls, run_dir: str | os.PathLike[str], config: Config) -> SAC:
+        """Load the newest checkpoint of a run, or begin it anew if it ended before its first one.
+
+        Raises:
+            FastsacError: if the checkpoint is damaged.
+            UsageError: if it does not fit the configuration.
+        """
+        directory = Path(run_dir)
+        if newest_step(directory) is not None:
+            return cls.load(directory, config)
+        agent = cls(config)
+        agent._run_dirs[directory.resolve()] = None
+        return agent
+
+    @classmethod
+    def _of_state(cls, path: Path, state: dict[str, Any], config: Config | None) -> SAC:
+        stored = config_from_dict(state["config"])
+        config = config or stored
+        shapes = {key: tuple(shape) for key, shape in state["obs_shapes"].items()}
+        bounds = (np.array(state[key], dtype=np.float32) for key in ("action_low", "action_high"))
+        spaces = Spaces(shapes, *bounds)
+        # before any memory is taken for them
+        refuse_other_networks(config, spaces.obs_size, spaces.action_size, checkpoint.tensor_shapes(path, "learner"))
+        choices = precisions(config, resolve_device(config.device))
+        if config.precision == "auto" and state["precision"] in choices:  # another measurement could choose another one
+            agent = cls(dataclasses.replace(config, precision=state["precision"]), spaces)
+            agent.config = config
+            agent.setup = agent.setup._replace(precision_reason="as the run began")
+        else:
+            agent = cls(config, spaces)
+        agent._progress.load_state(state, state["metrics"])
+        groups, _ = checkpoint.load_checkpoint(path, groups=["learner"])
+        agent.learner.load_state(groups["learner"], state["learner"])
+        if not config.checkpoint_replay or state["replay"] is None:
+            agent.new_episodes()
+            return agent
+        for name in state["replay"]["blocks"]:
+            rows = checkpoint.load_checkpoint(path, groups=[name])[0][name]
+            agent.replay.load_rows(first_row(name), rows)
+        groups, _ = checkpoint.load_checkpoint(path, groups=["replay"])
+        agent.replay.load_state(groups["replay"], state["replay"])
+        agent._stored_envs = state["envs"]
         return agent
 
 

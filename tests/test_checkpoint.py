@@ -8,7 +8,6 @@ import platform
 import re
 import shutil
 import stat
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -21,6 +20,7 @@ from fastsac.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
+    remove_temporaries,
     save_checkpoint,
     step_directory,
 )
@@ -242,14 +242,14 @@ def test_a_group_cannot_lead_out_of_the_directory(tmp_path: Path) -> None:
         b"3",
         b"null",
         b"{}",
-        b'{"format": 2, "files": {}}',
-        b'{"format": "1", "files": []}',
         b'{"format": 1, "files": {}}',
-        b'{"format": 1, "files": {"state.json": 5}}',
-        b'{"format": 1, "files": {"state.json": {"size": "a\\nb", "sha256": null}}}',
-        b'{"format": 1, "files": {"state.json": {"size": NaN, "sha256": ""}}}',
-        b'{"format": 1, "files": {"state.json": {"size": 1e999, "sha256": ""}}}',
-        b'{"format": 1, "format": 1, "files": {}}',
+        b'{"format": "2", "files": []}',
+        b'{"format": 2, "files": {}}',
+        b'{"format": 2, "files": {"state.json": 5}}',
+        b'{"format": 2, "files": {"state.json": {"size": "a\\nb", "sha256": null}}}',
+        b'{"format": 2, "files": {"state.json": {"size": NaN, "sha256": ""}}}',
+        b'{"format": 2, "files": {"state.json": {"size": 1e999, "sha256": ""}}}',
+        b'{"format": 2, "format": 2, "files": {}}',
         b'{"format": ' + b"9" * 5000 + b"}",
         b"[" * 100_000,
         b"\xff\xfe",
@@ -579,26 +579,19 @@ def test_prune_that_cannot_remove_says_so(tmp_path: Path, monkeypatch: pytest.Mo
         prune_checkpoints(tmp_path, 1)
 
 
-@pytest.mark.parametrize("by", ["prune", "save"])
-def test_temporary_directories_of_dead_writers_are_removed(tmp_path: Path, by: str) -> None:
+def test_what_a_dead_writer_left_is_removed(tmp_path: Path) -> None:
     directory = step_directory(tmp_path, 1)
     save(directory)
-    writer = subprocess.Popen(["true"])
-    writer.wait()  # reaped: its id belongs to nobody
-    node, dead, alive = platform.node(), writer.pid, os.getpid()
-    names = {
-        f".step-1.tmp-{node}-{dead}-00000000": False,
-        f".step-1.tmp-{node}-{alive}-00000001": True,
-        f".step-1.tmp-elsewhere.{node}-{dead}-00000002": True,
-        f".old-1.tmp-{node}-{alive}-00000003": False,
-        f".old-1.tmp-elsewhere.{node}-{dead}-00000004": False,
-        f"step-1.tmp-{node}-{dead}-00000005": True,  # not hidden, so not ours
-    }
-    for name in names:
-        (directory.parent / name).mkdir()
-        (directory.parent / name / "learner.safetensors").touch()
-        if name.startswith(".old"):
-            os.utime(directory.parent / name, (0, 0))
-    prune_checkpoints(tmp_path, 1) if by == "prune" else save(step_directory(tmp_path, 1))
-    left = set(os.listdir(directory.parent)) - {directory.name}
-    assert left == {name for name, stays in names.items() if stays}
+    node = platform.node()
+    ours = [f"checkpoints/.step-1.tmp-{node}-1-00000000", f"checkpoints/.best.tmp-elsewhere.{node}-999-0000000a"]
+    foreign = ["checkpoints/step-1.tmp-host-5-00000005", ".notes", "checkpoints/.tmp-1"]
+    for name in ours + foreign:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "learner.safetensors").touch()
+    (tmp_path / f".config.json.tmp-{node}-77-00000000").touch()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "checkpoints" / f".step-2.tmp-{node}-1-00000001").symlink_to(tmp_path / "mine")
+    remove_temporaries(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in [*tmp_path.iterdir(), *directory.parent.iterdir()]}
+    assert left == {"checkpoints", ".notes", "mine", "checkpoints/step-000000000001", *foreign}
+    assert loaded_value(directory) == 1.0

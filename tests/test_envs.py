@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete, Tuple
 
-from fastsac.envs import Spaces, Step, VectorEnv, environment_seeds, make_envs
+from fastsac.envs import Step, VectorEnv, environment_seeds, make_envs
 from fastsac.errors import FastsacError, UsageError
+from fastsac.spaces import Spaces
 
 LOW, HIGH = np.array([-1.0, 0.0], np.float32), np.array([3.0, 10.0], np.float32)
 REALS = Box(-np.inf, np.inf, (2,), np.float32)
@@ -237,7 +238,7 @@ def test_dict_observations_are_flattened_alphabetically(env_id: str, columns: di
     envs = make(env_id, 3, 0)
     raw: list[Any] = []
     take = envs._backend.reset
-    envs._backend.reset = lambda: raw.append(take()) or raw[0]
+    envs._backend.reset = lambda seeds: raw.append(take(seeds)) or raw[0]
     obs = envs.reset()
     assert obs.dtype == np.float32
     assert obs.shape == (3, envs.spaces.obs_size) == (3, sum(map(len, columns.values())))

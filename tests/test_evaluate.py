@@ -17,7 +17,7 @@ class Environments:
         self.lengths, self.num_envs = np.array(lengths), len(lengths)
         self.time = np.zeros(self.num_envs, dtype=np.int64)
 
-    def reset(self) -> np.ndarray:
+    def reset(self, seed: int | None = None) -> np.ndarray:
         self.time[:] = 0
         return np.zeros((self.num_envs, 1), np.float32)
 

@@ -92,9 +92,12 @@ class World:
         self.obs = next_obs
 
     def store_and_load(self) -> None:
-        tensors, counters = self.replay.state()
         loaded = poisoned(self.replay._obs.shape[0] * self.num_envs - self.num_envs, self.num_envs)
-        loaded.load_state({name: tensor.clone() for name, tensor in tensors.items()}, dict(counters))
+        for start in range(self.replay.oldest, self.replay.newest, 3):
+            loaded.load_rows(start, self.replay.rows(start, min(start + 3, self.replay.newest)))
+        tensors, counters = self.replay.state()
+        loaded.load_state(tensors, counters)
+        assert (loaded._first, loaded.newest) == (self.replay._first, self.replay.newest)
         self.replay = loaded
 
     def check(self) -> None:
@@ -221,11 +224,31 @@ def test_sampling_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_a_stored_replay_of_another_shape_is_refused(other: dict[str, int]) -> None:
-    tensors, counters = random_world(18, 3, 20).replay.state()
+    stored = random_world(18, 3, 20).replay
     replay = Replay(**{"capacity": 18, "num_envs": 3, "obs_size": OBS, "action_size": ACTION, **other})
     with pytest.raises(UsageError, match="the stored replay has another"):
-        replay.load_state(tensors, counters)
+        replay.load_rows(stored.oldest, stored.rows(stored.oldest, stored.newest))
+        replay.load_state(*stored.state())
     assert replay.size == 0
+
+
+def test_rows_that_do_not_add_up_are_refused() -> None:
+    stored, copy = random_world(18, 3, 20).replay, random_world(18, 3, 3).replay
+    copy.load_rows(stored.oldest + 1, stored.rows(stored.oldest + 1, stored.newest))  # one too few
+    with pytest.raises(ValueError, match="transitions instead of"):
+        copy.load_state(*stored.state())
+
+
+def test_an_episode_is_what_was_added_last() -> None:
+    world = World(capacity=20, num_envs=2)
+    for _ in range(15):  # the ring wraps
+        world.step([True, True], [False, False])
+    expected = [step[1] for step in world.remembered][-4:]
+    obs, action = world.replay.episode(env=1, length=4)
+    assert obs[:, 0].tolist() == [transition.obs for transition in expected] + [expected[-1].next_obs]
+    assert action[:, 0].tolist() == [transition.action for transition in expected]
+    assert len(world.replay.episode(0, 10)[1]) == 10
+    assert world.replay.episode(0, 11) is None
 
 
 @pytest.mark.parametrize(("num_envs", "available"), [(1, 10_000), (16, 5_000_000), (3, 7 * 2**20), (64, 3 * 2**30)])

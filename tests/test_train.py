@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastsac import SAC, Config, FastsacError, UsageError
 from fastsac.run_dir import write_config
+from fastsac.saver import Saver
 
 SMALL = Config(
     env_id="Pendulum-v1",
@@ -98,8 +99,9 @@ def test_metrics_file(tmp_path):
 def test_tensorboard_shows_what_metrics_hold_also_after_going_on(tmp_path):
     agent = SAC(small())
     agent.learn(total_steps=600, run_dir=tmp_path / "run")
-    agent.steps = 400  # as if the run had been cut after its checkpoint at step 400
+    agent._progress.steps = 400  # as if the run had been cut after its checkpoint at step 400
     agent.learn(total_steps=900, run_dir=tmp_path / "run")
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     rows = [row for row in rows_of(tmp_path / "run") if "critic_loss" in row]
     scalars = events.Scalars("critic_loss")
@@ -222,7 +224,7 @@ def test_a_signal_before_the_first_step_leaves_a_run_to_go_on_with(tmp_path, mon
         write_config(*arguments)
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("fastsac.train.write_config", write)
+    monkeypatch.setattr("fastsac.saver.write_config", write)
     SAC(small()).learn(total_steps=10**9, run_dir=tmp_path / "run")
     assert SAC.load(tmp_path / "run").steps == 0
 
@@ -230,7 +232,7 @@ def test_a_signal_before_the_first_step_leaves_a_run_to_go_on_with(tmp_path, mon
 def test_the_last_checkpoint_is_written_once(tmp_path, monkeypatch):
     saved = []
     agent = SAC(small(checkpoint_every=100))
-    monkeypatch.setattr(agent, "save", lambda directory: saved.append(agent.steps))
+    monkeypatch.setattr(Saver, "_write", lambda saver, path, snapshot: saved.append(snapshot.state["steps"]))
     agent.learn(total_steps=200, run_dir=tmp_path / "a")
     agent.learn(total_steps=240, run_dir=tmp_path / "b")
     assert saved == [100, 200, 240]

@@ -4,7 +4,7 @@ from fastsac.learner.device import Setup, ThreadTrial, has_bfloat16_products, pr
 from fastsac.learner.engines import choose_engine, make_learner
 from fastsac.learner.fused import FusedLearner
 from fastsac.learner.graphed import GraphedLearner
-from fastsac.learner.reference import Learner
+from fastsac.learner.reference import Learner, refuse_other_networks
 
 __all__ = [
     "FusedLearner",
@@ -16,6 +16,7 @@ __all__ = [
     "has_bfloat16_products",
     "make_learner",
     "precisions",
+    "refuse_other_networks",
     "resolve_device",
     "set_up_torch",
 ]

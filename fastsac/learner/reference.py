@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,13 @@ Metrics = dict[str, Tensor]
 Moments = dict[int, dict[str, Tensor]]
 #: what random numbers are drawn for: the generator's streams
 NEXT_ACTION, ACTION, BATCH, ACTING = range(4)
+
+
+#: names of the tensors of any engine's state
+_STORED = re.compile(
+    r"(actor|critic|target_critic|value)\.[a-z_.0-9]+|log_alpha|generator|philox"
+    r"|optimizer\.(actor|critic|alpha|value)\.[0-9]{1,3}\.(step|exp_avg|exp_avg_sq)"
+)
 
 
 class Learner:
@@ -206,6 +215,8 @@ class Learner:
         Raises:
             UsageError: if it comes from a learner of another shape or another estimator's networks.
         """
+        if unknown := [name for name in tensors if not _STORED.fullmatch(name)]:
+            raise UsageError(f"the checkpoint holds {unknown[0]!r}, which no learner has")
         try:
             for name, network in self._networks().items():
                 prefix = f"{name}."
@@ -223,3 +234,18 @@ class Learner:
         self._load_moments(moments)
         restore_generator(self.generator, tensors["generator"])
         self.updates = counters["updates"]
+
+
+def refuse_other_networks(
+    config: Config, obs_size: int, action_size: int, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise UsageError unless the actor and the critics of these shapes are the configuration's; takes no memory."""
+    with torch.device("meta"):
+        networks = {
+            "actor": Actor(obs_size, action_size, config.hidden_sizes, config.activation),
+            "critic": Critic(config.num_critics, obs_size, action_size, config.hidden_sizes, config.activation),
+        }
+    for name, network in networks.items():
+        for key, value in network.state_dict().items():
+            if shapes.get(f"{name}.{key}") != tuple(value.shape):
+                raise UsageError("the checkpoint's networks do not fit this configuration")

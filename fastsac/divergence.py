@@ -1,0 +1,67 @@
+"""Values that are not finite: which they are, and which setting they probably come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fastsac.config import Config
+from fastsac.errors import Divergence
+
+#: a loss or a group of parameters -> the learning rate behind it, in the order in which trouble spreads
+_RATES = {
+    "critic_loss": "critic_lr",
+    "q": "critic_lr",
+    "critic": "critic_lr",
+    "target_critic": "critic_lr",
+    "value_loss": "value_lr",
+    "value": "value_lr",
+    "actor_loss": "actor_lr",
+    "entropy": "actor_lr",
+    "actor": "actor_lr",
+    "alpha": "alpha_lr",
+    "log_alpha": "alpha_lr",
+}
+_LOSSES = ("critic_loss", "q", "value_loss", "actor_loss", "entropy", "alpha")
+#: a learning rate so many times its default is likelier to blame than the loss that shows it first
+_SUSPICIOUS = 3.0
+
+
+def finite_flags(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return for each group of a learner's state, say `actor`, whether it is finite: a scalar on the device."""
+    flags: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            group = name.removeprefix("optimizer.").partition(".")[0]
+            finite = tensor.isfinite().all()
+            flags[group] = flags[group] & finite if group in flags else finite
+    return flags
+
+
+def refuse_divergence(
+    metrics: Mapping[str, float], finite: Mapping[str, float], config: Config, where: str, last_good: str
+) -> None:
+    """Raise Divergence if a metric or a group of parameters is not finite.
+
+    Args:
+        metrics: the latest ones.
+        finite: what `finite_flags` returned, read.
+        config: of which a setting is named.
+        where: "step 1,000 (900 updates)", say.
+        last_good: what to go back to.
+    """
+    bad = [name for name in _LOSSES if not math.isfinite(metrics.get(name, 0.0))]
+    bad += [f"the parameters or moments of {name}" for name, good in finite.items() if not good]
+    if not bad:
+        return
+    defaults = Config()
+    ratios = {name: getattr(config, name) / getattr(defaults, name) for name in dict.fromkeys(_RATES.values())}
+    rate = max(ratios, key=lambda name: ratios[name])
+    if ratios[rate] <= _SUSPICIOUS:
+        rate = _RATES.get(bad[0].rpartition(" ")[2], "critic_lr")
+    advice = f"a smaller --{rate.replace('_', '-')} than {getattr(config, rate):g} may help"
+    if ratios[rate] <= 1.0:
+        advice += ", or smaller rewards"
+    raise Divergence(f"training diverged by {where}: not finite: {', '.join(bad)}; {advice}; {last_good}")

@@ -1,0 +1,58 @@
+"""Where a run stands, beside what the learner, the replay and the environments hold themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fastsac.logger import EpisodeStatistics
+
+
+@dataclass
+class Progress:
+    """Counters, random numbers and sums of the training loop."""
+
+    env_seed: int  # of the training environments
+    exploration: np.random.Generator  # draws the actions before the first update
+    warm_up_left: int  # steps until the next update
+    episodes: EpisodeStatistics
+    steps: int = 0
+    updates_due: float = 0.0
+    time_s: float = 0.0
+    evaluation_due: bool = False  # a signal cut it short
+    metrics: dict[str, Tensor | float] = field(default_factory=dict)  # the latest ones
+
+    def state(self) -> dict[str, Any]:
+        """Return everything but the metrics, which may be on a device, for JSON."""
+        return {
+            "env_seed": self.env_seed,
+            "exploration": self.exploration.bit_generator.state,
+            "warm_up_left": self.warm_up_left,
+            "episodes": self.episodes.state(),
+            "steps": self.steps,
+            "updates_due": self.updates_due,
+            "time_s": self.time_s,
+            "evaluation_due": self.evaluation_due,
+        }
+
+    def load_state(self, state: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Take over what `state` returned, and the metrics.
+
+        Raises:
+            ValueError: if it cannot be that.
+        """
+        for name in ("steps", "warm_up_left", "env_seed"):
+            if type(state[name]) is not int or not 0 <= state[name] < 2**63:
+                raise ValueError(f"{name} is {state[name]!r}")
+        self.steps, self.warm_up_left, self.env_seed = state["steps"], state["warm_up_left"], state["env_seed"]
+        self.updates_due, self.time_s = float(state["updates_due"]), float(state["time_s"])
+        if not 0.0 <= self.updates_due < 1e12 or self.time_s < 0.0:
+            raise ValueError(f"updates_due is {self.updates_due}, and time_s {self.time_s}")
+        self.evaluation_due = state["evaluation_due"] is True
+        self.metrics = {name: float(value) for name, value in metrics.items()}
+        self.exploration.bit_generator.state = state["exploration"]
+        self.episodes.load_state(state["episodes"])

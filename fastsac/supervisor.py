@@ -1,0 +1,147 @@
+"""The parent of a training process: it starts it again from its last checkpoint when it dies or hangs."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastsac.run_dir import CONFIG, newest_step
+from fastsac.signals import ENVIRONMENT_FAILED, SUPERVISOR
+
+#: how a process ends that knows why: success, a failed run, invalid arguments
+_TOLD = (0, 1, 2)
+POLL_SECONDS = 0.2
+
+
+class _End(NamedTuple):
+    """How a child ended."""
+
+    status: int  # as `subprocess` gives it: negative for a signal
+    hung: bool
+    environment_failed: bool
+
+
+class Supervisor:
+    """Runs one training process after the other until one ends by itself."""
+
+    def __init__(self, run_dir: Path, restarts: int, step_timeout: float) -> None:
+        """Say what is supervised.
+
+        Args:
+            run_dir: where the run goes.
+            restarts: give up after so many restarts in a row that led to no further checkpoint.
+            step_timeout: seconds without a step after which a process counts as hung; 0 waits for ever.
+        """
+        self._run_dir, self._restarts, self._step_timeout = run_dir, restarts, step_timeout
+        self._child: subprocess.Popen[bytes] | None = None
+        self._stopped = 0  # signals received
+
+    def run(self, arguments: Sequence[str]) -> int:
+        """Train with the command line's arguments; return the exit status."""
+        before = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return self._run(arguments)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _run(self, arguments: Sequence[str]) -> int:
+        failures = 0  # in a row, without progress
+        while True:
+            place = "--resume" if (self._run_dir / CONFIG).exists() else "--run-dir"
+            step = newest_step(self._run_dir)
+            end = self._run_child([*arguments, place, str(self._run_dir)], failures)
+            if self._stopped and end.status < 0:
+                return 1
+            if self._stopped or (end.status in _TOLD and not end.environment_failed):
+                return end.status
+            reached = newest_step(self._run_dir)
+            failures = failures + 1 if reached == step else 1
+            where = "the beginning" if reached is None else f"step {reached:,}"
+            if failures > self._restarts:
+                self._say(f"{self._describe(end)}; gave up after {failures - 1} restarts without progress, at {where}")
+                return 1
+            how = ", in new episodes" if failures > 1 else ""
+            self._say(f"{self._describe(end)}; going on from {where}{how} (restart {failures} of {self._restarts})")
+
+    def _run_child(self, arguments: Sequence[str], failures: int) -> _End:
+        listen, tell = os.pipe()
+        try:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "fastsac", *arguments],
+                env={**os.environ, SUPERVISOR: f"{tell},{failures}"},
+                pass_fds=[tell],
+                process_group=0,  # a signal from the terminal comes through the parent, once
+            )
+        finally:
+            os.close(tell)
+        try:
+            if self._stopped:  # just before there was anybody to hand it to
+                self._child.terminate()
+            hung, environment_failed = self._watch(listen)
+            return _End(self._child.wait(), hung, environment_failed)
+        finally:
+            os.close(listen)
+            self._kill()  # what it may have left behind, and itself if we are leaving by an exception
+
+    def _watch(self, listen: int) -> tuple[bool, bool]:
+        """Listen until the child has ended or hangs."""
+        environment_failed, heard = False, time.monotonic()
+        while True:
+            ready, _, _ = select.select([listen], [], [], POLL_SECONDS)
+            message = os.read(listen, 65536) if ready else b""
+            environment_failed = environment_failed or ENVIRONMENT_FAILED in message
+            if message:
+                heard = time.monotonic()
+            elif self._child is None or self._child.poll() is not None:  # what it started may still hold the pipe
+                return False, environment_failed
+            elif self._step_timeout and time.monotonic() - heard > self._step_timeout:
+                self._kill()
+                return True, environment_failed
+            elif ready:  # closed, but not ended yet
+                time.sleep(POLL_SECONDS)
+
+    def _kill(self) -> None:
+        if self._child is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._child.pid, signal.SIGKILL)
+
+    def _forward(self, number: int, frame: Any) -> None:
+        """Hand a signal on; the second one acts at once, whatever the child is busy with."""
+        self._stopped += 1
+        if self._child is not None and self._child.poll() is None:
+            if self._stopped > 1:
+                self._kill()
+            else:
+                with suppress(ProcessLookupError):
+                    self._child.send_signal(number)
+
+    def _describe(self, end: _End) -> str:
+        if end.hung:
+            return f"the training process made no step in {self._step_timeout:g} s (--step-timeout) and was killed"
+        if end.environment_failed:
+            return "an environment failed"
+        if end.status >= 0:
+            return f"the training process ended with status {end.status}"
+        reasons = {
+            signal.SIGKILL: "killed, perhaps for want of memory (SIGKILL)",
+            signal.SIGSEGV: "ended by a segmentation fault (SIGSEGV)",
+            signal.SIGABRT: "aborted by an environment or a library (SIGABRT)",
+        }
+        try:
+            name = signal.Signals(-end.status).name
+        except ValueError:
+            name = f"signal {-end.status}"
+        return f"the training process was {reasons.get(-end.status, f'ended by {name}')}"  # type: ignore[call-overload]
+
+    @staticmethod
+    def _say(message: str) -> None:
+        print(f"fastsac: {message}", file=sys.stderr, flush=True)
