@@ -22,7 +22,6 @@ _RATES = {
     "entropy": "actor_lr",
     "actor": "actor_lr",
     "alpha": "alpha_lr",
-    "log_alpha": "alpha_lr",
 }
 _LOSSES = ("critic_loss", "q", "value_loss", "actor_loss", "entropy", "alpha")
 #: a learning rate so many times its default is likelier to blame than the loss that shows it first
@@ -30,7 +29,10 @@ _SUSPICIOUS = 3.0
 
 
 def finite_flags(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return for each group of a learner's state, say `actor`, whether it is finite: a scalar on the device."""
+    """Return for each group of a learner's state, say `actor`, whether its parameters and moments are finite.
+
+    Scalars on the device.
+    """
     flags: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if tensor.is_floating_point():
@@ -53,15 +55,16 @@ def refuse_divergence(
         last_good: what to go back to.
     """
     bad = [name for name in _LOSSES if not math.isfinite(metrics.get(name, 0.0))]
-    bad += [f"the parameters or moments of {name}" for name, good in finite.items() if not good]
-    if not bad:
+    groups = list(dict.fromkeys(name.removeprefix("log_") for name, good in finite.items() if not good))
+    if not bad + groups:
         return
     defaults = Config()
     ratios = {name: getattr(config, name) / getattr(defaults, name) for name in dict.fromkeys(_RATES.values())}
     rate = max(ratios, key=lambda name: ratios[name])
     if ratios[rate] <= _SUSPICIOUS:
-        rate = _RATES.get(bad[0].rpartition(" ")[2], "critic_lr")
+        rate = _RATES[(bad + groups)[0]]
     advice = f"a smaller --{rate.replace('_', '-')} than {getattr(config, rate):g} may help"
     if ratios[rate] <= 1.0:
         advice += ", or smaller rewards"
-    raise Divergence(f"training diverged by {where}: not finite: {', '.join(bad)}; {advice}; {last_good}")
+    what = ", ".join(bad + ([f"parameters of {' and '.join(groups)}"] if groups else []))
+    raise Divergence(f"training diverged by {where}: not finite: {what}; {advice}; {last_good}")

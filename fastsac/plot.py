@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsac.logger import read_rows
+from fastsac.metrics import read_rows
 from fastsac.run_dir import METRICS
 
 #: steps, and a value at each

@@ -114,6 +114,7 @@ class Saver:
             self.say(f"warning: {self.run_dir} was removed; it is made anew")
             self._lock.release()
             self._take()
+            self._remember(None)
         self._settle()
         snapshot = self._snapshot(*contents())
         path = checkpoint.step_directory(self.run_dir, snapshot.state["steps"])

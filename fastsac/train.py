@@ -31,7 +31,8 @@ from fastsac.learner import (
     resolve_device,
     set_up_torch,
 )
-from fastsac.logger import EpisodeStatistics, Logger, read_scalars
+from fastsac.logger import EpisodeStatistics, Logger
+from fastsac.metrics import read_scalars
 from fastsac.progress import Progress
 from fastsac.replay import Replay
 from fastsac.run_dir import config_from_dict, newest_step
