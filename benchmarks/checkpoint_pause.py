@@ -2,9 +2,9 @@
 
     python -m benchmarks.checkpoint_pause [--out FILE] [--label NAME]
 
-The buffer is filled with random transitions, then training goes on with a checkpoint every 50,000 steps. The pause is the
-time that the training thread spends in saving. Few updates are made in between, so that the steps take little time; how
-long training takes with checkpoints beside it is told by the rate of steps. Runs under other labels in FILE stay.
+The buffer is filled with random transitions, then training goes on with a checkpoint every 50,000 steps. The pause is
+the time that the training thread spends in saving. Few updates are made in between, so that the steps take little time.
+Runs under other labels in FILE stay.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, write_json
 from fastsac import SAC, Config
 
 RESULT = Path("benchmarks/results/checkpoint_pause.json")
@@ -86,12 +85,9 @@ def measure(capacity: int, checkpoints: int, interval: int) -> dict[str, Any]:
     return {
         "capacity": capacity,
         "interval": interval,
-        "pause_s": {
-            "first": pauses[0],
-            "later": pauses[1:checkpoints],
-            "median": statistics.median(pauses[1:checkpoints]),
-        },
-        "write_s": {"first": writes[0], "later": writes[1:checkpoints]} if writes else None,
+        "pause_s": pauses[:checkpoints],
+        "write_s": writes[:checkpoints],
+        "written_by": "a thread beside the training" if writes else "the training thread",
         "checkpoint_bytes": size,
         "steps_per_s": (agent.steps - steps) / seconds,
     }
@@ -116,7 +112,7 @@ def main() -> None:
     row = measure(arguments.capacity, arguments.checkpoints, arguments.interval)
     command = f"python -m benchmarks.checkpoint_pause --label {arguments.label}"
     result[arguments.label] = {"command": command, "machine": describe_machine(), **row}
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(arguments.out, result)
     print(arguments.label, json.dumps(row))
 
 

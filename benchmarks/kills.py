@@ -9,7 +9,6 @@ many of them hit a checkpoint that is being written; every fifth comes while the
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -81,7 +80,7 @@ def torment(kills: int, seed: int, directory: Path, settings: list[str]) -> dict
     arguments = [*SETTINGS, *settings, "--total-steps", str(total)]
     alone, killed = directory / "alone", directory / "killed"
     finish(start(*arguments, "--run-dir", str(alone)))
-    survived, lost, rubbish = 0, [], 0
+    whole, lost, rubbish = 0, list[float](), 0
     for kill in range(kills):
         place = "--resume" if (killed / "config.json").exists() else "--run-dir"
         process = start(*arguments, place, str(killed))
@@ -96,24 +95,22 @@ def torment(kills: int, seed: int, directory: Path, settings: list[str]) -> dict
         _, stderr = process.communicate()
         if process.returncode != -9:
             raise RuntimeError(f"ended by itself with {process.returncode}: {stderr.decode()[-2000:]}")
-        with contextlib.suppress(FastsacError):
-            rubbish += (
-                any(".tmp-" in name for name in os.listdir(killed / "checkpoints"))
-                if (killed / "checkpoints").exists()
-                else 0
-            )
-            path = latest_checkpoint(killed) if newest_step(killed) is not None else None
-            _ = load_checkpoint(path) if path is not None else None  # every hash
+        rubbish += any(".tmp-" in path.name for path in (killed / "checkpoints").glob(".*"))
+        try:
+            if (step := newest_step(killed)) is not None:
+                load_checkpoint(latest_checkpoint(killed))  # every hash is checked
             rows = read_rows(killed / "metrics.jsonl")
-            lost.append((rows[-1]["step"] if rows else 0) - (newest_step(killed) or 0))
-            survived += 1
+            lost.append((rows[-1]["step"] if rows else 0) - (step or 0))
+            whole += 1
+        except FastsacError as error:
+            print(error, file=sys.stderr)
     finish(start(*arguments, "--resume" if (killed / "config.json").exists() else "--run-dir", str(killed)))
     left = [name for path in (killed, killed / "checkpoints") for name in os.listdir(path) if ".tmp-" in name]
     return {
         "seed": seed,
         "settings": " ".join(settings),
         "kills": kills,
-        "whole_after_kill": survived,
+        "whole_after_kill": whole,
         "half_written_checkpoints_left_by_kills": rubbish,
         "steps_lost": {"most": max(lost, default=0), "checkpoint_interval": INTERVAL},
         "temporary_files_at_the_end": len(left),

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastsac.env_backends import Backend, make_envpool, make_gymnasium, one_line
 from fastsac.errors import EnvironmentFailure, UsageError, did_you_mean
 from fastsac.spaces import Bools, Floats, Spaces
 
-#: observations [L + 1, O] and actions [L, A] of the episode under way
+#: observations [L + 1, O] of one environment's episode under way, and the L actions [L, A] between them
 Episode = tuple[Floats, Floats]
 
 

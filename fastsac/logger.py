@@ -14,6 +14,7 @@ import numpy as np
 
 from fastsac.envs import Step
 from fastsac.errors import FastsacError
+from fastsac.metrics import MetricsFiles, Row
 from fastsac.run_dir import METRICS
 
 

@@ -226,9 +226,13 @@ def test_sampling_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) 
 def test_a_stored_replay_of_another_shape_is_refused(other: dict[str, int]) -> None:
     stored = random_world(18, 3, 20).replay
     replay = Replay(**{"capacity": 18, "num_envs": 3, "obs_size": OBS, "action_size": ACTION, **other})
-    with pytest.raises(UsageError, match="the stored replay has another"):
+
+    def load() -> None:
         replay.load_rows(stored.oldest, stored.rows(stored.oldest, stored.newest))
         replay.load_state(*stored.state())
+
+    with pytest.raises(UsageError, match="the stored replay has another"):
+        load()
     assert replay.size == 0
 
 
