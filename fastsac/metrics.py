@@ -54,7 +54,10 @@ class MetricsFiles:
 
     def _write(self) -> str:
         try:
-            if self._file is None or os.fstat(self._file.fileno()).st_nlink == 0:  # removed together with the run
+            if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:  # removed, like the run
+                self._file.close()
+                self._file = None
+            if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("ab", buffering=0)
             while self._waiting:
@@ -69,6 +72,7 @@ class MetricsFiles:
                 if self._events is not None:
                     self._events.add(row)
             if self._events is None or self._events.removed:
+                self._close_events()
                 self._events = _Events(self._directory, read_rows(self._path))
         except OSError as error:
             self._close_events()

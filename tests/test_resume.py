@@ -1,0 +1,216 @@
+"""A resumed run is the run that was never stopped, bit for bit; where it cannot be, it says so."""
+
+import dataclasses
+import json
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from fastsac import SAC
+from tests import faulty
+from tests.runs import SMALL, metrics_of, parameters, rows_of, state_of, stopped_at
+
+EXACT = dataclasses.replace(
+    SMALL,
+    total_steps=1240,
+    learning_starts=100,
+    buffer_size=830,
+    eval_every=100,
+    log_every=30,
+    checkpoint_every=90,
+    checkpoint_replay=True,
+)
+#: the middle of an episode, Pendulum's last step of the first one, the step after it, and after the ring has wrapped
+CUTS = (137, 800, 804, 1000)
+#: for episodes of 1,000 steps, which have to be in the ring
+LONG = {"buffer_size": 1100, "eval_every": 500, "eval_episodes": 1}
+
+
+def exact(**changes):
+    return dataclasses.replace(EXACT, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"estimator": "score", "engine": "reference", "env_id": "HalfCheetah-v5", **LONG},
+        {"engine": "reference", "actor_every": 3, "utd": 0.3},
+        {"env_id": "HalfCheetah-v5", **LONG},
+        {"env_id": "Hopper-v5", "precision": "bf16", "hidden_sizes": (64, 64), "utd": 0.5},
+        {"env_id": "WalkerWalk-v1", "estimator": "score", "baseline": "value", **LONG},
+        {"env_backend": "gymnasium", "estimator": "score"},
+        {"env_backend": "gymnasium", "env_id": "Hopper-v5"},
+        {"env_id": "tests.faulty:Faulty-v0", "num_envs": 1},  # draws random numbers in every step
+        {"learning_starts": 900},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, monkeypatch, capsys, changes):
+    config = exact(**changes)
+    alone = SAC(config)
+    alone.learn(run_dir=tmp_path / "alone")
+    resumed = SAC(config)
+    for cut in CUTS:
+        with stopped_at(monkeypatch, cut):
+            resumed.learn(run_dir=tmp_path / "resumed")
+        assert resumed.stopped_by_signal
+        resumed.close()
+        resumed = SAC.load(tmp_path / "resumed", config)
+    resumed.learn(run_dir=tmp_path / "resumed", progress=True)
+    assert "cannot be resumed" not in capsys.readouterr().err
+    assert metrics_of(tmp_path / "resumed") == metrics_of(tmp_path / "alone")
+    assert any("eval_return" in row for row in metrics_of(tmp_path / "alone"))
+    assert state_of(resumed) == state_of(alone)
+
+
+def test_learning_in_two_calls_is_learning_in_one():
+    once, twice = SAC(exact()), SAC(exact())
+    once.learn()
+    twice.learn(total_steps=402)
+    twice.learn(total_steps=EXACT.total_steps)
+    assert all(torch.equal(value, parameters(once)[name]) for name, value in parameters(twice).items())
+
+
+def test_evaluations_and_logging_leave_training_alone():
+    plain, watched = SAC(exact(eval_every=0, log_every=10**6)), SAC(exact(eval_every=40, log_every=10))
+    for agent in (plain, watched):
+        agent.learn()
+    assert all(torch.equal(value, parameters(plain)[name]) for name, value in parameters(watched).items())
+
+
+def test_an_evaluation_depends_on_the_step_only():
+    """And not on the evaluations before it, which a resumed run has not made."""
+    often, seldom = SAC(exact(eval_every=40)), SAC(exact(eval_every=1240))
+    for agent in (often, seldom):
+        agent.learn()
+    np.testing.assert_array_equal(often.last_evaluation.returns, seldom.last_evaluation.returns)
+    assert len(set(often.evaluate(2).returns) | set(often.evaluate(2, seed=7).returns)) == 4
+
+
+def test_an_interrupted_evaluation_is_made_up_for(tmp_path, monkeypatch):
+    alone, resumed = SAC(exact(eval_every=400)), SAC(exact(eval_every=400))
+    alone.learn(run_dir=tmp_path / "alone")
+    with monkeypatch.context() as patch:
+        patch.setattr(resumed._heartbeat, "beat", lambda stop: resumed.steps >= 400 and (stop.append(15) or True))
+        resumed.learn(run_dir=tmp_path / "resumed")
+    assert resumed.steps == 400
+    assert not any("eval_return" in row for row in rows_of(tmp_path / "resumed"))
+    resumed = SAC.load(tmp_path / "resumed")
+    resumed.learn(run_dir=tmp_path / "resumed")
+    assert metrics_of(tmp_path / "resumed") == metrics_of(tmp_path / "alone")
+
+
+def resume(tmp_path, capsys, before, after=None):
+    """Train, load and go on; return the agent and what it says."""
+    agent = SAC(before)
+    agent.learn(total_steps=402, run_dir=tmp_path / "run")
+    agent = SAC.load(tmp_path / "run", after or before)
+    capsys.readouterr()
+    agent.learn(total_steps=502, run_dir=tmp_path / "run", progress=True)
+    return agent, [line for line in capsys.readouterr().err.splitlines() if not line.startswith("step ")]
+
+
+def test_a_simulator_that_draws_numbers_in_its_steps_starts_new_episodes(tmp_path, capsys):
+    config = exact(env_id="LunarLanderContinuous-v3", eval_every=0)
+    agent, said = resume(tmp_path, capsys, config)
+    reason = "played again, they give other observations"
+    assert said == [f"the episodes under way cannot be resumed ({reason}): new ones are started"]
+    assert agent.replay.size == 502
+    assert agent._progress.episodes._length.sum() <= 104
+
+
+def test_an_episode_longer_than_the_replay_starts_anew(tmp_path, capsys):
+    _, said = resume(tmp_path, capsys, exact(env_id="HalfCheetah-v5", buffer_size=200, eval_every=0))
+    assert said == [
+        "the episodes under way cannot be resumed (one is longer than what is left of it in the replay buffer): "
+        "new ones are started"
+    ]
+
+
+def test_another_backend_starts_new_episodes(tmp_path, capsys):
+    before = exact(env_id="Hopper-v5", eval_every=0)
+    _, said = resume(tmp_path, capsys, before, dataclasses.replace(before, env_backend="gymnasium"))
+    assert said == [
+        "the episodes under way cannot be resumed (they ran in envpool, and now in gymnasium): new ones are started"
+    ]
+
+
+def test_an_environment_that_was_changed_starts_new_episodes(tmp_path, capsys, monkeypatch):
+    config = exact(env_id="tests.faulty:Faulty-v0", eval_every=0, num_envs=3)
+    agent = SAC(config)
+    agent.learn(total_steps=402, run_dir=tmp_path / "run")
+    step = faulty.Faulty.step
+    monkeypatch.setattr(faulty.Faulty, "step", lambda env, action: step(env, action * 1.001))
+    agent = SAC.load(tmp_path / "run")
+    agent.learn(total_steps=502, run_dir=tmp_path / "run", progress=True)
+    assert "played again, they give other observations" in capsys.readouterr().err
+
+
+def test_an_environment_that_fails_when_played_again_starts_new_episodes(tmp_path, capsys, monkeypatch):
+    config = exact(env_id="tests.faulty:Faulty-v0", eval_every=0, num_envs=3)
+    SAC(config).learn(total_steps=402, run_dir=tmp_path / "run")
+    monkeypatch.setenv("FAULT", f"raise:2:{tmp_path / 'marker'}")
+    SAC.load(tmp_path / "run").learn(total_steps=502, run_dir=tmp_path / "run", progress=True)
+    assert "cannot be resumed (tests.faulty:Faulty-v0 failed at step 0: ValueError: broken)" in capsys.readouterr().err
+
+
+def test_without_the_replay_new_episodes_are_others(tmp_path):
+    agent = SAC(exact(checkpoint_replay=False))
+    agent.learn(total_steps=402, run_dir=tmp_path / "run")
+    first = SAC(agent.config).envs.reset()
+    resumed = SAC.load(tmp_path / "run")
+    again = resumed.envs.reset()
+    resumed.new_episodes(2)
+    assert not any(np.array_equal(*pair) for pair in ((first, again), (again, resumed.envs.reset())))
+
+
+def test_precision_is_measured_once_for_a_run(tmp_path, monkeypatch):
+    agent = SAC(exact(precision="auto", hidden_sizes=(64, 64)))
+    agent.learn(total_steps=202, run_dir=tmp_path / "run")
+    path = next((tmp_path / "run" / "checkpoints").iterdir()) / "state.json"
+    assert json.loads(path.read_text())["precision"] == agent.setup.precision
+    monkeypatch.setattr("fastsac.learner.device.measure_updates", lambda *_: pytest.fail("measured"))
+    resumed = SAC.load(tmp_path / "run")
+    assert resumed.setup.precision == agent.setup.precision
+    assert resumed.config.precision == "auto"
+
+
+def test_a_run_saved_before_it_goes_on_can_still_be_resumed(tmp_path, monkeypatch):
+    alone = SAC(exact())
+    alone.learn()
+    resumed = SAC(exact())
+    with stopped_at(monkeypatch, 402):
+        resumed.learn(run_dir=tmp_path / "run")
+    SAC.load(tmp_path / "run").save(tmp_path / "run")
+    resumed = SAC.load(tmp_path / "run")
+    _ = resumed.envs  # made, but not yet brought to where they were
+    resumed.save(tmp_path / "run")
+    resumed = SAC.load(tmp_path / "run")
+    resumed.learn()
+    assert state_of(resumed)["tensors"] == state_of(alone)["tensors"]
+
+
+def test_gymnasiums_own_flag_for_resets_is_where_we_set_it():
+    """`_Gymnasium.step_some` writes it; another version may keep it elsewhere."""
+    envs = gymnasium.make_vec("Pendulum-v1", num_envs=2, vectorization_mode="sync")
+    envs.reset(seed=0)
+    assert envs._autoreset_envs.tolist() == [False, False]
+    envs.close()
+
+
+def test_best_is_kept_beside_the_newest_two(tmp_path):
+    config = exact(eval_every=100, checkpoint_every=100, total_steps=1000, estimator="score", baseline="none")
+    agent = SAC(config)
+    agent.learn(run_dir=tmp_path / "run")
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["best", "step-000000000900", "step-000000001000"]
+    returns = {row["step"]: row["eval_return"] for row in rows_of(tmp_path / "run") if "eval_return" in row}
+    best = SAC.load(tmp_path / "run", best=True)
+    assert best.steps == max(returns, key=returns.get)
+    assert best.evaluate(2).returns.mean() == pytest.approx(max(returns.values()), rel=1e-6)
+    assert best.updates < agent.updates
+    with pytest.raises(Exception, match="already holds a run"):
+        best.save(tmp_path / "run")
