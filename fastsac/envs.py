@@ -78,12 +78,17 @@ class VectorEnv:
             "streams": self._backend.streams(),
         }
 
-    def restore(self, state: Mapping[str, Any], episodes: Sequence[Episode]) -> str:
+    def restore(self, state: Mapping[str, Any], episodes: Sequence[Episode], most_resets: int) -> str:
         """Bring environments that were just made from the same seed to where `state` was taken.
 
         Each is reset as often as it had been, and its episode under way is played again. That is exact if a step draws
         no random numbers; Gymnasium's environments may draw them, too, from their `np_random`. Every observation of
         these episodes is compared, bit for bit.
+
+        Args:
+            state: what `state` returned.
+            episodes: of each environment.
+            most_resets: an environment cannot have been reset more often.
 
         Returns:
             An empty string, or why it could not be done. They are to be reset then.
@@ -91,8 +96,11 @@ class VectorEnv:
         if state["backend"] != self.backend_name:
             return f"they ran in {state['backend']}, and now in {self.backend_name}"
         resets, elapsed = np.array(state["resets"], dtype=np.int64), np.array(state["elapsed"], dtype=np.int64)
-        if resets.shape != (self.num_envs,) or elapsed.tolist() != [len(action) for _, action in episodes]:
+        lengths = [len(action) for _, action in episodes]
+        if resets.shape != (self.num_envs,) or elapsed.tolist() != lengths:
             return "the checkpoint holds others"
+        if min(resets) < 1 or max(resets) > most_resets:
+            return "the checkpoint counts resets that cannot have been"
         with self._naming_the_environment():
             start = self.spaces.flatten(self._backend.rewind(resets, state["streams"]))
             same = np.array_equal(start, np.stack([obs[0] for obs, _ in episodes]))

@@ -59,7 +59,7 @@ class MetricsFiles:
                 self._file = None
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("ab", buffering=0)
+                self._file = self._path.open("ab")
             while self._waiting:
                 end = os.fstat(self._file.fileno()).st_size
                 try:

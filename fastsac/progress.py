@@ -45,14 +45,11 @@ class Progress:
         Raises:
             ValueError: if it cannot be that.
         """
-        for name in ("steps", "warm_up_left", "env_seed"):
-            if type(state[name]) is not int or not 0 <= state[name] < 2**63:
-                raise ValueError(f"{name} is {state[name]!r}")
         self.steps, self.warm_up_left, self.env_seed = state["steps"], state["warm_up_left"], state["env_seed"]
         self.updates_due, self.time_s = float(state["updates_due"]), float(state["time_s"])
         if not 0.0 <= self.updates_due < 1e12 or self.time_s < 0.0:
             raise ValueError(f"updates_due is {self.updates_due}, and time_s {self.time_s}")
-        self.evaluation_due = state["evaluation_due"] is True
+        self.evaluation_due = state["evaluation_due"]
         self.metrics = {name: float(value) for name, value in metrics.items()}
         self.exploration.bit_generator.state = state["exploration"]
         self.episodes.load_state(state["episodes"])

@@ -39,6 +39,7 @@ from fastsac.run_dir import config_from_dict, newest_step
 from fastsac.saver import Contents, Saver, first_row
 from fastsac.signals import Heartbeat, stop_signals
 from fastsac.spaces import Floats, Spaces
+from fastsac.stored_state import refuse_other_state
 
 # children of the one seed; new episodes of a resumed run and evaluations need streams of their own
 _ENVS, _LEARNER, _REPLAY, _EXPLORATION, _EVALUATION = range(5)
@@ -222,7 +223,7 @@ class SAC:
         if len(found) < len(episodes):
             return "one is longer than what is left of it in the replay buffer"
         try:
-            return self.envs.restore(stored, found)
+            return self.envs.restore(stored, found, most_resets=self.replay.newest)
         except EnvironmentFailure as error:
             return str(error)
 
@@ -464,11 +465,14 @@ class SAC:
 
     @classmethod
     def _of_state(cls, path: Path, state: dict[str, Any], config: Config | None) -> SAC:
+        refuse_other_state(state)
         stored = config_from_dict(state["config"])
         config = config or stored
         shapes = {key: tuple(shape) for key, shape in state["obs_shapes"].items()}
         bounds = (np.array(state[key], dtype=np.float32) for key in ("action_low", "action_high"))
         spaces = Spaces(shapes, *bounds)
+        if not (spaces.obs_size and spaces.action_size):
+            raise ValueError("it has no observations or no actions")
         # before any memory is taken for them
         refuse_other_networks(config, spaces.obs_size, spaces.action_size, checkpoint.tensor_shapes(path, "learner"))
         choices = precisions(config, resolve_device(config.device))

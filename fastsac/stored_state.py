@@ -1,0 +1,55 @@
+"""What a checkpoint's state.json holds, checked before any of it is used: it may come from anybody."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_COUNT = range(2**62)
+_FLAG, _NUMBER, _ANY = bool, float, object
+#: a mapping has exactly these keys; a list holds any number of one kind; a tuple lists what is allowed
+_STATE: dict[str, Any] = {
+    "config": {str: _ANY},
+    "steps": _COUNT,
+    "time_s": _NUMBER,
+    "updates_due": _NUMBER,
+    "warm_up_left": _COUNT,
+    "exploration": {str: _ANY},
+    "learner": {"updates": _COUNT},
+    "precision": ("fp32", "tf32", "bf16"),
+    "obs_shapes": {str: [_COUNT]},
+    "action_low": [_NUMBER],
+    "action_high": [_NUMBER],
+    "metrics": {str: _NUMBER},
+    "episodes": {"returns": [_NUMBER], "lengths": [_COUNT], "finished": [[_NUMBER]]},
+    "evaluation_due": _FLAG,
+    "env_seed": _COUNT,
+    "envs": (None, {"backend": str, "resets": [_COUNT], "elapsed": [_COUNT], "streams": (None, [(None, {str: _ANY})])}),
+    "replay": (None, {"newest": _COUNT, "first": _COUNT, "size": _COUNT, "num_rows": _COUNT, "blocks": [str]}),
+}
+_BEST = {**_STATE, "eval_return": _NUMBER}
+
+
+def refuse_other_state(state: dict[str, Any]) -> None:
+    """Raise ValueError unless this has the form of a state.json, no key more and none less."""
+    schema = _BEST if "eval_return" in state else _STATE
+    for name in schema.keys() | state.keys():
+        if name not in schema or name not in state or not _fits(state[name], schema[name]):
+            raise ValueError(f"{name!r} is not what a checkpoint holds")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, tuple):
+        return any(_fits(value, each) for each in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_fits(each, kind[0]) for each in value)
+    if isinstance(kind, dict):
+        if not isinstance(value, dict):
+            return False
+        if str in kind:
+            return all(_fits(each, kind[str]) for each in value.values())
+        return value.keys() == kind.keys() and all(_fits(value[key], kind[key]) for key in kind)
+    if isinstance(kind, range):
+        return type(value) is int and value in kind
+    if kind is _NUMBER:
+        return type(value) in (int, float) and abs(value) < 1e300
+    return isinstance(value, kind) if isinstance(kind, type) else value == kind
