@@ -217,44 +217,22 @@ def test_a_missing_checkpoint(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("what", "message"), [("raise", "failed at step 30: ValueError: broken"), ("nan", "not finite")]
+    ("kind", "message"),
+    [
+        ("raise", "failed at step 31: ValueError: broken"),
+        ("nan", "observation not finite: nan in column 0"),
+        ("nan-reward", "reward not finite: nan"),
+        ("shape", "failed at step 31: ValueError"),
+    ],
 )
-def test_an_environment_that_fails_in_mid_run(tmp_path, capsys, what, message):
-    (tmp_path / "faulty.py").write_text(FAULTY.format(what=what))
-    sys.path.insert(0, str(tmp_path))
-    try:
-        arguments = [*TINY, "--env-id", "faulty:Faulty-v0", "--checkpoint-every", "20", "--eval-every", "0"]
-        assert run("train", *arguments, "--run-dir", tmp_path / "run") == 1
-    finally:
-        sys.path.remove(str(tmp_path))
-        sys.modules.pop("faulty")
+def test_an_environment_that_fails_in_mid_run(tmp_path, capsys, monkeypatch, kind, message):
+    monkeypatch.setenv("FAULT", f"{kind}:30")
+    arguments = [*TINY, "--env-id", "tests.faulty:Faulty-v0", "--checkpoint-every", "20", "--eval-every", "0"]
+    assert run("train", *arguments, "--run-dir", tmp_path / "run") == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("fastsac: faulty:Faulty-v0")
+    assert last.startswith("fastsac: tests.faulty:Faulty-v0")
     assert message in last
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 2
-
-
-FAULTY = """
-import gymnasium, numpy as np
-
-class Faulty(gymnasium.Env):
-    observation_space = gymnasium.spaces.Box(-9, 9, (2,))
-    action_space = gymnasium.spaces.Box(-1, 1, (1,))
-    steps = 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return np.zeros(2, np.float32), {{}}
-
-    def step(self, action):
-        self.steps += 1
-        if self.steps == 30 and "{what}" == "raise":
-            raise ValueError("broken")
-        reward = float("nan") if self.steps == 30 else 1.0
-        return np.zeros(2, np.float32), reward, False, False, {{}}
-
-gymnasium.register("Faulty-v0", Faulty)
-"""
 
 
 def test_no_space_left(tmp_path, trained, capsys, monkeypatch):

@@ -136,7 +136,7 @@ def mounted(path: Path, size: str) -> bool:
 
 TRAIN = (  # noqa: SIM905, a list is harder to read
     "train --env-id Pendulum-v1 --num-envs 4 --hidden-sizes 32 32 --batch-size 32 --learning-starts 100 --utd 0.05 "
-    "--buffer-size 100000 --eval-every 0 --log-every 100 --num-threads 1 --precision fp32 --checkpoint-every 1000 "
+    "--buffer-size 400000 --eval-every 0 --log-every 100 --num-threads 1 --precision fp32 --checkpoint-every 1000 "
     "--checkpoint-replay"
 ).split()
 
