@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from benchmarks.machine import describe_machine, write_json
 from fastsac.checkpoint import latest_checkpoint, load_checkpoint
 from fastsac.errors import FastsacError
@@ -64,8 +66,14 @@ def contents(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
 
 
 def same_run(left: Path, right: Path) -> dict[str, bool]:
-    """Compare two finished runs bit for bit: metrics, and everything in the newest and the best checkpoint."""
-    parts = {"metrics": metrics(left) == metrics(right)}
+    """Compare two finished runs bit for bit: metrics, and everything in the newest and the best checkpoint.
+
+    And whether TensorBoard shows each step once.
+    """
+    rows = metrics(left)
+    parts = {"metrics": metrics(right) == rows}
+    shown = EventAccumulator(str(right / "tensorboard")).Reload().Scalars("episode_return")
+    parts["tensorboard"] = [scalar.step for scalar in shown] == [row["step"] for row in rows if "episode_return" in row]
     newest = [contents(latest_checkpoint(run_dir)) for run_dir in (left, right)]
     parts["tensors"] = newest[0][0] == newest[1][0]
     parts["state"] = newest[0][1] == newest[1][1]
@@ -104,7 +112,8 @@ def torment(kills: int, seed: int, directory: Path, settings: list[str]) -> dict
             whole += 1
         except FastsacError as error:
             print(error, file=sys.stderr)
-    finish(start(*arguments, "--resume" if (killed / "config.json").exists() else "--run-dir", str(killed)))
+    if newest_step(killed) != total:  # the last kill may have come when all was done
+        finish(start(*arguments, "--resume" if (killed / "config.json").exists() else "--run-dir", str(killed)))
     left = [name for path in (killed, killed / "checkpoints") for name in os.listdir(path) if ".tmp-" in name]
     return {
         "seed": seed,

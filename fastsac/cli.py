@@ -179,7 +179,7 @@ def _train_here(command: Train, heartbeat: Heartbeat) -> None:
         if newest_step(run_dir) is None:
             print(f"fastsac: {run_dir} has no checkpoint yet: it starts from the beginning", file=sys.stderr)
         agent = SAC.resume(run_dir, config)
-        if agent.steps >= config.total_steps:
+        if agent.steps >= config.total_steps and not heartbeat.supervised:  # else it died when all was done
             raise UsageError(f"{run_dir} has reached step {agent.steps} already: a larger --total-steps goes on")
     if heartbeat.tries > 1:  # what failed more than once may fail for ever
         agent.new_episodes(heartbeat.tries)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastsac.config import Config
 from fastsac.errors import Divergence
+from fastsac.metrics import Value, read_scalars
 
 #: a loss or a group of parameters -> the learning rate behind it, in the order in which trouble spreads
 _RATES = {
@@ -35,11 +36,26 @@ def finite_flags(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     flags: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not name.endswith(".step"):
             group = name.removeprefix("optimizer.").partition(".")[0]
             finite = tensor.isfinite().all()
             flags[group] = flags[group] & finite if group in flags else finite
     return flags
+
+
+def read_finite(
+    metrics: Mapping[str, Value], state: Mapping[str, Tensor], config: Config, where: str, last_good: str
+) -> dict[str, float]:
+    """Read the metrics from the device, together with whether the learner's state is finite: one wait for all.
+
+    Raises:
+        Divergence: if anything is not (see `refuse_divergence`).
+    """
+    flags = {f"finite {name}": flag for name, flag in finite_flags(state).items()}
+    values = read_scalars({**metrics, **flags})
+    finite = {name.removeprefix("finite "): values.pop(name) for name in flags}
+    refuse_divergence(values, finite, config, where, last_good)
+    return values
 
 
 def refuse_divergence(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsac.envs import VectorEnv
+from fastsac.envs import VectorEnv, make_envs
 from fastsac.errors import FastsacError, UsageError
 from fastsac.spaces import Floats
 
@@ -116,6 +116,46 @@ def record_video(policy: Policy, envs: VectorEnv, path: Path) -> Evaluation:
         with suppress(OSError):
             temporary.unlink()
     return result
+
+
+class Evaluator:
+    """Plays with a policy on environments of its own, which it keeps."""
+
+    def __init__(self, env_id: str, backend: str) -> None:
+        """Make nothing yet."""
+        self._env_id, self._backend = env_id, backend
+        self._envs: VectorEnv | None = None
+
+    def evaluate(
+        self, policy: Policy, episodes: int, seed: int, should_stop: Callable[[], bool] | None = None
+    ) -> Evaluation:
+        """Play episodes that depend on the policy and the seed only; see the function `evaluate`.
+
+        Raises:
+            UsageError: for less than one episode.
+        """
+        if episodes < 1:
+            raise UsageError(f"an evaluation needs at least 1 episode, got {episodes}")
+        num_envs = min(episodes, 32)
+        if self._envs is not None and self._envs.num_envs == num_envs:
+            return evaluate(policy, self._envs, episodes, should_stop, seed)
+        self.close()
+        self._envs = make_envs(self._env_id, num_envs, seed, self._backend)
+        return evaluate(policy, self._envs, episodes, should_stop)
+
+    def record_video(self, policy: Policy, path: Path, seed: int) -> None:
+        """Play one episode and write it; see the function `record_video`."""
+        envs = make_envs(self._env_id, 1, seed, self._backend, render=True)
+        try:
+            record_video(policy, envs, path)
+        finally:
+            envs.close()
+
+    def close(self) -> None:
+        """Give the environments' resources back."""
+        if self._envs is not None:
+            self._envs.close()
+            self._envs = None
 
 
 def check_video_path(path: Path) -> None:

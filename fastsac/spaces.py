@@ -53,6 +53,20 @@ class Spaces(NamedTuple):
             columns.append(part.reshape(len(part), -1))
         return np.concatenate(columns, axis=1, dtype=np.float32, casting="same_kind")
 
+    def batch(self, obs: Any) -> tuple[Floats, bool]:
+        """Flatten one observation or a batch of them; return [N, O] and whether it was one.
+
+        Raises:
+            ValueError: if a key is missing or a shape does not fit.
+        """
+        key, shape = next(iter(self.obs_shapes.items()))
+        if key and (not isinstance(obs, Mapping) or key not in obs):
+            raise ValueError(f"the observation must be a dict with the keys {list(self.obs_shapes)}")
+        single = np.asarray(obs[key] if key else obs).ndim == len(shape)
+        if single:
+            obs = {k: np.asarray(v)[None] for k, v in obs.items()} if key else np.asarray(obs)[None]
+        return self.flatten(obs), single
+
     def scale(self, action: Floats) -> Floats:
         """Map actions from the policy's [-1, 1] to the environment's own units."""
         scaled = self.action_low + 0.5 * (action + 1.0) * (self.action_high - self.action_low)

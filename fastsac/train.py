@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fastsac import checkpoint
 from fastsac.config import Config
-from fastsac.divergence import finite_flags, refuse_divergence
+from fastsac.divergence import read_finite
 from fastsac.envs import Step, VectorEnv, make_envs
 from fastsac.errors import EnvironmentFailure, FastsacError, UsageError
 from fastsac.estimators import choose
-from fastsac.evaluate import Evaluation, evaluate, record_video
+from fastsac.evaluate import Evaluation, Evaluator
 from fastsac.learner import (
     ThreadTrial,
     choose_engine,
@@ -32,7 +32,6 @@ from fastsac.learner import (
     set_up_torch,
 )
 from fastsac.logger import EpisodeStatistics, Logger
-from fastsac.metrics import read_scalars
 from fastsac.progress import Progress
 from fastsac.replay import Replay
 from fastsac.run_dir import config_from_dict, newest_step
@@ -60,7 +59,7 @@ class SAC:
         _, self.engine_reason = choose_engine(config, self.device)
         precisions(config, self.device)
         self._envs: VectorEnv | None = None
-        self._eval_envs: VectorEnv | None = None
+        self._evaluator = Evaluator(config.env_id, config.env_backend)
         self._progress = Progress(
             env_seed=_child_seed(config.seed, _ENVS, 0),
             exploration=np.random.default_rng(_child_seed(config.seed, _EXPLORATION)),
@@ -273,13 +272,9 @@ class SAC:
         state, _ = self.learner.state()
         if not self.learner.learns_alpha:
             del state["log_alpha"]  # of a fixed alpha of 0 it is minus infinity
-        flags = {f"finite {name}": flag for name, flag in finite_flags(state).items()}
-        values = read_scalars({**self._progress.metrics, **flags})
-        finite = {name.removeprefix("finite "): values.pop(name) for name in flags}
         where = f"step {self.steps:,} ({self.updates:,} updates)"
         last_good = "nothing was saved" if saver is None else saver.last_good
-        refuse_divergence(values, finite, self.config, where, last_good)
-        return values
+        return read_finite(self._progress.metrics, state, self.config, where, last_good)
 
     def _try_threads(self, logger: Logger, seconds: float, steps: int) -> None:
         fastest = self._trial.record(seconds, steps) if self._trial is not None else None
@@ -326,31 +321,21 @@ class SAC:
             seed: of their environments; by default it follows from the run's seed and the number of steps.
             should_stop: asked before every step; if it says so, only the episodes that have ended are returned.
         """
-        if episodes < 1:
-            raise UsageError(f"an evaluation needs at least 1 episode, got {episodes}")
-        num_envs = min(episodes, 32)
         seed = _child_seed(self.config.seed, _EVALUATION, self.steps) if seed is None else seed
-        if self._eval_envs is not None and self._eval_envs.num_envs == num_envs:
-            return evaluate(self._deterministic, self._eval_envs, episodes, should_stop, seed)
-        if self._eval_envs is not None:
-            self._eval_envs.close()
-        self._eval_envs = make_envs(self.config.env_id, num_envs, seed, self.config.env_backend)
-        return evaluate(self._deterministic, self._eval_envs, episodes, should_stop)
+        return self._evaluator.evaluate(self._deterministic, episodes, seed, should_stop)
 
     def record_video(self, path: str | os.PathLike[str], seed: int = 0) -> None:
         """Play one episode with the deterministic policy and write it as .mp4 or .gif (see `fastsac.evaluate`)."""
-        envs = make_envs(self.config.env_id, 1, seed, self.config.env_backend, render=True)
-        try:
-            record_video(self._deterministic, envs, Path(path))
-        finally:
-            envs.close()
+        self._evaluator.record_video(self._deterministic, Path(path), seed)
 
     def close(self) -> None:
-        """Give the environments' resources back; they are created anew if they are needed again."""
-        for envs in (self._envs, self._eval_envs):
-            if envs is not None:
-                envs.close()
-        self._envs = self._eval_envs = None
+        """Give the environments' resources back; they are created anew, and brought to the same state, if need be."""
+        self._evaluator.close()
+        if self._envs is not None:
+            if self._obs is not None:
+                self._stored_envs, self._obs = self._envs.state(), None
+            self._envs.close()
+            self._envs = None
 
     def _deterministic(self, obs: Floats) -> Floats:
         return self.learner.act(torch.from_numpy(obs).to(self.device), deterministic=True).cpu().numpy()
@@ -368,15 +353,10 @@ class SAC:
         Raises:
             ValueError: if the observation's shape does not fit.
         """
-        key, shape = next(iter(self.spaces.obs_shapes.items()))
-        if key and (not isinstance(obs, Mapping) or key not in obs):
-            raise ValueError(f"the observation must be a dict with the keys {list(self.spaces.obs_shapes)}")
-        single = np.asarray(obs[key] if key else obs).ndim == len(shape)
-        if single:
-            obs = {k: np.asarray(v)[None] for k, v in obs.items()} if key else np.asarray(obs)[None]
-        flat = torch.from_numpy(self.spaces.flatten(obs)).to(self.device)
-        action = self.spaces.scale(self.learner.act(flat, deterministic).cpu().numpy())
-        return action[0] if single else action
+        flat, single = self.spaces.batch(obs)
+        action = self.learner.act(torch.from_numpy(flat).to(self.device), deterministic)
+        scaled = self.spaces.scale(action.cpu().numpy())
+        return scaled[0] if single else scaled
 
     @contextmanager
     def _saver(self, directory: Path) -> Iterator[Saver]:

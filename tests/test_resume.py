@@ -74,6 +74,16 @@ def test_learning_in_two_calls_is_learning_in_one():
     assert all(torch.equal(value, parameters(once)[name]) for name, value in parameters(twice).items())
 
 
+def test_closing_in_between_changes_nothing():
+    once, twice = SAC(exact()), SAC(exact())
+    once.learn()
+    twice.learn(total_steps=402)
+    twice.close()
+    twice.close()
+    twice.learn(total_steps=EXACT.total_steps)
+    assert state_of(twice) == state_of(once)
+
+
 def test_evaluations_and_logging_leave_training_alone():
     plain, watched = SAC(exact(eval_every=0, log_every=10**6)), SAC(exact(eval_every=40, log_every=10))
     for agent in (plain, watched):
