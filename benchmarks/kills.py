@@ -29,7 +29,7 @@ from fastsac.run_dir import newest_step
 
 RESULT = Path("benchmarks/results/kills.json")
 INTERVAL = 100  # steps between checkpoints
-STEPS_PER_KILL = 300
+STEPS_PER_KILL = 1000
 SETTINGS = (
     "--env-id Pendulum-v1 --num-envs 4 --hidden-sizes 32 32 --batch-size 32 --learning-starts 100 --buffer-size 3000 "
     f"--eval-episodes 2 --eval-every 500 --log-every 20 --num-threads 1 --precision fp32 --checkpoint-replay "
