@@ -2,8 +2,8 @@
 
     python -m benchmarks.faults [--out FILE]
 
-An environment fails in nine ways in mid-run under `fastsac train --restarts 2`, and the result is compared with a run in
-which nothing failed. And every byte of a small checkpoint, replay buffer included, is changed in turn.
+An environment fails in nine ways in mid-run under `fastsac train --restarts 2`, and the result is compared with a run
+in which nothing failed. And every byte of a small checkpoint, replay buffer included, is changed in turn.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fastsac.errors import FastsacError
 
 RESULT = Path("benchmarks/results/faults.json")
 KINDS = ("abort", "segfault", "oom", "exit", "hang", "raise", "nan", "nan-reward", "shape")
-SETTINGS = (
+SETTINGS = (  # noqa: SIM905, a list is harder to read
     "--env-id tests.faulty:Faulty-v0 --num-envs 2 --hidden-sizes 8 --batch-size 8 --learning-starts 20 "
     "--buffer-size 1000 --eval-episodes 2 --eval-every 100 --log-every 50 --num-threads 1 --precision fp32 "
     "--checkpoint-every 50 --checkpoint-replay --total-steps 300"
-).split()  # fmt: skip
+).split()
 
 
 def train(run_dir: Path, *arguments: str, fault: str = "") -> int:
@@ -56,11 +56,13 @@ def faults(directory: Path) -> list[dict[str, Any]]:
 
 def flips(directory: Path) -> dict[str, int]:
     """Change one bit of every byte of a checkpoint in turn, and load it."""
-    settings = {"hidden_sizes": (2,), "batch_size": 8, "learning_starts": 20, "buffer_size": 60, "num_envs": 1}
+    settings = {"hidden_sizes": (2,), "batch_size": 8, "learning_starts": 20, "buffer_size": 2000, "num_envs": 1}
     agent = SAC(
-        Config("Pendulum-v1", checkpoint_replay=True, eval_every=0, num_threads=1, precision="fp32", **settings)
+        Config(
+            "Pendulum-v1", checkpoint_replay=True, eval_every=0, utd=0.1, num_threads=1, precision="fp32", **settings
+        )
     )
-    agent.learn(total_steps=70, run_dir=directory / "run")
+    agent.learn(total_steps=1500, run_dir=directory / "run")
     checkpoint = latest_checkpoint(directory / "run")
     tried = refused = 0
     for path in sorted(checkpoint.iterdir()):

@@ -23,8 +23,8 @@ from fastsac.errors import FastsacError
 from fastsac.replay import Replay
 from fastsac.run_dir import RunLock, newest_step, refuse_if_taken, write_config
 
-#: blocks of a full ring, about
-BLOCKS = 64
+#: blocks of a full ring, about, and the fewest transitions in one
+BLOCKS, LEAST = 64, 1024
 #: newest checkpoints that stay
 KEEP = 2
 _BLOCK = re.compile(r"replay-([0-9]{1,18})-([0-9]{1,18})")
@@ -197,7 +197,7 @@ class Saver:
 
     def _blocks_of(self, replay: Replay) -> tuple[list[str], list[str]]:
         """Return the names of the blocks that make up the ring, and of those that are stored already."""
-        length = -(-replay.num_rows // BLOCKS)
+        length = max(-(-replay.num_rows // BLOCKS), -(-LEAST // replay.num_envs))
         stored = {stop: (start, name) for name in self._blocks for start, stop in [_span(name)]}
         names, unchanged = [], []
         for begin in range(replay.oldest // length * length, replay.newest, length):

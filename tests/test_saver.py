@@ -18,6 +18,11 @@ from tests.runs import SMALL, parameters, state_of, stopped_at
 CONFIG = dataclasses.replace(SMALL, checkpoint_replay=True, checkpoint_every=100, buffer_size=600, utd=0.1)
 
 
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(saver, "LEAST", 1)
+
+
 def blocks(path):
     return {entry.name: entry.stat().st_ino for entry in path.iterdir() if entry.name.startswith("replay-")}
 
@@ -48,8 +53,10 @@ def test_a_block_is_written_once_and_dropped_when_the_ring_has_passed_it(tmp_pat
     assert state_of(loaded)["tensors"] == state_of(agent)["tensors"]
 
 
+@pytest.mark.parametrize("least", [1, 1024])
 @pytest.mark.parametrize("buffer_size", [4, 20, 256, 400])
-def test_rings_of_any_size(tmp_path, buffer_size):
+def test_rings_of_any_size(tmp_path, monkeypatch, buffer_size, least):
+    monkeypatch.setattr(saver, "LEAST", least)
     agent = SAC(dataclasses.replace(CONFIG, buffer_size=buffer_size, checkpoint_every=36))
     for total in (20, 300, 304, 700):
         agent.learn(total_steps=total, run_dir=tmp_path)
