@@ -23,6 +23,7 @@ from benchmarks.bench_table import draw, table
 README = Path("README.md")
 KERNELS_README = Path("kernels/README.md")
 PERFORMANCE = Path("docs/performance.md")
+RELIABILITY = Path("docs/reliability.md")
 RESULTS = Path("benchmarks/results")
 PEERS = {
     "sb3": "Stable-Baselines3",
@@ -106,6 +107,65 @@ def bench_results() -> list[dict[str, Any]]:
     return [read(name) for name in ("bench_cpu.json", "gpu.json") if (RESULTS / name).exists()]
 
 
+def pauses_table() -> str:
+    """Return one row per way of writing checkpoints: how long training stops for each."""
+    lines = [
+        "| | first checkpoint | later ones, median | later ones, most | writing beside the training, median |",
+        "|---|---|---|---|---|",
+    ]
+    for label, run in read("checkpoint_pause.json").items():
+        first, *later = run["pause_s"]
+        writes = f"{1e3 * np.median(run['write_s'][1:]):.0f} ms" if run["write_s"] else "-"
+        cells = [label, *(f"{1e3 * seconds:.1f} ms" for seconds in (first, np.median(later), max(later))), writes]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def kills_table() -> str:
+    """Return one row per run that was killed again and again."""
+    lines = [
+        "| run | kills | newest checkpoint whole | killed while writing one | most steps lost | equal at the end |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in read("kills.json")["runs"]:
+        equal = "yes" if all(run["equal_to_the_run_left_alone"].values()) else "no"
+        keys = ("kills", "whole_after_kill", "half_written_checkpoints_left_by_kills")
+        cells = [f"`{run['settings']}`", *(run[key] for key in keys), f"{run['steps_lost']['most']:.0f}", equal]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+FAULTS = {
+    "abort": "aborts (SIGABRT)",
+    "segfault": "crashes (SIGSEGV)",
+    "oom": "is killed, as for want of memory (SIGKILL)",
+    "exit": "exits with a status",
+    "hang": "hangs",
+    "raise": "raises an exception",
+    "nan": "returns an observation of NaN",
+    "nan-reward": "returns a reward of NaN",
+    "shape": "returns another shape",
+}
+
+
+def faults_table() -> str:
+    """Return one row per way to fail."""
+    lines = ["| the environment | the run survived | and ended as if nothing had failed |", "|---|---|---|"]
+    for row in read("faults.json")["faults"]:
+        answers = ("yes" if row[key] else "no" for key in ("survived", "equal_to_the_untroubled_run"))
+        lines.append(f"| {' | '.join([FAULTS[row['kind']], *answers])} |")
+    return "\n".join(lines)
+
+
+def flips_text() -> str:
+    """Return a sentence."""
+    flipped = read("faults.json")["flipped"]
+    return (
+        f"One bit of each of the {flipped['bytes']:,} bytes of a small checkpoint ({flipped['files']} files, replay buffer "
+        f"included) was changed in turn, and\nthe checkpoint loaded: {flipped['refused']:,} times it was refused."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "learning": lambda: learning_table("halfcheetah", "pendulum", "hopper", "walker"),
     "peers": peers_table,
@@ -120,7 +180,18 @@ KERNELS_TABLES: dict[str, Callable[[], str]] = {
     "bench": lambda: table(bench_results()),
     "resources": resources_table,
 }
-PAGES = {README: TABLES, KERNELS_README: KERNELS_TABLES, PERFORMANCE: PERFORMANCE_TABLES}
+RELIABILITY_TABLES: dict[str, Callable[[], str]] = {
+    "pauses": pauses_table,
+    "kills": kills_table,
+    "faults": faults_table,
+    "flips": flips_text,
+}
+PAGES = {
+    README: TABLES,
+    KERNELS_README: KERNELS_TABLES,
+    PERFORMANCE: PERFORMANCE_TABLES,
+    RELIABILITY: RELIABILITY_TABLES,
+}
 
 
 def rewritten(page: Path, tables: dict[str, Callable[[], str]]) -> str:

@@ -47,6 +47,14 @@ def test_the_kernels_example_runs():
     assert names["rng"].state[1] == 1
 
 
+def test_the_promises_are_held_by_tests_that_there_are():
+    table = (ROOT / report.RELIABILITY).read_text().split("## The promises")[1].split("\n## ")[0]
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", table)
+    assert len(named) >= 15
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), name
+
+
 @pytest.mark.parametrize(("page", "name"), LINKS)
 def test_links_lead_somewhere(page, name):
     assert (ROOT / page.parent / name.partition("#")[0]).exists()
