@@ -45,6 +45,7 @@ def exact(**changes):
         {"env_backend": "gymnasium", "env_id": "Hopper-v5"},
         {"env_id": "tests.faulty:Faulty-v0", "num_envs": 1},  # draws random numbers in every step
         {"learning_starts": 900},
+        {"utd": 0.05, "log_every": 4, "actor_every": 2},  # lines repeat what was measured before the cut
     ],
     ids=str,
 )
@@ -97,6 +98,9 @@ def test_an_evaluation_depends_on_the_step_only():
     for agent in (often, seldom):
         agent.learn()
     np.testing.assert_array_equal(often.last_evaluation.returns, seldom.last_evaluation.returns)
+    before = often.evaluate(2).returns
+    often._progress.steps += 1
+    assert not np.array_equal(often.evaluate(2).returns, before)
     assert len(set(often.evaluate(2).returns) | set(often.evaluate(2, seed=7).returns)) == 4
 
 
