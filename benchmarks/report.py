@@ -161,8 +161,8 @@ def flips_text() -> str:
     """Return a sentence."""
     flipped = read("faults.json")["flipped"]
     return (
-        f"One bit of each of the {flipped['bytes']:,} bytes of a small checkpoint ({flipped['files']} files, replay buffer "
-        f"included) was changed in turn, and\nthe checkpoint loaded: {flipped['refused']:,} times it was refused."
+        f"One bit of each of the {flipped['bytes']:,} bytes of a small checkpoint ({flipped['files']} files, with the "
+        f"replay buffer) was changed in turn, and the\ncheckpoint loaded: {flipped['refused']:,} times it was refused."
     )
 
 

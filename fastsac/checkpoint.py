@@ -121,8 +121,10 @@ def load_checkpoint(
     def read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         for name, sha256 in (hashes := _read_manifest(place, groups)).items():
             if _sha256(place / name) != sha256:
-                damage = f"{place / name} is damaged: SHA-256 differs from the manifest"
-                raise FastsacError(damage + _older_instead(place))
+                damage = f"{place / name} is damaged: SHA-256 differs from the manifest" + _older_instead(place)
+                if name.startswith("replay"):
+                    damage += "; --no-checkpoint-replay goes on without the replay buffer"
+                raise FastsacError(damage)
         with _reported(f"{place / STATE} is damaged", *_BAD_JSON):
             state = _parse_json(_read_json(place / STATE))
         paths = [place / name for name in hashes if name != STATE]
@@ -140,8 +142,8 @@ def latest_checkpoint(run_dir: Path) -> Path:
     directories = _step_directories(run_dir)
     if not directories:
         raise FastsacError(f"no checkpoint: looked for {run_dir}/checkpoints/step-*/{MANIFEST}")
-    if problem := _problem(directories[0]):
-        raise FastsacError(problem + _older_instead(directories[0]))
+    if wrong := problem(directories[0]):
+        raise FastsacError(wrong + _older_instead(directories[0]))
     return directories[0]
 
 
@@ -153,6 +155,13 @@ def groups_of(directory: Path) -> list[str]:
     """
     files = _settled(Path(os.path.realpath(directory)), _read_manifest)
     return [name.removesuffix(".safetensors") for name in files if name != STATE]
+
+
+def identity(directory: Path) -> str:
+    """Return what tells this checkpoint from all others, or an empty string if there is none."""
+    with suppress(OSError):
+        return _sha256(directory / MANIFEST)
+    return ""
 
 
 def tensor_shapes(directory: Path, group: str) -> dict[str, tuple[int, ...]]:
@@ -190,7 +199,7 @@ def prune_checkpoints(run_dir: Path, keep: int) -> None:
         FastsacError: if something cannot be removed.
     """
     directories = _step_directories(run_dir)
-    kept = [directory for directory in directories if not _problem(directory)][: max(keep, 1)]
+    kept = [directory for directory in directories if not problem(directory)][: max(keep, 1)]
     older = directories[directories.index(kept[-1]) + 1 :] if len(kept) == max(keep, 1) else []
     with _reported(f"cannot prune {run_dir}/checkpoints", OSError):
         for directory in older:
@@ -212,8 +221,9 @@ def _older_instead(damaged: Path) -> str:
     directories = _step_directories(damaged.parent.parent)
     place = directories.index(damaged) if damaged in directories else len(directories)
     for older in directories[place + 1 :]:
-        if not _problem(older):
-            return f"; {older.name} is complete: remove {damaged} to use it"
+        with suppress(FastsacError, OSError):  # blocks of the replay are common to several: damaged in one, in all
+            if not problem(older) and all(_sha256(older / name) == sha for name, sha in _read_manifest(older).items()):
+                return f"; {older.name} is complete: remove {damaged} to use it"
     return ""
 
 
@@ -263,7 +273,8 @@ def _settled(directory: Path, read: Callable[[Path], _T]) -> _T:
                 return result
 
 
-def _problem(directory: Path) -> str:
+def problem(directory: Path) -> str:
+    """Return what is wrong with the checkpoint, without a look at hashes, or an empty string."""
     if linked := [path for path in (directory.parent, directory) if path.is_symlink()]:
         return f"{linked[0]} is a symbolic link, and checkpoints are read in their own directory only"
     try:

@@ -179,8 +179,10 @@ def _train_here(command: Train, heartbeat: Heartbeat) -> None:
         if newest_step(run_dir) is None:
             print(f"fastsac: {run_dir} has no checkpoint yet: it starts from the beginning", file=sys.stderr)
         agent = SAC.resume(run_dir, config)
-        if agent.steps >= config.total_steps and not heartbeat.supervised:  # else it died when all was done
-            raise UsageError(f"{run_dir} has reached step {agent.steps} already: a larger --total-steps goes on")
+        if agent.finished and not heartbeat.tries:  # else it died when all was done
+            if agent.steps >= config.total_steps:
+                raise UsageError(f"{run_dir} has reached step {agent.steps} already: a larger --total-steps goes on")
+            raise UsageError(f"{run_dir} has reached its target return already: another --target-return goes on")
     if heartbeat.tries > 1:  # what failed more than once may fail for ever
         agent.new_episodes(heartbeat.tries)
     _ = agent.replay  # its memory is forecast before anything is announced or written

@@ -104,6 +104,8 @@ class Config:
             if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
                 raise UsageError(f"{_flag(name)} must be a whole number of at least {least}, got {value}")
             object.__setattr__(self, name, int(value))
+        if self.num_threads > 1024:  # starting a million of them crashes the process
+            raise UsageError(f"--num-threads must be at most 1024, got {self.num_threads}")
         for name, (low, high, meaning) in _REALS.items():
             value = getattr(self, name)
             if (value == "auto" and name in _AUTOMATIC) or (value is None and name == "target_return"):

@@ -135,6 +135,8 @@ class EpisodeStatistics:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` returned."""
+        if not len(state["returns"]) == len(state["lengths"]) == len(self._return):
+            raise ValueError("it has another number of environments")
         self._return[:], self._length[:] = state["returns"], state["lengths"]
         self._finished = [(float(returns), int(length)) for returns, length in state["finished"]]
 

@@ -54,11 +54,10 @@ class MetricsFiles:
 
     def _write(self) -> str:
         try:
-            if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:  # removed, like the run
+            if self._file is not None and not _is_at(self._file, self._path):  # removed, or moved with the run
                 self._file.close()
                 self._file = None
             if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("ab")
             while self._waiting:
                 end = os.fstat(self._file.fileno()).st_size
@@ -101,6 +100,12 @@ class MetricsFiles:
         if self._file is not None:
             self._file.close()
         return problem
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from fastsac.checkpoint import temporary_sibling
 from fastsac.metrics import read_rows
 from fastsac.run_dir import METRICS
 
@@ -51,6 +53,12 @@ def plot_curves(groups: Mapping[str, Sequence[Curve]], path: Path, title: str, y
     axes.grid(alpha=0.3)
     if len(groups) > 1:
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    temporary = temporary_sibling(path)
+    try:
+        figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix("."))
+        temporary.replace(path)
+    finally:
+        plt.close(figure)
+        with suppress(OSError):
+            temporary.unlink()
     return path

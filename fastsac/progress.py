@@ -24,6 +24,7 @@ class Progress:
     updates_due: float = 0.0
     time_s: float = 0.0
     evaluation_due: bool = False  # a signal cut it short
+    reached: float | None = None  # the target return that an evaluation has reached
     metrics: dict[str, Tensor | float] = field(default_factory=dict)  # the latest ones
 
     def state(self) -> dict[str, Any]:
@@ -37,10 +38,11 @@ class Progress:
             "updates_due": self.updates_due,
             "time_s": self.time_s,
             "evaluation_due": self.evaluation_due,
+            "reached": self.reached,
         }
 
     def load_state(self, state: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Take over what `state` returned, and the metrics.
+        """Take over what `state` returned, and the metrics, but not the episodes, which may start anew.
 
         Raises:
             ValueError: if it cannot be that.
@@ -49,7 +51,6 @@ class Progress:
         self.updates_due, self.time_s = float(state["updates_due"]), float(state["time_s"])
         if not 0.0 <= self.updates_due < 1e12 or self.time_s < 0.0:
             raise ValueError(f"updates_due is {self.updates_due}, and time_s {self.time_s}")
-        self.evaluation_due = state["evaluation_due"]
+        self.evaluation_due, self.reached = state["evaluation_due"], state["reached"]
         self.metrics = {name: float(value) for name, value in metrics.items()}
         self.exploration.bit_generator.state = state["exploration"]
-        self.episodes.load_state(state["episodes"])

@@ -37,7 +37,8 @@ class RunLock:
         """
         self.directory = directory
         self._descriptor = -1
-        for name in (CONFIG, METRICS, TENSORBOARD, CHECKPOINTS, LOCK):
+        names = [CONFIG, METRICS, TENSORBOARD, CHECKPOINTS, LOCK]
+        for name in [*names, *(f"{CHECKPOINTS}/{path.name}" for path in (directory / CHECKPOINTS).glob("*"))]:
             if (directory / name).is_symlink():
                 raise UsageError(
                     f"{directory / name} is a symbolic link, and a run is written to its own directory only"

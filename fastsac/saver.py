@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fastsac import checkpoint
 from fastsac.config import Config
-from fastsac.errors import FastsacError
+from fastsac.errors import FastsacError, UsageError
 from fastsac.replay import Replay
-from fastsac.run_dir import RunLock, newest_step, refuse_if_taken, write_config
+from fastsac.run_dir import CONFIG, RunLock, newest_step, refuse_if_taken, write_config
 
 #: blocks of a full ring, about, and the fewest transitions in one
 BLOCKS, LEAST = 64, 1024
@@ -41,30 +41,51 @@ class _Snapshot(NamedTuple):
     unchanged: list[str]  # groups to be taken over from the checkpoint before
 
 
+class Ours(NamedTuple):
+    """A run that this process may go on writing: the newest checkpoint it knows of, and what tells it from others."""
+
+    checkpoint: Path | None
+    identity: str = ""
+
+    @classmethod
+    def newest(cls, run_dir: Path) -> Ours:
+        """Return the run as it is now."""
+        step = newest_step(run_dir)
+        path = None if step is None else checkpoint.step_directory(run_dir, step)
+        return cls(path, "" if path is None else checkpoint.identity(path))
+
+    def refuse_another(self, run_dir: Path) -> None:
+        """Raise UsageError if the directory holds anything else by now: another process may have gone on with it."""
+        now = Ours.newest(run_dir)
+        if now.identity == self.identity or (now.checkpoint is None and not (run_dir / CONFIG).exists()):
+            return
+        raise UsageError(f"{run_dir} has changed since this run was loaded: load it again, or choose another directory")
+
+
 class Saver:
     """Holds a run directory's lock and writes its checkpoints, one at a time, in a thread of its own."""
 
     def __init__(
-        self, run_dir: Path, config: Config, ours: bool, before: Path | None = None, say: Callable[[str], None] = print
+        self, run_dir: Path, config: Config, ours: Ours | None = None, say: Callable[[str], None] = print
     ) -> None:
         """Say where checkpoints go; nothing is written before the context is entered.
 
         Args:
             run_dir: the run directory.
             config: goes into it.
-            ours: whether it may hold a run already.
-            before: its checkpoint that training goes on from, whose blocks need not be written again.
+            ours: the run that it holds already, if it may hold one.
             say: tells the user what went wrong without being an error yet.
         """
         self.run_dir, self.say = run_dir, say
         self._config, self._ours = config, ours
         self.newest: Path | None = None  # checkpoint of this run
         self._blocks: frozenset[str] = frozenset()
-        self._remember(before)
         self._lock: RunLock | None = None
+        self._lost = ""  # why the run directory cannot be made anew
         self._executor = ThreadPoolExecutor(1, "fastsac-saver")
         self._pending: Future[None] | None = None
         self.best_return = -math.inf
+        self._best: _Snapshot | None = None  # not written yet
 
     def __enter__(self) -> Saver:
         """Take the run directory.
@@ -74,6 +95,7 @@ class Saver:
             FastsacError: if it cannot be written.
         """
         self._take()
+        self._remember(self._ours.checkpoint if self._ours is not None else None)
         try:
             _, state = checkpoint.load_checkpoint(checkpoint.best_checkpoint(self.run_dir), groups=())
             self.best_return = float(state["eval_return"])
@@ -91,14 +113,15 @@ class Saver:
     def _take(self) -> None:
         self._lock = RunLock(self.run_dir)
         try:
-            if not self._ours:
+            if self._ours is None:
                 refuse_if_taken(self.run_dir)
+            else:
+                self._ours.refuse_another(self.run_dir)
             checkpoint.remove_temporaries(self.run_dir)
             write_config(self.run_dir, self._config)
         except BaseException:
             self._lock.release()
             raise
-        self._ours = True
 
     @property
     def last_good(self) -> str:
@@ -110,12 +133,9 @@ class Saver:
 
     def save(self, contents: Callable[[], Contents]) -> None:
         """Copy what a checkpoint holds and begin to write it; a failure becomes a warning, before the next one."""
-        if self._lock is not None and not self._lock.holds():
-            self.say(f"warning: {self.run_dir} was removed; it is made anew")
-            self._lock.release()
-            self._take()
-            self._remember(None)
         self._settle()
+        if not self._still_there():
+            return
         snapshot = self._snapshot(*contents())
         path = checkpoint.step_directory(self.run_dir, snapshot.state["steps"])
         self._pending = self._executor.submit(self._write, path, snapshot)
@@ -125,12 +145,11 @@ class Saver:
         self._settle()
         self.best_return = best_return
         groups, state, _ = contents()
-        snapshot = self._snapshot(groups, {**state, "envs": None, "eval_return": best_return}, None)
-        path = checkpoint.best_checkpoint(self.run_dir)
-        self._pending = self._executor.submit(checkpoint.save_checkpoint, path, snapshot.groups, snapshot.state)
+        self._best = self._snapshot(groups, {**state, "envs": None, "eval_return": best_return}, None)
+        self._pending = self._executor.submit(self._write_best)
 
     def finish(self, contents: Callable[[], Contents], saved: bool) -> None:
-        """Wait for what is being written, and write what was not `saved`; a failure is tried twice again.
+        """Wait for what is being written, and write what was not `saved`; what fails is tried once more.
 
         Raises:
             FastsacError: if that does not help either; what was saved before stays.
@@ -140,15 +159,40 @@ class Saver:
         for last in (False, True):
             self.save(contents)
             error = self._failure()
-            if error is None:
+            if error is None and self._lock is not None and self._lock.holds():
                 return
             if last:
-                raise FastsacError(f"{error}; {self.last_good}") from error
+                raise FastsacError(f"{error or self._lost}; {self.last_good}") from error
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        if self._pending is not None:
+            self._pending.exception()
 
     def warn(self) -> None:
         """Tell of a write that has failed since, without waiting."""
         if self._pending is not None and self._pending.done():
             self._settle()
+
+    def _still_there(self) -> bool:
+        """Make the run directory anew if somebody has removed it; return whether there is one now."""
+        if self._lock is not None and self._lock.holds():
+            return True
+        if self._lock is not None:
+            self._lock.release()
+        self._ours = self._ours or Ours(None)
+        try:
+            self._take()
+        except UsageError:  # another process has it
+            raise
+        except FastsacError as error:
+            self._lost = str(error)
+            self.say(f"warning: {self.run_dir} was removed, and it cannot be made anew: {error}")
+            return False
+        self.say(f"warning: {self.run_dir} or its lock was removed; it is made anew")
+        self._remember(self.newest)
+        self.best_return = -math.inf
+        return True
 
     def _settle(self) -> bool:
         """Wait until nothing is being written; warn of a failure, and return whether there was one."""
@@ -164,12 +208,20 @@ class Saver:
             raise error
         return error
 
+    def _write_best(self) -> None:
+        if self._best is not None:
+            path = checkpoint.best_checkpoint(self.run_dir)
+            checkpoint.save_checkpoint(path, self._best.groups, self._best.state)
+            self._best = None
+
     def _write(self, path: Path, snapshot: _Snapshot) -> None:
+        self._write_best()  # which may have failed before
         try:
             checkpoint.save_checkpoint(path, *snapshot, self.newest if snapshot.unchanged else None)
         except FastsacError:
             self._remember(self.newest)  # it may be gone
             raise
+        self._ours = Ours(path, checkpoint.identity(path))
         self._remember(path)
         checkpoint.prune_checkpoints(self.run_dir, KEEP)
 

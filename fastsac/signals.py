@@ -10,7 +10,7 @@ from typing import Any
 
 #: what the parent tells its child: the descriptor that it listens to, and how often the same steps have been tried
 SUPERVISOR = "FASTSAC_SUPERVISOR"
-ALIVE, ENVIRONMENT_FAILED = b".", b"E"
+ALIVE, BUSY, ENVIRONMENT_FAILED = b".", b"B", b"E"
 
 
 @contextmanager

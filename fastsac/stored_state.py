@@ -22,6 +22,7 @@ _STATE: dict[str, Any] = {
     "metrics": {str: _NUMBER},
     "episodes": {"returns": [_NUMBER], "lengths": [_COUNT], "finished": [[_NUMBER]]},
     "evaluation_due": _FLAG,
+    "reached": (None, _NUMBER),
     "env_seed": _COUNT,
     "envs": (None, {"backend": str, "resets": [_COUNT], "elapsed": [_COUNT], "streams": (None, [(None, {str: _ANY})])}),
     "replay": (None, {"newest": _COUNT, "first": _COUNT, "size": _COUNT, "num_rows": _COUNT, "blocks": [str]}),

@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastsac.run_dir import CONFIG, newest_step
-from fastsac.signals import ENVIRONMENT_FAILED, SUPERVISOR
+from fastsac.signals import BUSY, ENVIRONMENT_FAILED, SUPERVISOR
 
 #: how a process ends that knows why: success, a failed run, invalid arguments
 _TOLD = (0, 1, 2)
 POLL_SECONDS = 0.2
+#: a process that starts, brings environments back to their state, or saves, has at least so much time
+BUSY_SECONDS = 600.0
 
 
 class _End(NamedTuple):
     """How a child ended."""
 
     status: int  # as `subprocess` gives it: negative for a signal
-    hung: bool
+    hung: float  # after so many seconds, or 0
     environment_failed: bool
 
 
@@ -38,7 +40,8 @@ class Supervisor:
         Args:
             run_dir: where the run goes.
             restarts: give up after so many restarts in a row that led to no further checkpoint.
-            step_timeout: seconds without a step after which a process counts as hung; 0 waits for ever.
+            step_timeout: seconds without a step after which a process counts as hung; 0 waits for ever. Starting and
+                saving may take longer.
         """
         self._run_dir, self._restarts, self._step_timeout = run_dir, restarts, step_timeout
         self._child: subprocess.Popen[bytes] | None = None
@@ -67,7 +70,8 @@ class Supervisor:
             failures = failures + 1 if reached == step else 1
             where = "the beginning" if reached is None else f"step {reached:,}"
             if failures > self._restarts:
-                self._say(f"{self._describe(end)}; gave up after {failures - 1} restarts without progress, at {where}")
+                told = f"no progress after {self._restarts} of {self._restarts} restarts"
+                self._say(f"{self._describe(end)}; gave up at {where}: {told}")
                 return 1
             how = ", in new episodes" if failures > 1 else ""
             self._say(f"{self._describe(end)}; going on from {where}{how} (restart {failures} of {self._restarts})")
@@ -92,20 +96,21 @@ class Supervisor:
             os.close(listen)
             self._kill()  # what it may have left behind, and itself if we are leaving by an exception
 
-    def _watch(self, listen: int) -> tuple[bool, bool]:
+    def _watch(self, listen: int) -> tuple[float, bool]:
         """Listen until the child has ended or hangs."""
-        environment_failed, heard = False, time.monotonic()
+        environment_failed, busy, heard = False, True, time.monotonic()
         while True:
             ready, _, _ = select.select([listen], [], [], POLL_SECONDS)
             message = os.read(listen, 65536) if ready else b""
             environment_failed = environment_failed or ENVIRONMENT_FAILED in message
+            patience = max(self._step_timeout, BUSY_SECONDS) if busy else self._step_timeout
             if message:
-                heard = time.monotonic()
+                busy, heard = message.endswith(BUSY), time.monotonic()
             elif self._child is None or self._child.poll() is not None:  # what it started may still hold the pipe
-                return False, environment_failed
-            elif self._step_timeout and time.monotonic() - heard > self._step_timeout:
+                return 0.0, environment_failed
+            elif self._step_timeout and time.monotonic() - heard > patience:
                 self._kill()
-                return True, environment_failed
+                return patience, environment_failed
             elif ready:  # closed, but not ended yet
                 time.sleep(POLL_SECONDS)
 
@@ -126,7 +131,7 @@ class Supervisor:
 
     def _describe(self, end: _End) -> str:
         if end.hung:
-            return f"the training process made no step in {self._step_timeout:g} s (--step-timeout) and was killed"
+            return f"the training process made no step in {end.hung:g} s (--step-timeout) and was killed"
         if end.environment_failed:
             return "an environment failed"
         if end.status >= 0:

@@ -35,13 +35,15 @@ from fastsac.logger import EpisodeStatistics, Logger
 from fastsac.progress import Progress
 from fastsac.replay import Replay
 from fastsac.run_dir import config_from_dict, newest_step
-from fastsac.saver import Contents, Saver, first_row
-from fastsac.signals import Heartbeat, stop_signals
+from fastsac.saver import Contents, Ours, Saver, first_row
+from fastsac.signals import BUSY, Heartbeat, stop_signals
 from fastsac.spaces import Floats, Spaces
 from fastsac.stored_state import refuse_other_state
 
 # children of the one seed; new episodes of a resumed run and evaluations need streams of their own
 _ENVS, _LEARNER, _REPLAY, _EXPLORATION, _EVALUATION = range(5)
+#: of an environment that is brought back to its state: it takes minutes
+MOST_RESETS = 10_000_000
 
 
 class SAC:
@@ -80,13 +82,20 @@ class SAC:
         self._stored_envs: dict[str, Any] | None = None  # the environments' state in the checkpoint that was loaded
         self.stopped_by_signal = False
         self.last_evaluation: Evaluation | None = None
-        self._run_dirs: dict[Path, Path | None] = {}  # ours, with the checkpoint each was loaded from
+        self._run_dirs: dict[Path, Ours] = {}
         self._heartbeat = Heartbeat()
 
     @property
     def steps(self) -> int:
         """Environment steps made, over all environments."""
         return self._progress.steps
+
+    @property
+    def finished(self) -> bool:
+        """Whether the configuration's number of steps, or its target return, has been reached."""
+        config, progress = self.config, self._progress
+        at_target = config.target_return is not None and progress.reached == config.target_return
+        return (at_target or self.steps >= config.total_steps) and not progress.evaluation_due
 
     @property
     def time_s(self) -> float:
@@ -165,7 +174,8 @@ class SAC:
         logger.start_rates(self.steps, self.updates)
         if self._trial is not None:
             self._trial.begin_turn()
-        reached = saved = False
+        saved = False
+        reached = config.target_return is not None and progress.reached == config.target_return
         if progress.evaluation_due and not stop:
             reached = self._evaluate_and_log(logger, stop, saver)
         while self.steps < total_steps and not stop and not reached:
@@ -184,13 +194,15 @@ class SAC:
             saved = self._crossed(config.checkpoint_every, before)
             if saver is not None:
                 if saved:
+                    self._heartbeat.send(BUSY)
                     saver.save(lambda: self._state(saver))
                 saver.warn()
             self._heartbeat.beat(stop)
         self._obs = obs
         if self._trial is not None:  # it goes on with the next call
             torch.set_num_threads(self.num_threads)
-        self.stopped_by_signal = self.steps < total_steps and not reached
+        self.stopped_by_signal = progress.evaluation_due or (self.steps < total_steps and not reached)
+        self._heartbeat.send(BUSY)
         if saver is not None:
             saver.finish(lambda: self._state(saver), saved)
 
@@ -222,7 +234,7 @@ class SAC:
         if len(found) < len(episodes):
             return "one is longer than what is left of it in the replay buffer"
         try:
-            return self.envs.restore(stored, found, most_resets=self.replay.newest)
+            return self.envs.restore(stored, found, most_resets=min(self.replay.newest, MOST_RESETS))
         except EnvironmentFailure as error:
             return str(error)
 
@@ -307,9 +319,13 @@ class SAC:
         spread = float(evaluation.returns.std())
         logger.log(self.steps, self.updates, {"eval_return": mean, "eval_return_std": spread})
         logger.start_rates(self.steps, self.updates)
+        target = self.config.target_return
+        reached = target is not None and mean >= target
+        if reached:
+            self._progress.reached = target
         if saver is not None and mean > saver.best_return:
             saver.save_best(lambda: self._state(saver), mean)
-        return self.config.target_return is not None and mean >= self.config.target_return
+        return reached
 
     def evaluate(
         self, episodes: int, seed: int | None = None, should_stop: Callable[[], bool] | None = None
@@ -362,10 +378,12 @@ class SAC:
     def _saver(self, directory: Path) -> Iterator[Saver]:
         """Make the run directory this agent's, unless it is another's."""
         place = directory.resolve()
-        with Saver(directory, self.config, place in self._run_dirs, self._run_dirs.get(place)) as saver:
-            self._run_dirs.setdefault(place, None)
-            yield saver
-            self._run_dirs[place] = saver.newest
+        with Saver(directory, self.config, self._run_dirs.get(place)) as saver:
+            try:
+                yield saver
+            finally:
+                saver.wait()
+                self._run_dirs[place] = Ours.newest(directory)
 
     def _state(self, saver: Saver) -> Contents:
         """Return all that a resumed run needs, but nothing that has diverged."""
@@ -417,6 +435,9 @@ class SAC:
         """
         directory = Path(run_dir)
         path = checkpoint.best_checkpoint(directory) if best else checkpoint.latest_checkpoint(directory)
+        if best and (wrong := checkpoint.problem(path)):
+            raise FastsacError(wrong)
+        identity = checkpoint.identity(path)
         _, state = checkpoint.load_checkpoint(path, groups=())
         try:
             agent = cls._of_state(path, state, config)
@@ -425,7 +446,7 @@ class SAC:
                 raise
             raise FastsacError(f"{path} is not a checkpoint of this version: {error!r}") from error
         if not best:
-            agent._run_dirs[directory.resolve()] = path
+            agent._run_dirs[directory.resolve()] = Ours(path, identity)
         return agent
 
     @classmethod
@@ -440,13 +461,15 @@ class SAC:
         if newest_step(directory) is not None:
             return cls.load(directory, config)
         agent = cls(config)
-        agent._run_dirs[directory.resolve()] = None
+        agent._run_dirs[directory.resolve()] = Ours(None)
         return agent
 
     @classmethod
     def _of_state(cls, path: Path, state: dict[str, Any], config: Config | None) -> SAC:
         refuse_other_state(state)
         stored = config_from_dict(state["config"])
+        if len(state["episodes"]["returns"]) != stored.num_envs:
+            raise ValueError(f"it has {len(state['episodes']['returns'])} environments, not {stored.num_envs}")
         config = config or stored
         shapes = {key: tuple(shape) for key, shape in state["obs_shapes"].items()}
         bounds = (np.array(state[key], dtype=np.float32) for key in ("action_low", "action_high"))
@@ -463,6 +486,8 @@ class SAC:
         else:
             agent = cls(config, spaces)
         agent._progress.load_state(state, state["metrics"])
+        if (config.estimator, config.baseline) != (stored.estimator, stored.baseline):
+            agent._progress.metrics.clear()  # another estimator may have other ones
         groups, _ = checkpoint.load_checkpoint(path, groups=["learner"])
         agent.learner.load_state(groups["learner"], state["learner"])
         if not config.checkpoint_replay or state["replay"] is None:
@@ -474,6 +499,7 @@ class SAC:
         groups, _ = checkpoint.load_checkpoint(path, groups=["replay"])
         agent.replay.load_state(groups["replay"], state["replay"])
         agent._stored_envs = state["envs"]
+        agent._progress.episodes.load_state(state["episodes"])
         return agent
 
 

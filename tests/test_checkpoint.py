@@ -169,7 +169,7 @@ def test_one_flipped_byte_is_found(tmp_path: Path, name: str) -> None:
     content = path.read_bytes()
     for position in range(len(content)):
         path.write_bytes(content[:position] + bytes([content[position] ^ 0x01]) + content[position + 1 :])
-        assert refusal(tmp_path / "c") == f"{path} is damaged: SHA-256 differs from the manifest"
+        assert refusal(tmp_path / "c").startswith(f"{path} is damaged: SHA-256 differs from the manifest")
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x02, 0x07, 0x20, 0x2A, 0x80])

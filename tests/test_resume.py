@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastsac import SAC
+from fastsac import SAC, UsageError
 from tests import faulty
 from tests.runs import SMALL, metrics_of, parameters, rows_of, state_of, stopped_at
 
@@ -117,6 +117,32 @@ def test_an_interrupted_evaluation_is_made_up_for(tmp_path, monkeypatch):
     assert metrics_of(tmp_path / "resumed") == metrics_of(tmp_path / "alone")
 
 
+def test_an_interrupted_last_evaluation_is_made_up_for(tmp_path, monkeypatch):
+    agent = SAC(exact(eval_every=400, total_steps=400))
+    with monkeypatch.context() as patch:
+        patch.setattr(agent._heartbeat, "beat", lambda stop: agent.steps >= 400 and (stop.append(15) or True))
+        agent.learn(run_dir=tmp_path / "run")
+    assert agent.stopped_by_signal
+    agent = SAC.load(tmp_path / "run")
+    assert not agent.finished
+    agent.learn(run_dir=tmp_path / "run")
+    assert agent.finished
+    assert rows_of(tmp_path / "run")[-1].keys() >= {"step", "eval_return"}
+
+
+def test_a_target_that_was_reached_ends_a_resumed_run_too(tmp_path):
+    agent = SAC(exact(target_return=-1e9))
+    agent.learn(run_dir=tmp_path / "run")
+    assert (agent.steps, agent.finished) == (100, True)
+    agent = SAC.load(tmp_path / "run")
+    assert agent.finished
+    agent.learn()
+    assert agent.steps == 100
+    agent = SAC.load(tmp_path / "run", exact(target_return=None))
+    agent.learn(total_steps=140)
+    assert agent.steps == 140
+
+
 def resume(tmp_path, capsys, before, after=None):
     """Train, load and go on; return the agent and what it says."""
     agent = SAC(before)
@@ -179,6 +205,18 @@ def test_without_the_replay_new_episodes_are_others(tmp_path):
     again = resumed.envs.reset()
     resumed.new_episodes(2)
     assert not any(np.array_equal(*pair) for pair in ((first, again), (again, resumed.envs.reset())))
+
+
+@pytest.mark.parametrize("change", [{"num_envs": 6}, {"buffer_size": 900}, {"seed": 5}, {"estimator": "score"}])
+def test_resuming_with_another_setting(tmp_path, change):
+    SAC(EXACT).learn(total_steps=402, run_dir=tmp_path / "run")
+    if change.keys() & {"num_envs", "buffer_size"}:
+        with pytest.raises(UsageError, match="has another --num-envs, --buffer-size"):
+            SAC.load(tmp_path / "run", exact(**change))
+        change = {**change, "checkpoint_replay": False}
+    agent = SAC.load(tmp_path / "run", exact(**change))
+    agent.learn(total_steps=804, run_dir=tmp_path / "run")
+    assert agent.updates > 400
 
 
 def test_precision_is_measured_once_for_a_run(tmp_path, monkeypatch):

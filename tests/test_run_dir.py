@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from fastsac import SAC, FastsacError, UsageError, checkpoint
 from fastsac.cli import main
@@ -96,6 +97,45 @@ def test_nothing_is_written_through_a_symbolic_link(run_dir, tmp_path, name):
     with pytest.raises(FastsacError, match="symbolic link"):
         SAC.load(run_dir).learn(total_steps=200, run_dir=run_dir)
     assert content == (outside.read_bytes() if outside.is_file() else sorted(outside.iterdir()))
+
+
+def test_neither_the_best_checkpoint_nor_the_picture_leads_outside(run_dir, tmp_path, capsys):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    best = run_dir / "checkpoints" / "best"
+    best.symlink_to(outside)
+    with pytest.raises(FastsacError, match="symbolic link"):
+        SAC.load(run_dir).learn(total_steps=200, run_dir=run_dir)
+    with pytest.raises(FastsacError, match="symbolic link"):
+        SAC.load(run_dir, best=True)
+    best.unlink()
+    (tmp_path / "victim").write_text("mine")
+    (run_dir / "learning_curve.png").symlink_to(tmp_path / "victim")
+    assert command_line("train", "--resume", run_dir, "--total-steps", 200, "--eval-every", 50) == 0
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert not list(outside.iterdir())
+    assert (run_dir / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_another_process_went_on_with_is_refused(run_dir):
+    ours, other = SAC.load(run_dir), SAC.load(run_dir)
+    other.learn(total_steps=200, run_dir=run_dir)
+    other.learn(total_steps=240, run_dir=run_dir)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="has changed since this run was loaded"):
+            ours.learn(total_steps=160, run_dir=run_dir)
+    assert SAC.load(run_dir).steps == 240
+
+
+def test_another_run_in_the_place_of_ours_is_refused(run_dir):
+    ours = SAC.load(run_dir)
+    shutil.rmtree(run_dir)
+    SAC(dataclasses.replace(TINY, seed=1)).learn(total_steps=120, run_dir=run_dir)
+    with pytest.raises(UsageError, match="has changed since this run was loaded"):
+        ours.learn(total_steps=160, run_dir=run_dir)
+    shutil.rmtree(run_dir)
+    ours.learn(total_steps=160, run_dir=run_dir)
+    assert SAC.load(run_dir).steps == 160
 
 
 @pytest.mark.parametrize("name", ["", "state.json", "learner.safetensors", "manifest.json", "replay.safetensors"])
@@ -191,7 +231,6 @@ def test_lines_that_waited_are_written_when_there_is_room(tmp_path, monkeypatch,
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     agent, step, before = SAC(TINY), SAC._step, resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr("signal.SIGXFSZ", None, raising=False)
 
     def limiting(*arguments):
         outcome = step(*arguments)
@@ -262,16 +301,16 @@ json_values = st.recursive(
 
 
 def load_and_go_on(run_dir: Path) -> None:
-    """Either it works, or it is refused in one line."""
-    try:
-        agent = SAC.load(run_dir)
-        agent.learn(total_steps=agent.steps + 8)
-        agent.close()
-    except FastsacError as error:
-        message = str(error)
-    else:
+    """Either it works, or it is refused in one line, with every engine."""
+    for config in (None, dataclasses.replace(TINY, engine="reference")):
         message = ""
-    assert "\n" not in message
+        try:
+            agent = SAC.load(run_dir, config)
+            agent.learn(total_steps=agent.steps + 8)
+            agent.close()
+        except FastsacError as error:
+            message = str(error)
+        assert "\n" not in message
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +322,7 @@ def target(stored, tmp_path_factory):
 @PROPERTY
 @given(data=st.data())
 def test_any_state_with_the_right_hash_loads_or_is_refused(target, data):
-    """Whatever somebody writes into a checkpoint's state.json: an agent or one line, and no more memory than it has."""
+    """Whatever somebody writes into a checkpoint's state.json: an agent, or one line."""
     path = checkpoint.latest_checkpoint(target)
     content = (path / "state.json").read_bytes()
     state = json.loads(content)
@@ -311,7 +350,21 @@ def test_any_tensors_with_the_right_hash_load_or_are_refused(target, data):
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     key = data.draw(st.sampled_from(sorted(header)))
-    what = data.draw(st.sampled_from(["rename", "drop", "dtype", "shape", "offsets", "garbage"]))
+    what = data.draw(st.sampled_from(["rename", "drop", "dtype", "shape", "offsets", "garbage", "another", "another"]))
+    if what == "another":  # consistent in itself, and of another shape
+        tensors = checkpoint.load_checkpoint(path, groups=[name.partition(".")[0]])[0][name.partition(".")[0]]
+        shape = data.draw(st.lists(st.integers(0, 9), max_size=3))
+        tensors[key] = torch.zeros(shape, dtype=data.draw(st.sampled_from([torch.float32, torch.float64, torch.int64])))
+        torch_file = path / "other.safetensors"
+        save_file(tensors, torch_file)
+        encoded = torch_file.read_bytes()
+        torch_file.unlink()
+        rewrite(path, name, encoded)
+        try:
+            load_and_go_on(target)
+        finally:
+            rewrite(path, name, content)
+        return
     if what == "rename":
         header[data.draw(st.text(max_size=10))] = header.pop(key)
     elif what == "drop":

@@ -8,10 +8,12 @@ import shutil
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from fastsac import SAC, FastsacError, UsageError, checkpoint, saver
+from fastsac.evaluate import Evaluation
 from fastsac.run_dir import RunLock
 from tests.runs import SMALL, parameters, state_of, stopped_at
 
@@ -208,14 +210,66 @@ def test_a_run_directory_removed_in_mid_run_is_made_anew(tmp_path, monkeypatch, 
 
     def removing(*arguments):
         if agent.steps == 240:
-            shutil.rmtree(run_dir)
+            run_dir.rename(tmp_path / "gone")
         return step(*arguments)
 
     monkeypatch.setattr(SAC, "_step", removing)
     agent.learn(total_steps=420, run_dir=run_dir, progress=True)
-    assert f"warning: {run_dir} was removed; it is made anew" in capsys.readouterr().err
+    assert f"warning: {run_dir} or its lock was removed; it is made anew" in capsys.readouterr().err
     assert state_of(SAC.load(run_dir))["tensors"] == state_of(agent)["tensors"]
     assert sorted(os.listdir(run_dir)) == ["checkpoints", "config.json", "metrics.jsonl", "tensorboard"]
+
+
+def test_a_best_policy_that_could_not_be_saved_is_saved_later(tmp_path, monkeypatch):
+    write, failed = checkpoint.save_checkpoint, []
+
+    def failing(path, *arguments, **options):
+        if path.name == "best" and not failed:
+            failed.append(path)
+            raise FastsacError("cannot save the checkpoint: disk full")
+        write(path, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", failing)
+    agent = SAC(dataclasses.replace(CONFIG, eval_every=100, eval_episodes=1))
+    returns = iter([5.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr(agent, "evaluate", lambda *_, **__: Evaluation(np.array([next(returns)]), np.array([1])))
+    agent.learn(total_steps=400, run_dir=tmp_path)
+    assert SAC.load(tmp_path, best=True).steps == 100
+
+
+def test_a_run_directory_that_cannot_be_made_anew_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
+    run_dir, step = tmp_path / "run", SAC._step
+    agent = SAC(CONFIG)
+
+    def removing(*arguments):
+        if agent.steps == 240:
+            run_dir.rename(tmp_path / "gone")
+            run_dir.write_text("in the way")
+        if agent.steps == 520:
+            run_dir.unlink()
+        return step(*arguments)
+
+    monkeypatch.setattr(SAC, "_step", removing)
+    agent.learn(total_steps=640, run_dir=run_dir, progress=True)
+    err = capsys.readouterr().err
+    assert f"warning: {run_dir} was removed, and it cannot be made anew" in err
+    assert f"warning: {run_dir} or its lock was removed; it is made anew" in err
+    assert state_of(SAC.load(run_dir))["tensors"] == state_of(agent)["tensors"]
+
+
+def test_a_damaged_block_is_damaged_in_every_checkpoint_that_holds_it(tmp_path):
+    agent = SAC(CONFIG)
+    agent.learn(total_steps=300, run_dir=tmp_path)
+    agent.learn(total_steps=340, run_dir=tmp_path)
+    path = sorted(newest(tmp_path).glob("replay-*"))[5]
+    assert path.stat().st_nlink == 2
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    advice = "--no-checkpoint-replay goes on without the replay buffer"
+    with pytest.raises(FastsacError, match=f"differs from the manifest; {advice}$"):
+        SAC.load(tmp_path)
+    assert SAC.load(tmp_path, dataclasses.replace(CONFIG, checkpoint_replay=False)).steps == 340
 
 
 def test_saving_elsewhere_stores_the_whole_replay(tmp_path):

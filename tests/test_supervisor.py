@@ -82,7 +82,7 @@ def test_it_gives_up_without_progress(tmp_path):
     assert process.returncode == 1
     assert told(stderr)[-1] == (
         "fastsac: the training process was aborted by an environment or a library (SIGABRT); "
-        "gave up after 1 restarts without progress, at the beginning"
+        "gave up at the beginning: no progress after 1 of 1 restarts"
     )
 
 
@@ -95,7 +95,7 @@ def test_what_fails_again_is_tried_with_other_episodes(tmp_path):
     assert ends == [
         "going on from the beginning (restart 1 of 2)",
         "going on from the beginning, in new episodes (restart 2 of 2)",
-        "gave up after 2 restarts without progress, at the beginning",
+        "gave up at the beginning: no progress after 2 of 2 restarts",
     ]
 
 
@@ -156,6 +156,13 @@ def test_a_child_that_cannot_start_is_not_started_again(tmp_path):
     assert process.returncode == 2
     assert told(stderr) == ["fastsac: unknown environment 'NoSuchThing-v0'; did you mean NChain-v0?"]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_has_ended_is_not_started_again(tmp_path, untroubled):
+    process = start(untroubled, "--resume", str(untroubled), "--restarts", "3")
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert told(stderr) == [f"fastsac: {untroubled} has reached step 300 already: a larger --total-steps goes on"]
 
 
 def test_a_diverged_run_is_not_started_again(tmp_path):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsac.config import Config
+from fastsac.errors import UsageError
 from fastsac.learner.reference import ACTING, BATCH, Learner, Metrics
 from fastsac.types import Batch, Draw, Sampler
 from fastsac_kernels import PhiloxState
@@ -143,6 +144,8 @@ class GraphedLearner(Learner):
             UsageError: if it comes from a learner of another shape or another estimator's networks.
         """
         super().load_state(tensors, counters)
+        if "philox" in tensors and tensors["philox"].shape != self.acting_rng.state.shape:
+            raise UsageError("the checkpoint's random numbers do not fit this version")
         if "philox" in tensors:
             self.acting_rng.state.copy_(tensors["philox"])
         else:  # from the reference: no number that a graphed learner may have drawn before is drawn again

@@ -68,14 +68,16 @@ class Learner:
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         initial_alpha = 1.0 if config.alpha == "auto" else config.alpha
         self.log_alpha = nn.Parameter(torch.tensor(float(initial_alpha), device=self.device).log())
-        self._make_optimizers(
-            {
-                "actor": (list(self.actor.parameters()), config.actor_lr),
-                "critic": (list(self.critic.parameters()), config.critic_lr),
-            }
-            | ({"alpha": ([self.log_alpha], config.alpha_lr)} if self.learns_alpha else {})
-            | ({"value": (list(self.value.parameters()), config.value_lr)} if self.value is not None else {})
-        )
+        groups: dict[str, tuple[list[nn.Parameter], float]] = {
+            "actor": (list(self.actor.parameters()), config.actor_lr),
+            "critic": (list(self.critic.parameters()), config.critic_lr),
+        }
+        if self.learns_alpha:
+            groups["alpha"] = [self.log_alpha], config.alpha_lr
+        if self.value is not None:
+            groups["value"] = list(self.value.parameters()), config.value_lr
+        self._parameters = {name: parameters for name, (parameters, _) in groups.items()}
+        self._make_optimizers(groups)
 
     def _make_optimizers(self, groups: dict[str, tuple[list[nn.Parameter], float]]) -> None:
         """Take each group's parameters and learning rate."""
@@ -190,6 +192,18 @@ class Learner:
             }
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
+    def _refuse_other_moments(self, moments: dict[str, Moments]) -> None:
+        """Raise UsageError unless each parameter has all of its moments or none: Adam's kernel trusts their sizes."""
+        for name, parameters in self._parameters.items():
+            for index, own in moments.get(name, {}).items():
+                if index >= len(parameters):
+                    raise UsageError("the checkpoint's optimisers do not fit this configuration")
+                shape = tuple(parameters[index].shape)
+                shapes = {key: tuple(value.shape) for key, value in own.items()}
+                floats = all(value.dtype == torch.float32 for value in own.values())
+                if shapes != {"step": (), "exp_avg": shape, "exp_avg_sq": shape} or not floats:
+                    raise UsageError("the checkpoint's optimisers do not fit this configuration")
+
     def _networks(self) -> dict[str, Actor | StackedMLP]:
         networks: dict[str, Actor | StackedMLP] = {"actor": self.actor, "critic": self.critic}
         networks["target_critic"] = self.target_critic
@@ -231,6 +245,7 @@ class Learner:
             if key.startswith("optimizer."):
                 _, name, index, moment = key.split(".")
                 moments.setdefault(name, {}).setdefault(int(index), {})[moment] = value
+        self._refuse_other_moments(moments)
         self._load_moments(moments)
         restore_generator(self.generator, tensors["generator"])
         self.updates = counters["updates"]
