@@ -79,6 +79,7 @@ class Saver:
         self.run_dir, self.say = run_dir, say
         self._config, self._ours = config, ours
         self.newest: Path | None = None  # checkpoint of this run
+        self._saved: int | None = None  # the step of the last one that was written
         self._blocks: frozenset[str] = frozenset()
         self._lock: RunLock | None = None
         self._lost = ""  # why the run directory cannot be made anew
@@ -143,23 +144,27 @@ class Saver:
     def save_best(self, contents: Callable[[], Contents], best_return: float) -> None:
         """Copy the policy with the highest evaluation so far and begin to write it, without the replay."""
         self._settle()
+        still_there = self._still_there()
         self.best_return = best_return
         groups, state, _ = contents()
         self._best = self._snapshot(groups, {**state, "envs": None, "eval_return": best_return}, None)
-        self._pending = self._executor.submit(self._write_best)
+        if still_there:
+            self._pending = self._executor.submit(self._write_best)
 
-    def finish(self, contents: Callable[[], Contents], saved: bool) -> None:
-        """Wait for what is being written, and write what was not `saved`; what fails is tried once more.
+    def finish(self, contents: Callable[[], Contents], step: int) -> None:
+        """Wait for what is being written, and write a checkpoint unless that was the one of this step.
+
+        What fails is tried once more.
 
         Raises:
             FastsacError: if that does not help either; what was saved before stays.
         """
-        if not self._settle() and saved:
+        if not self._settle() and self._saved == step and self._best is None:
             return
         for last in (False, True):
             self.save(contents)
             error = self._failure()
-            if error is None and self._lock is not None and self._lock.holds():
+            if error is None and self._saved == step:
                 return
             if last:
                 raise FastsacError(f"{error or self._lost}; {self.last_good}") from error
@@ -221,7 +226,7 @@ class Saver:
         except FastsacError:
             self._remember(self.newest)  # it may be gone
             raise
-        self._ours = Ours(path, checkpoint.identity(path))
+        self._ours, self._saved = Ours(path, checkpoint.identity(path)), snapshot.state["steps"]
         self._remember(path)
         checkpoint.prune_checkpoints(self.run_dir, KEEP)
 

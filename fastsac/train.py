@@ -174,7 +174,6 @@ class SAC:
         logger.start_rates(self.steps, self.updates)
         if self._trial is not None:
             self._trial.begin_turn()
-        saved = False
         reached = config.target_return is not None and progress.reached == config.target_return
         if progress.evaluation_due and not stop:
             reached = self._evaluate_and_log(logger, stop, saver)
@@ -191,9 +190,8 @@ class SAC:
             if config.eval_every and (done or self._crossed(config.eval_every, before)):
                 reached = self._evaluate_and_log(logger, stop, saver)
             progress.time_s = logger.time_s
-            saved = self._crossed(config.checkpoint_every, before)
             if saver is not None:
-                if saved:
+                if self._crossed(config.checkpoint_every, before):
                     self._heartbeat.send(BUSY)
                     saver.save(lambda: self._state(saver))
                 saver.warn()
@@ -204,7 +202,7 @@ class SAC:
         self.stopped_by_signal = progress.evaluation_due or (self.steps < total_steps and not reached)
         self._heartbeat.send(BUSY)
         if saver is not None:
-            saver.finish(lambda: self._state(saver), saved)
+            saver.finish(lambda: self._state(saver), self.steps)
 
     def _begin(self, logger: Logger) -> Tensor:
         """Return the observations [N, O] to go on from, on the device: of the episodes under way, or of new ones."""
@@ -417,7 +415,7 @@ class SAC:
         """
         directory = Path(run_dir)
         with self._saver(directory) as saver:
-            saver.finish(lambda: self._state(saver), saved=False)
+            saver.finish(lambda: self._state(saver), self.steps)
         return checkpoint.step_directory(directory, self.steps)
 
     @classmethod

@@ -257,6 +257,21 @@ def test_a_run_directory_that_cannot_be_made_anew_is_no_reason_to_stop(tmp_path,
     assert state_of(SAC.load(run_dir))["tensors"] == state_of(agent)["tensors"]
 
 
+def test_a_run_directory_that_is_gone_at_the_end_is_an_error(tmp_path, monkeypatch):
+    run_dir, step = tmp_path / "run", SAC._step
+    agent = SAC(CONFIG)
+
+    def removing(*arguments):
+        if agent.steps == 360:
+            run_dir.rename(tmp_path / "gone")
+            run_dir.write_text("in the way")
+        return step(*arguments)
+
+    monkeypatch.setattr(SAC, "_step", removing)
+    with pytest.raises(FastsacError, match=r"File exists|Not a directory"):
+        agent.learn(total_steps=400, run_dir=run_dir)
+
+
 def test_a_damaged_block_is_damaged_in_every_checkpoint_that_holds_it(tmp_path):
     agent = SAC(CONFIG)
     agent.learn(total_steps=300, run_dir=tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastsac import supervisor
 from fastsac.checkpoint import latest_checkpoint
 from fastsac.run_dir import newest_step
 from tests.runs import metrics_of
@@ -74,6 +75,19 @@ def test_a_run_survives_what_happens_to_it(tmp_path, untroubled, kind, message):
     assert len(told(stderr)) <= 2
     assert "evaluation return" in stdout
     assert metrics_of(tmp_path / "run") == metrics_of(untroubled)
+
+
+def test_a_process_that_starts_or_saves_has_more_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor, "BUSY_SECONDS", 1.5)
+    for messages, patience in ((b"", 1.5), (b".", 0.3), (b"..B", 1.5), (b"B.", 0.3)):
+        parent = supervisor.Supervisor(tmp_path, restarts=1, step_timeout=0.3)
+        parent._child = subprocess.Popen(["sleep", "60"], process_group=0)
+        listen, tell = os.pipe()
+        os.write(tell, messages)
+        assert parent._watch(listen) == (patience, False)
+        assert parent._child.wait() == -signal.SIGKILL
+        os.close(listen)
+        os.close(tell)
 
 
 def test_it_gives_up_without_progress(tmp_path):

@@ -232,7 +232,13 @@ def test_a_signal_before_the_first_step_leaves_a_run_to_go_on_with(tmp_path, mon
 def test_the_last_checkpoint_is_written_once(tmp_path, monkeypatch):
     saved = []
     agent = SAC(small(checkpoint_every=100))
-    monkeypatch.setattr(Saver, "_write", lambda saver, path, snapshot: saved.append(snapshot.state["steps"]))
+    write = Saver._write
+
+    def noting(saver, path, snapshot):
+        saved.append(snapshot.state["steps"])
+        write(saver, path, snapshot)
+
+    monkeypatch.setattr(Saver, "_write", noting)
     agent.learn(total_steps=200, run_dir=tmp_path / "a")
     agent.learn(total_steps=240, run_dir=tmp_path / "b")
     assert saved == [100, 200, 240]
