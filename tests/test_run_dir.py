@@ -397,6 +397,22 @@ def test_a_tensor_twice_in_one_file_is_refused(run_dir):
         SAC.load(run_dir)
 
 
+@pytest.mark.parametrize("engine", ["fused", "reference"])
+@pytest.mark.parametrize("moment", ["step", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("shape", [None, (1,), (7, 5)])
+def test_moments_of_another_shape_are_refused(run_dir, engine, moment, shape):
+    """PyTorch's fused Adam would write past their end."""
+    path = checkpoint.latest_checkpoint(run_dir)
+    groups, state = checkpoint.load_checkpoint(path)
+    name = f"optimizer.critic.0.{moment}"
+    del groups["learner"][name]
+    if shape is not None:
+        groups["learner"][name] = torch.zeros(shape)
+    checkpoint.save_checkpoint(path, groups, state)
+    with pytest.raises(UsageError, match="the checkpoint's optimisers do not fit this configuration"):
+        SAC.load(run_dir, dataclasses.replace(TINY, engine=engine))
+
+
 def test_an_unknown_tensor_is_refused(run_dir):
     path = checkpoint.latest_checkpoint(run_dir)
     groups, state = checkpoint.load_checkpoint(path)
