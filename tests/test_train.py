@@ -1,7 +1,6 @@
 """The agent and its loop, on real environments; small networks, since nothing here needs to learn well."""
 
 import dataclasses
-import json
 import os
 import signal
 import threading
@@ -12,35 +11,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastsac import SAC, Config, FastsacError, UsageError
+from fastsac import SAC, FastsacError, UsageError
 from fastsac.run_dir import write_config
 from fastsac.saver import Saver
-
-SMALL = Config(
-    env_id="Pendulum-v1",
-    num_envs=4,
-    hidden_sizes=(16, 16),
-    batch_size=16,
-    learning_starts=40,
-    buffer_size=2000,
-    eval_every=0,
-    eval_episodes=2,
-    log_every=50,
-    num_threads=1,
-    precision="fp32",
-)
+from tests.runs import SMALL, parameters, rows_of
 
 
 def small(**changes):
     return dataclasses.replace(SMALL, **changes)
-
-
-def rows_of(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def parameters(agent):
-    return {name: value.clone() for name, value in agent.learner.state()[0].items()}
 
 
 @pytest.mark.parametrize(("utd", "updates"), [(1.0, 156), (0.25, 39), (2.0, 312)])
