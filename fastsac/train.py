@@ -18,8 +18,8 @@ from torch import Tensor
 from fastsac import checkpoint
 from fastsac.config import Config
 from fastsac.divergence import read_finite
-from fastsac.envs import Step, VectorEnv, make_envs
-from fastsac.errors import EnvironmentFailure, FastsacError, UsageError
+from fastsac.envs import VectorEnv
+from fastsac.errors import FastsacError
 from fastsac.estimators import choose
 from fastsac.evaluate import Evaluation, Evaluator
 from fastsac.learner import (
@@ -31,19 +31,15 @@ from fastsac.learner import (
     resolve_device,
     set_up_torch,
 )
-from fastsac.logger import EpisodeStatistics, Logger
+from fastsac.logger import Logger
 from fastsac.progress import Progress
 from fastsac.replay import Replay
+from fastsac.rollout import EVALUATION, LEARNER, Rollout, child_seed
 from fastsac.run_dir import config_from_dict, newest_step
 from fastsac.saver import Contents, Ours, Saver, first_row
 from fastsac.signals import BUSY, Heartbeat, stop_signals
 from fastsac.spaces import Floats, Spaces
 from fastsac.stored_state import refuse_other_state
-
-# children of the one seed; new episodes of a resumed run and evaluations need streams of their own
-_ENVS, _LEARNER, _REPLAY, _EXPLORATION, _EVALUATION = range(5)
-#: of an environment that is brought back to its state: it takes minutes
-MOST_RESETS = 10_000_000
 
 
 class SAC:
@@ -60,30 +56,37 @@ class SAC:
         self.device = resolve_device(config.device)
         _, self.engine_reason = choose_engine(config, self.device)
         precisions(config, self.device)
-        self._envs: VectorEnv | None = None
+        self._rollout = Rollout(config, self.device, spaces)
         self._evaluator = Evaluator(config.env_id, config.env_backend)
-        self._progress = Progress(
-            env_seed=_child_seed(config.seed, _ENVS, 0),
-            exploration=np.random.default_rng(_child_seed(config.seed, _EXPLORATION)),
-            warm_up_left=config.learning_starts,
-            episodes=EpisodeStatistics(config.num_envs),
-        )
-        self.spaces: Spaces = spaces  # type: ignore[assignment]
-        if spaces is None:
-            self.spaces = self.envs.spaces
         sizes = self.spaces.obs_size, self.spaces.action_size
         self.setup = set_up_torch(config, self.device, *sizes)
         resolved = dataclasses.replace(config, precision=self.setup.precision)
-        self.learner = make_learner(resolved, *sizes, self.device, seed=_child_seed(config.seed, _LEARNER))
+        self.learner = make_learner(resolved, *sizes, self.device, seed=child_seed(config.seed, LEARNER))
         measures = self.device.type == "cpu" and config.num_threads == 0
         self._trial = ThreadTrial(config.num_envs, config.utd) if measures else None
-        self._replay: Replay | None = None
-        self._obs: Tensor | None = None  # [N, O] to go on from; None while a step is made and where one was cut
-        self._stored_envs: dict[str, Any] | None = None  # the environments' state in the checkpoint that was loaded
         self.stopped_by_signal = False
         self.last_evaluation: Evaluation | None = None
         self._run_dirs: dict[Path, Ours] = {}
         self._heartbeat = Heartbeat()
+
+    @property
+    def spaces(self) -> Spaces:
+        """How the policy's numbers map to the environment's."""
+        return self._rollout.spaces
+
+    @property
+    def envs(self) -> VectorEnv:
+        """The training environments, created when they are first needed."""
+        return self._rollout.envs
+
+    @property
+    def replay(self) -> Replay:
+        """The replay, allocated when it is first needed."""
+        return self._rollout.replay
+
+    @property
+    def _progress(self) -> Progress:
+        return self._rollout.progress
 
     @property
     def steps(self) -> int:
@@ -117,27 +120,6 @@ class SAC:
         """PyTorch's threads on the CPU."""
         return self.setup.num_threads
 
-    @property
-    def envs(self) -> VectorEnv:
-        """The training environments, created when they are first needed."""
-        if self._envs is None:
-            config = self.config
-            envs = make_envs(config.env_id, config.num_envs, self._progress.env_seed, config.env_backend)
-            if self.spaces is not None and not self.spaces.same_as(envs.spaces):
-                envs.close()
-                raise UsageError(f"{config.env_id} has other observations or actions than this agent was trained with")
-            self._envs = envs
-        return self._envs
-
-    @property
-    def replay(self) -> Replay:
-        """The replay, allocated when it is first needed."""
-        if self._replay is None:
-            generator = torch.Generator(self.device).manual_seed(_child_seed(self.config.seed, _REPLAY, self.steps))
-            sizes = self.spaces.obs_size, self.spaces.action_size
-            self._replay = Replay(self.config.buffer_size, self.config.num_envs, *sizes, self.device, generator)
-        return self._replay
-
     def learn(
         self, total_steps: int | None = None, run_dir: str | os.PathLike[str] | None = None, progress: bool = False
     ) -> None:
@@ -170,7 +152,7 @@ class SAC:
 
     def _learn(self, logger: Logger, stop: list[int], saver: Saver | None) -> None:
         config, total_steps, progress = self.config, self.config.total_steps, self._progress
-        obs = self._begin(logger)
+        obs = self._rollout.begin(self.updates, logger.say)
         logger.start_rates(self.steps, self.updates)
         if self._trial is not None:
             self._trial.begin_turn()
@@ -179,11 +161,10 @@ class SAC:
             reached = self._evaluate_and_log(logger, stop, saver)
         while self.steps < total_steps and not stop and not reached:
             before, started = self.steps, time.perf_counter()
-            obs, step, metrics = self._step(obs, saver)
+            obs, metrics = self._step(obs, saver)
             if self._trial is not None and self.updates and not progress.warm_up_left:
                 self._try_threads(logger, time.perf_counter() - started, self.steps - before)
             progress.metrics |= metrics
-            progress.episodes.add(step)
             done = self.steps >= total_steps
             if done or self._crossed(config.log_every, before):
                 logger.log(self.steps, self.updates, {**self._read_metrics(saver), **progress.episodes.take()})
@@ -196,7 +177,7 @@ class SAC:
                     saver.save(lambda: self._state(saver))
                 saver.warn()
             self._heartbeat.beat(stop)
-        self._obs = obs
+        self._rollout.pause(obs)
         if self._trial is not None:  # it goes on with the next call
             torch.set_num_threads(self.num_threads)
         self.stopped_by_signal = progress.evaluation_due or (self.steps < total_steps and not reached)
@@ -204,74 +185,27 @@ class SAC:
         if saver is not None:
             saver.finish(lambda: self._state(saver), self.steps)
 
-    def _begin(self, logger: Logger) -> Tensor:
-        """Return the observations [N, O] to go on from, on the device: of the episodes under way, or of new ones."""
-        obs, self._obs = self._obs, None
-        if obs is not None:
-            return obs
-        problem = ""
-        if self._stored_envs is not None:
-            stored, self._stored_envs = self._stored_envs, None
-            if not (problem := self._restore_envs(stored)):
-                return self.replay.newest_obs()
-            logger.say(f"the episodes under way cannot be resumed ({problem}): new ones are started")
-            self.new_episodes()
-        self._progress.episodes.restart()
-        if self.replay.size == 0:
-            steps = self._progress.warm_up_left = self.config.learning_starts
-            if self.updates and steps:
-                logger.say(f"the replay buffer is empty: {steps} steps refill it before updates go on, in new episodes")
-        obs = torch.from_numpy(self.envs.reset()).to(self.device)
-        self.replay.begin(obs)
-        return obs
-
-    def _restore_envs(self, stored: dict[str, Any]) -> str:
-        """Bring the environments to where the checkpoint left them; return why that cannot be done."""
-        episodes = [self.replay.episode(index, length) for index, length in enumerate(stored["elapsed"])]
-        found = [episode for episode in episodes if episode is not None]
-        if len(found) < len(episodes):
-            return "one is longer than what is left of it in the replay buffer"
-        try:
-            return self.envs.restore(stored, found, most_resets=min(self.replay.newest, MOST_RESETS))
-        except EnvironmentFailure as error:
-            return str(error)
-
     def new_episodes(self, tries: int = 0) -> None:
         """Let the next call of `learn` begin new episodes, in environments made anew.
 
         Args:
             tries: another number gives other episodes.
         """
-        path = (self.steps, tries) if tries else (self.steps,)
-        self._progress.env_seed = _child_seed(self.config.seed, _ENVS, *path)
-        self._stored_envs = self._obs = None
-        if self._envs is not None:
-            self._envs.close()
-            self._envs = None
+        self._rollout.new_episodes(tries)
 
-    def _step(self, obs: Tensor, saver: Saver | None) -> tuple[Tensor, Step, dict[str, Tensor]]:
+    def _step(self, obs: Tensor, saver: Saver | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Step every environment once and make the updates that are due; return what follows obs [N, O]."""
-        progress = self._progress
-        action = self._explore(obs)
+        progress, acts = self._progress, self._progress.warm_up_left == 0 or self.updates > 0
+        action = self.learner.act(obs) if acts else self._rollout.explore()
         host_action = action.cpu().numpy()
         if not np.isfinite(host_action).all():
             self._read_metrics(saver)
-        self.envs.send(host_action)
+        self._rollout.send(host_action)
         # the environments step while the learner updates
         due = int(progress.updates_due) if progress.warm_up_left == 0 and self.replay.size else 0
         progress.updates_due -= due
         metrics = self.learner.update(self.replay, due)
-        step = self.envs.recv()
-        next_obs = torch.from_numpy(step.obs).to(self.device)
-        reward = torch.from_numpy(step.reward).to(self.device)
-        terminated = torch.from_numpy(step.terminated).to(self.device)
-        self.replay.add(action, reward, terminated, next_obs, step.valid)
-        new_steps = int(step.valid.sum())
-        progress.steps += new_steps
-        warming_up = min(new_steps, progress.warm_up_left)
-        progress.warm_up_left -= warming_up
-        progress.updates_due += self.config.utd * (new_steps - warming_up)
-        return next_obs, step, metrics
+        return self._rollout.recv(action), metrics
 
     def _read_metrics(self, saver: Saver | None) -> dict[str, float]:
         """Read the latest metrics from the device.
@@ -293,12 +227,6 @@ class SAC:
         if fastest != self.num_threads:
             logger.say(f"threads: {fastest}, which is faster than {self.num_threads} while the environments run")
         self.setup, self._trial = self.setup._replace(num_threads=fastest), None
-
-    def _explore(self, obs: Tensor) -> Tensor:
-        if self._progress.warm_up_left == 0 or self.updates > 0:
-            return self.learner.act(obs)
-        shape = (self.config.num_envs, self.spaces.action_size)
-        return torch.from_numpy(self._progress.exploration.uniform(-1.0, 1.0, shape).astype(np.float32)).to(self.device)
 
     def _crossed(self, interval: int, before: int) -> bool:
         return interval > 0 and self.steps // interval > before // interval
@@ -335,7 +263,7 @@ class SAC:
             seed: of their environments; by default it follows from the run's seed and the number of steps.
             should_stop: asked before every step; if it says so, only the episodes that have ended are returned.
         """
-        seed = _child_seed(self.config.seed, _EVALUATION, self.steps) if seed is None else seed
+        seed = child_seed(self.config.seed, EVALUATION, self.steps) if seed is None else seed
         return self._evaluator.evaluate(self._deterministic, episodes, seed, should_stop)
 
     def record_video(self, path: str | os.PathLike[str], seed: int = 0) -> None:
@@ -345,11 +273,7 @@ class SAC:
     def close(self) -> None:
         """Give the environments' resources back; they are created anew, and brought to the same state, if need be."""
         self._evaluator.close()
-        if self._envs is not None:
-            if self._obs is not None:
-                self._stored_envs, self._obs = self._envs.state(), None
-            self._envs.close()
-            self._envs = None
+        self._rollout.close()
 
     def _deterministic(self, obs: Floats) -> Floats:
         return self.learner.act(torch.from_numpy(obs).to(self.device), deterministic=True).cpu().numpy()
@@ -387,7 +311,7 @@ class SAC:
         """Return all that a resumed run needs, but nothing that has diverged."""
         metrics = self._read_metrics(saver)
         tensors, counters = self.learner.state()
-        replay = self._replay if self.config.checkpoint_replay else None
+        replay = self.replay if self.config.checkpoint_replay else None
         state = {
             "config": dataclasses.asdict(self.config),
             "learner": counters,
@@ -396,15 +320,10 @@ class SAC:
             "action_low": self.spaces.action_low.tolist(),
             "action_high": self.spaces.action_high.tolist(),
             "metrics": metrics,
-            "envs": self._envs_state() if replay is not None else None,
+            "envs": self._rollout.envs_state() if replay is not None else None,
             **self._progress.state(),
         }
         return {"learner": tensors}, state, replay
-
-    def _envs_state(self) -> dict[str, Any] | None:
-        if self._stored_envs is not None:  # they have not been brought there yet
-            return self._stored_envs
-        return None if self._envs is None else self._envs.state()
 
     def save(self, run_dir: str | os.PathLike[str]) -> Path:
         """Write a checkpoint into `run_dir` (see `fastsac.checkpoint`) and return its directory.
@@ -496,10 +415,6 @@ class SAC:
             agent.replay.load_rows(first_row(name), rows)
         groups, _ = checkpoint.load_checkpoint(path, groups=["replay"])
         agent.replay.load_state(groups["replay"], state["replay"])
-        agent._stored_envs = state["envs"]
+        agent._rollout.stored_envs = state["envs"]
         agent._progress.episodes.load_state(state["episodes"])
         return agent
-
-
-def _child_seed(seed: int, *path: int) -> int:
-    return int(np.random.SeedSequence([seed, *path]).generate_state(1)[0])

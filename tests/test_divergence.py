@@ -92,9 +92,7 @@ def test_it_never_reaches_a_checkpoint(tmp_path, monkeypatch):
         poison(next(agent.learner.critic.parameters()), INF)
     with pytest.raises(Divergence, match="step-000000000100"):
         agent.save(tmp_path)
-    monkeypatch.setattr(
-        SAC, "_explore", lambda agent, obs: torch.zeros(4, 1)
-    )  # else the policy's actions show it first
+    monkeypatch.setattr(agent.learner, "act", lambda obs: torch.zeros(4, 1))  # else the policy's actions show it first
     with pytest.raises(Divergence, match=r"by step 120 .*step-000000000100"):
         agent.learn(total_steps=400, run_dir=tmp_path)
     assert SAC.load(tmp_path).steps == 100

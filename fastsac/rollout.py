@@ -1,0 +1,168 @@
+"""The training environments, the replay that they fill, and where a run stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsac.config import Config
+from fastsac.envs import VectorEnv, make_envs
+from fastsac.errors import EnvironmentFailure, UsageError
+from fastsac.logger import EpisodeStatistics
+from fastsac.progress import Progress
+from fastsac.replay import Replay
+from fastsac.spaces import Floats, Spaces
+
+#: children of the one seed; new episodes of a resumed run and evaluations need streams of their own
+ENVS, LEARNER, REPLAY, EXPLORATION, EVALUATION = range(5)
+#: of an environment that is brought back to its state: it takes minutes
+MOST_RESETS = 10_000_000
+
+
+def child_seed(seed: int, *path: int) -> int:
+    """Return one of the seeds that follow from a run's seed."""
+    return int(np.random.SeedSequence([seed, *path]).generate_state(1)[0])
+
+
+class Rollout:
+    """Steps the environments and writes the replay; neither is made before it is needed."""
+
+    def __init__(self, config: Config, device: torch.device, spaces: Spaces | None) -> None:
+        """Create the environments, unless `spaces` are known from a checkpoint.
+
+        Raises:
+            UsageError: if they cannot be served.
+        """
+        self.config, self.device = config, device
+        self.progress = Progress(
+            env_seed=child_seed(config.seed, ENVS, 0),
+            exploration=np.random.default_rng(child_seed(config.seed, EXPLORATION)),
+            warm_up_left=config.learning_starts,
+            episodes=EpisodeStatistics(config.num_envs),
+        )
+        self._envs: VectorEnv | None = None
+        self._replay: Replay | None = None
+        self._obs: Tensor | None = None  # [N, O] to go on from; None while a step is made and where one was cut
+        self.stored_envs: dict[str, Any] | None = None  # the environments' state in the checkpoint that was loaded
+        self.spaces: Spaces = spaces  # type: ignore[assignment]
+        if spaces is None:
+            self.spaces = self.envs.spaces
+
+    @property
+    def envs(self) -> VectorEnv:
+        """The training environments, created when they are first needed."""
+        if self._envs is None:
+            config = self.config
+            envs = make_envs(config.env_id, config.num_envs, self.progress.env_seed, config.env_backend)
+            if self.spaces is not None and not self.spaces.same_as(envs.spaces):
+                envs.close()
+                raise UsageError(f"{config.env_id} has other observations or actions than this agent was trained with")
+            self._envs = envs
+        return self._envs
+
+    @property
+    def replay(self) -> Replay:
+        """The replay, allocated when it is first needed."""
+        if self._replay is None:
+            generator = torch.Generator(self.device).manual_seed(
+                child_seed(self.config.seed, REPLAY, self.progress.steps)
+            )
+            sizes = self.spaces.obs_size, self.spaces.action_size
+            self._replay = Replay(self.config.buffer_size, self.config.num_envs, *sizes, self.device, generator)
+        return self._replay
+
+    def begin(self, updates: int, say: Callable[[str], None]) -> Tensor:
+        """Return the observations [N, O] to go on from, on the device: of the episodes under way, or of new ones.
+
+        Args:
+            updates: made so far.
+            say: tells the user if something cannot be gone on with.
+        """
+        obs, self._obs = self._obs, None
+        if obs is not None:
+            return obs
+        problem = ""
+        if self.stored_envs is not None:
+            stored, self.stored_envs = self.stored_envs, None
+            if not (problem := self._restore(stored)):
+                return self.replay.newest_obs()
+            say(f"the episodes under way cannot be resumed ({problem}): new ones are started")
+            self.new_episodes()
+        self.progress.episodes.restart()
+        if self.replay.size == 0:
+            steps = self.progress.warm_up_left = self.config.learning_starts
+            if updates and steps:
+                say(f"the replay buffer is empty: {steps} steps refill it before updates go on, in new episodes")
+        obs = torch.from_numpy(self.envs.reset()).to(self.device)
+        self.replay.begin(obs)
+        return obs
+
+    def _restore(self, stored: dict[str, Any]) -> str:
+        """Bring the environments to where the checkpoint left them; return why that cannot be done."""
+        episodes = [self.replay.episode(index, length) for index, length in enumerate(stored["elapsed"])]
+        found = [episode for episode in episodes if episode is not None]
+        if len(found) < len(episodes):
+            return "one is longer than what is left of it in the replay buffer"
+        try:
+            return self.envs.restore(stored, found, most_resets=min(self.replay.newest, MOST_RESETS))
+        except EnvironmentFailure as error:
+            return str(error)
+
+    def new_episodes(self, tries: int = 0) -> None:
+        """Let the next call of `learn` begin new episodes, in environments made anew.
+
+        Args:
+            tries: another number gives other episodes.
+        """
+        path = (self.progress.steps, tries) if tries else (self.progress.steps,)
+        self.progress.env_seed = child_seed(self.config.seed, ENVS, *path)
+        self.stored_envs = self._obs = None
+        if self._envs is not None:
+            self._envs.close()
+            self._envs = None
+
+    def explore(self) -> Tensor:
+        """Return uniformly random actions [N, A]."""
+        shape = (self.config.num_envs, self.spaces.action_size)
+        return torch.from_numpy(self.progress.exploration.uniform(-1.0, 1.0, shape).astype(np.float32)).to(self.device)
+
+    def send(self, action: Floats) -> None:
+        """Start a step with actions [N, A] in [-1, 1]."""
+        self.envs.send(action)
+
+    def recv(self, action: Tensor) -> Tensor:
+        """Finish the step that was started with this action: store it, and return what follows, [N, O]."""
+        step = self.envs.recv()
+        next_obs = torch.from_numpy(step.obs).to(self.device)
+        reward = torch.from_numpy(step.reward).to(self.device)
+        terminated = torch.from_numpy(step.terminated).to(self.device)
+        self.replay.add(action, reward, terminated, next_obs, step.valid)
+        progress, new_steps = self.progress, int(step.valid.sum())
+        progress.episodes.add(step)
+        progress.steps += new_steps
+        warming_up = min(new_steps, progress.warm_up_left)
+        progress.warm_up_left -= warming_up
+        progress.updates_due += self.config.utd * (new_steps - warming_up)
+        return next_obs
+
+    def pause(self, obs: Tensor) -> None:
+        """Keep the observations for the next `begin`."""
+        self._obs = obs
+
+    def close(self) -> None:
+        """Give the environments' resources back; they are made anew, and brought to the same state, if need be."""
+        if self._envs is not None:
+            if self._obs is not None:
+                self.stored_envs, self._obs = self._envs.state(), None
+            self._envs.close()
+            self._envs = None
+
+    def envs_state(self) -> dict[str, Any] | None:
+        """Return the environments' state for a checkpoint that holds the replay."""
+        if self.stored_envs is not None:  # they have not been brought there yet
+            return self.stored_envs
+        return None if self._envs is None else self._envs.state()
