@@ -165,4 +165,4 @@ class Rollout:
         """Return the environments' state for a checkpoint that holds the replay."""
         if self.stored_envs is not None:  # they have not been brought there yet
             return self.stored_envs
-        return None if self._envs is None else self._envs.state()
+        return None if self._envs is None or self.replay.newest == 0 else self._envs.state()  # 0: not begun yet

@@ -245,6 +245,16 @@ def test_a_run_saved_before_it_goes_on_can_still_be_resumed(tmp_path, monkeypatc
     assert state_of(resumed)["tensors"] == state_of(alone)["tensors"]
 
 
+def test_a_run_saved_before_its_first_step(tmp_path, capsys):
+    alone, saved = SAC(exact()), SAC(exact())
+    alone.learn(total_steps=300)
+    saved.save(tmp_path / "run")
+    resumed = SAC.load(tmp_path / "run")
+    resumed.learn(total_steps=300, progress=True)
+    assert "cannot be resumed" not in capsys.readouterr().err
+    assert state_of(resumed) == state_of(alone)
+
+
 def test_gymnasiums_own_flag_for_resets_is_where_we_set_it():
     """`_Gymnasium.step_some` writes it; another version may keep it elsewhere."""
     envs = gymnasium.make_vec("Pendulum-v1", num_envs=2, vectorization_mode="sync")
