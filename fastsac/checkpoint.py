@@ -14,9 +14,7 @@ import errno
 import hashlib
 import json
 import os
-import platform
 import re
-import secrets
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -30,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastsac.errors import FastsacError
+from fastsac.run_dir import CHECKPOINTS, STEP, parse_json, temporary_sibling
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -39,7 +38,6 @@ BEST = "best"
 LONGEST_JSON = 64 * 2**20
 _GROUP = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _FILE = re.compile(rf"{_GROUP.pattern}\.safetensors|state\.json")
-_STEP = re.compile(r"step-([0-9]{1,18})")
 _TEMPORARY = re.compile(r"\..+\.tmp-.*-[0-9]{1,9}-[0-9a-f]{8}")
 _BAD_JSON = (KeyError, TypeError, AttributeError, ValueError, RecursionError)
 _T = TypeVar("_T")
@@ -67,7 +65,7 @@ def save_checkpoint(
         raise ValueError(f"a group is named with letters, digits, '_' and '-', not {bad[0]!r}")
     with _reported(f"cannot save the checkpoint {target}: its state is not JSON", *_BAD_JSON):
         encoded = json.dumps(dict(state)).encode()
-        _parse_json(encoded)  # nothing is written that could not be read
+        parse_json(encoded)  # nothing is written that could not be read
     temporary = temporary_sibling(target)
     try:
         with _reported(f"cannot save the checkpoint {target}", OSError, SafetensorError):
@@ -126,7 +124,7 @@ def load_checkpoint(
                     damage += "; --no-checkpoint-replay goes on without the replay buffer"
                 raise FastsacError(damage)
         with _reported(f"{place / STATE} is damaged", *_BAD_JSON):
-            state = _parse_json(_read_json(place / STATE))
+            state = parse_json(_read_json(place / STATE))
         paths = [place / name for name in hashes if name != STATE]
         return {path.stem: _load_tensors(path, device) for path in paths}, state
 
@@ -184,12 +182,12 @@ def tensor_shapes(directory: Path, group: str) -> dict[str, tuple[int, ...]]:
 
 def step_directory(run_dir: Path, step: int) -> Path:
     """Return `run_dir/checkpoints/step-<12 digits>`."""
-    return run_dir / "checkpoints" / f"step-{step:012d}"
+    return run_dir / CHECKPOINTS / f"step-{step:012d}"
 
 
 def best_checkpoint(run_dir: Path) -> Path:
     """Return where the checkpoint with the highest evaluation is."""
-    return run_dir / "checkpoints" / BEST
+    return run_dir / CHECKPOINTS / BEST
 
 
 def prune_checkpoints(run_dir: Path, keep: int) -> None:
@@ -209,7 +207,7 @@ def prune_checkpoints(run_dir: Path, keep: int) -> None:
 
 def remove_temporaries(run_dir: Path) -> None:
     """Remove what dead writers left, which nobody else may be writing to; what cannot be removed stays."""
-    for parent in (run_dir, run_dir / "checkpoints"):
+    for parent in (run_dir, run_dir / CHECKPOINTS):
         for entry in list(parent.iterdir()) if parent.is_dir() else []:
             if _TEMPORARY.fullmatch(entry.name):
                 with suppress(OSError):
@@ -237,11 +235,11 @@ def _reported(what: str, *kinds: type[Exception]) -> Iterator[None]:
 
 def _step_directories(run_dir: Path) -> list[Path]:
     """Newest first, complete or not, under their final names."""
-    parent = run_dir / "checkpoints"
+    parent = run_dir / CHECKPOINTS
     with _reported(f"cannot read {parent}", OSError):
         entries = os.listdir(parent) if parent.exists() else []
     names = {name[1:].removesuffix(".replaced") if name.endswith(".replaced") else name for name in entries}
-    steps = {name: int(match[1]) for name in names if (match := _STEP.fullmatch(name))}
+    steps = {name: int(match[1]) for name in names if (match := STEP.fullmatch(name))}
     return [parent / name for name in sorted(steps, key=lambda name: (steps[name], name), reverse=True)]
 
 
@@ -282,11 +280,6 @@ def problem(directory: Path) -> str:
     except FastsacError as error:
         return str(error)
     return ""
-
-
-def temporary_sibling(path: Path) -> Path:
-    """Return a name beside `path` that `remove_temporaries` knows."""
-    return path.with_name(f".{path.name}.tmp-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _discard(path: Path) -> None:
@@ -370,7 +363,7 @@ def _read_header(path: Path) -> dict[str, Any]:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= min(path.stat().st_size - 8, LONGEST_JSON):
             raise ValueError(f"its header cannot have {length} bytes")
-        return _parse_json(file.read(length))
+        return parse_json(file.read(length))
 
 
 def _read_json(path: Path) -> bytes:
@@ -390,7 +383,7 @@ def _read_manifest(place: Path, groups: Collection[str] | None = None) -> dict[s
         raise FastsacError(f"there is no checkpoint at {place}: {MANIFEST} is missing")
     with _reported(f"{path} is damaged", *_BAD_JSON):
         encoded = _read_json(path)
-        manifest = _parse_json(encoded)
+        manifest = parse_json(encoded)
         if type(version := manifest["format"]) is int and version != FORMAT:
             raise FastsacError(f"{path} has format {version}, and this version of fastsac reads format {FORMAT}")
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -417,18 +410,3 @@ def _is_plain(path: Path) -> bool:
     with suppress(OSError):
         return stat.S_ISREG(path.lstat().st_mode)
     return False
-
-
-def _parse_json(encoded: bytes) -> dict[str, Any]:
-    """Parse an object without duplicate keys and non-finite numbers; ValueError for all else."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return found
-
-    parsed = json.loads(encoded.decode(), object_pairs_hook=unique)
-    json.dumps(parsed, allow_nan=False)
-    if not isinstance(parsed, dict):
-        raise ValueError("it is not an object")
-    return parsed

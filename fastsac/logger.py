@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
@@ -75,7 +76,7 @@ class Logger:
         row = {key: value for key, value in row.items() if math.isfinite(value)}
         problem = self._files.add(row) if self._files is not None else ""
         if problem and problem != self._problem:
-            self.say(f"warning: {problem}; training goes on, and the line is tried again with the next one")
+            self.warn(f"{problem}; training goes on, and the line is tried again with the next one")
         self._problem = problem
         if self._display is not None:
             self._display.show(row)
@@ -84,6 +85,13 @@ class Logger:
         """Tell the user something that is no metric."""
         if self._display is not None:
             self._display.say(message)
+
+    def warn(self, message: str) -> None:
+        """Tell the user what went wrong, also where nothing is displayed."""
+        if self._display is not None:
+            self._display.say(f"warning: {message}")
+        else:
+            logging.getLogger("fastsac").warning(message)
 
     def __enter__(self) -> Logger:
         return self

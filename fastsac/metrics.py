@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +13,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from fastsac.run_dir import METRICS, TENSORBOARD
+from fastsac.run_dir import METRICS, TENSORBOARD, temporary_sibling
 
 Value = float | int | Tensor
 Row = dict[str, float | int]
@@ -37,7 +36,7 @@ class MetricsFiles:
         self._directory = run_dir / TENSORBOARD
         self._waiting: list[Row] = []
         rows = [row for row in read_rows(self._path) if row["step"] <= step]
-        temporary = self._path.with_name(f".{METRICS}.tmp-{platform.node()}-{os.getpid()}-00000000")
+        temporary = temporary_sibling(self._path)
         try:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
             temporary.replace(self._path)
@@ -114,13 +113,9 @@ def read_rows(path: Path) -> list[Row]:
         return []
     rows = []
     for line in path.read_bytes().splitlines():
-        with suppress(ValueError, RecursionError):  # cut short
+        with suppress(ValueError, TypeError, RecursionError):  # cut short, or not ours
             row = json.loads(line)
-            if (
-                isinstance(row, dict)
-                and all(isinstance(value, int | float) for value in row.values())
-                and "step" in row
-            ):
+            if isinstance(row, dict) and row.get("step", -1) >= 0 and all(abs(value) < 1e38 for value in row.values()):
                 rows.append(row)
     return rows
 

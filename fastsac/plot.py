@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsac.checkpoint import temporary_sibling
 from fastsac.metrics import read_rows
-from fastsac.run_dir import METRICS
+from fastsac.run_dir import METRICS, temporary_sibling
 
 #: steps, and a value at each
 Curve = tuple[Sequence[float], Sequence[float]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 from fastsac.config import Config
 from fastsac.envs import VectorEnv, make_envs
 from fastsac.errors import EnvironmentFailure, UsageError
-from fastsac.logger import EpisodeStatistics
+from fastsac.logger import EpisodeStatistics, Logger
 from fastsac.progress import Progress
 from fastsac.replay import Replay
 from fastsac.spaces import Floats, Spaces
@@ -75,12 +74,12 @@ class Rollout:
             self._replay = Replay(self.config.buffer_size, self.config.num_envs, *sizes, self.device, generator)
         return self._replay
 
-    def begin(self, updates: int, say: Callable[[str], None]) -> Tensor:
+    def begin(self, updates: int, logger: Logger) -> Tensor:
         """Return the observations [N, O] to go on from, on the device: of the episodes under way, or of new ones.
 
         Args:
             updates: made so far.
-            say: tells the user if something cannot be gone on with.
+            logger: tells the user if something cannot be gone on with.
         """
         obs, self._obs = self._obs, None
         if obs is not None:
@@ -90,13 +89,13 @@ class Rollout:
             stored, self.stored_envs = self.stored_envs, None
             if not (problem := self._restore(stored)):
                 return self.replay.newest_obs()
-            say(f"the episodes under way cannot be resumed ({problem}): new ones are started")
+            logger.warn(f"the episodes under way cannot be resumed ({problem}): new ones are started")
             self.new_episodes()
         self.progress.episodes.restart()
         if self.replay.size == 0:
             steps = self.progress.warm_up_left = self.config.learning_starts
             if updates and steps:
-                say(f"the replay buffer is empty: {steps} steps refill it before updates go on, in new episodes")
+                logger.say(f"the replay buffer is empty: {steps} steps refill it before updates go on, in new episodes")
         obs = torch.from_numpy(self.envs.reset()).to(self.device)
         self.replay.begin(obs)
         return obs

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import secrets
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 LONGEST_CONFIG = 2**20  # bytes
-_STEP = re.compile(r"step-([0-9]{1,18})")
+#: the name of a checkpoint
+STEP = re.compile(r"step-([0-9]{1,18})")
 
 
 class RunLock:
@@ -94,9 +96,14 @@ def newest_step(directory: Path) -> int | None:
     """Return the step of the newest checkpoint, or None where there is none."""
     names = [path.parent.name for path in (directory / CHECKPOINTS).glob("*/manifest.json")]
     steps = [
-        int(match[1]) for name in names if (match := _STEP.fullmatch(name.removeprefix(".").removesuffix(".replaced")))
+        int(match[1]) for name in names if (match := STEP.fullmatch(name.removeprefix(".").removesuffix(".replaced")))
     ]
     return max(steps, default=None)
+
+
+def temporary_sibling(path: Path) -> Path:
+    """Return a name beside `path` that `checkpoint.remove_temporaries` knows."""
+    return path.with_name(f".{path.name}.tmp-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def write_config(directory: Path, config: Config) -> None:
@@ -105,7 +112,7 @@ def write_config(directory: Path, config: Config) -> None:
     Raises:
         FastsacError: if it cannot be written.
     """
-    temporary = directory / f".{CONFIG}.tmp-{platform.node()}-{os.getpid()}-00000000"
+    temporary = temporary_sibling(directory / CONFIG)
     try:
         temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         temporary.replace(directory / CONFIG)
@@ -128,7 +135,7 @@ def read_config(directory: Path) -> Config:
             raise ValueError("it is no plain file")
         if path.stat().st_size > LONGEST_CONFIG:
             raise ValueError("it is too large")
-        values = json.loads(path.read_bytes().decode(), object_pairs_hook=_unique)
+        values = parse_json(path.read_bytes())
     except OSError as error:
         raise UsageError(f"{directory} is no run directory: {path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -137,10 +144,19 @@ def read_config(directory: Path) -> Config:
     return config_from_dict(values)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
+def parse_json(encoded: bytes) -> dict[str, Any]:
+    """Parse an object without duplicate keys and non-finite numbers; ValueError for all else."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    parsed = json.loads(encoded.decode(), object_pairs_hook=unique)
+    json.dumps(parsed, allow_nan=False)
+    if not isinstance(parsed, dict):
+        raise ValueError("it is not an object")
+    return parsed
 
 
 def config_from_dict(values: Any) -> Config:

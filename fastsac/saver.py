@@ -65,18 +65,16 @@ class Ours(NamedTuple):
 class Saver:
     """Holds a run directory's lock and writes its checkpoints, one at a time, in a thread of its own."""
 
-    def __init__(
-        self, run_dir: Path, config: Config, ours: Ours | None = None, say: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, run_dir: Path, config: Config, ours: Ours | None, warn_user: Callable[[str], None]) -> None:
         """Say where checkpoints go; nothing is written before the context is entered.
 
         Args:
             run_dir: the run directory.
             config: goes into it.
             ours: the run that it holds already, if it may hold one.
-            say: tells the user what went wrong without being an error yet.
+            warn_user: tells what went wrong without being an error yet.
         """
-        self.run_dir, self.say = run_dir, say
+        self.run_dir, self.warn_user = run_dir, warn_user
         self._config, self._ours = config, ours
         self.newest: Path | None = None  # checkpoint of this run
         self._saved: int | None = None  # the step of the last one that was written
@@ -192,9 +190,9 @@ class Saver:
             raise
         except FastsacError as error:
             self._lost = str(error)
-            self.say(f"warning: {self.run_dir} was removed, and it cannot be made anew: {error}")
+            self.warn_user(f"{self.run_dir} was removed, and it cannot be made anew: {error}")
             return False
-        self.say(f"warning: {self.run_dir} or its lock was removed; it is made anew")
+        self.warn_user(f"{self.run_dir} or its lock was removed; it is made anew")
         self._remember(self.newest)
         self.best_return = -math.inf
         return True
@@ -202,7 +200,7 @@ class Saver:
     def _settle(self) -> bool:
         """Wait until nothing is being written; warn of a failure, and return whether there was one."""
         if error := self._failure():
-            self.say(f"warning: {error}; it is tried again with the next checkpoint")
+            self.warn_user(f"{error}; it is tried again with the next checkpoint")
         return error is not None
 
     def _failure(self) -> FastsacError | None:

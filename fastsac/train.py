@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -147,12 +148,12 @@ class SAC:
             Logger(directory, self.config.total_steps, self.steps, self.time_s, progress) as logger,
         ):
             if saver is not None:
-                saver.say = logger.say
+                saver.warn_user = logger.warn
             self._learn(logger, stop, saver)
 
     def _learn(self, logger: Logger, stop: list[int], saver: Saver | None) -> None:
         config, total_steps, progress = self.config, self.config.total_steps, self._progress
-        obs = self._rollout.begin(self.updates, logger.say)
+        obs = self._rollout.begin(self.updates, logger)
         logger.start_rates(self.steps, self.updates)
         if self._trial is not None:
             self._trial.begin_turn()
@@ -300,7 +301,7 @@ class SAC:
     def _saver(self, directory: Path) -> Iterator[Saver]:
         """Make the run directory this agent's, unless it is another's."""
         place = directory.resolve()
-        with Saver(directory, self.config, self._run_dirs.get(place)) as saver:
+        with Saver(directory, self.config, self._run_dirs.get(place), logging.getLogger("fastsac").warning) as saver:
             try:
                 yield saver
             finally:

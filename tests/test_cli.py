@@ -164,6 +164,17 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again(tmp_path, cap
     assert steps == [20, 40, 40]
 
 
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": -1e300}', '{"step": 5, "x": 1e400}', '{"step": "5"}', '{"step": 9' + "9" * 400 + "}", "[", '{"st'],
+)
+def test_odd_lines_of_metrics_are_dropped(trained, line):
+    path = trained / "metrics.jsonl"
+    path.write_text(f"{line}\n" + path.read_text())
+    assert run("train", "--resume", trained, "--total-steps", 120) == 0
+    assert line not in path.read_text().splitlines()
+
+
 def test_a_taken_run_directory(trained, capsys):
     before = (trained / "metrics.jsonl").read_bytes()
     assert run("train", *TINY, "--run-dir", trained) == 2

@@ -157,7 +157,7 @@ def test_a_simulator_that_draws_numbers_in_its_steps_starts_new_episodes(tmp_pat
     config = exact(env_id="LunarLanderContinuous-v3", eval_every=0)
     agent, said = resume(tmp_path, capsys, config)
     reason = "played again, they give other observations"
-    assert said == [f"the episodes under way cannot be resumed ({reason}): new ones are started"]
+    assert said == [f"warning: the episodes under way cannot be resumed ({reason}): new ones are started"]
     assert agent.replay.size == 502
     assert agent._progress.episodes._length.sum() <= 104
 
@@ -165,16 +165,24 @@ def test_a_simulator_that_draws_numbers_in_its_steps_starts_new_episodes(tmp_pat
 def test_an_episode_longer_than_the_replay_starts_anew(tmp_path, capsys):
     _, said = resume(tmp_path, capsys, exact(env_id="HalfCheetah-v5", buffer_size=200, eval_every=0))
     assert said == [
-        "the episodes under way cannot be resumed (one is longer than what is left of it in the replay buffer): "
+        "warning: the episodes under way cannot be resumed "
+        "(one is longer than what is left of it in the replay buffer): "
         "new ones are started"
     ]
+
+
+def test_it_is_told_without_a_display_too(tmp_path, caplog):
+    SAC(exact(env_id="LunarLanderContinuous-v3", eval_every=0)).learn(total_steps=402, run_dir=tmp_path / "run")
+    SAC.load(tmp_path / "run").learn(total_steps=410)
+    assert [record.levelname for record in caplog.records if "cannot be resumed" in record.message] == ["WARNING"]
 
 
 def test_another_backend_starts_new_episodes(tmp_path, capsys):
     before = exact(env_id="Hopper-v5", eval_every=0)
     _, said = resume(tmp_path, capsys, before, dataclasses.replace(before, env_backend="gymnasium"))
     assert said == [
-        "the episodes under way cannot be resumed (they ran in envpool, and now in gymnasium): new ones are started"
+        "warning: the episodes under way cannot be resumed "
+        "(they ran in envpool, and now in gymnasium): new ones are started"
     ]
 
 
