@@ -16,7 +16,16 @@ from fastsac_kernels.philox_triton import normal_tile
 
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-_LOG2_E_REST: tl.constexpr = tl.constexpr(1.9259629911e-08)  # what float32 leaves out of it
+#: log 2 in two parts: whole numbers below 2^15 times the first one are exact
+_LN2_HIGH: tl.constexpr = tl.constexpr(0.693359375)
+_LN2_LOW: tl.constexpr = tl.constexpr(-2.12194440e-4)
+#: adding 1.5 * 2^23 rounds to a whole number
+_ROUNDING: tl.constexpr = tl.constexpr(12582912.0)
+_ROUNDING_BITS: tl.constexpr = tl.constexpr(0x4B400000)
+#: e^r = 1 + r + r^2 P(r), for |r| up to log(2) / 2 (Cephes)
+_EXP: tl.constexpr = tl.constexpr(
+    (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+)
 HALF_LOG_2PI: tl.constexpr = tl.constexpr(0.9189385332046727)
 #: tanh(x) = x + x^3 P(x^2), for |x| below 0.625 (Cephes)
 _TANH: tl.constexpr = tl.constexpr(
@@ -49,11 +58,24 @@ def horner(x, coefficients: tl.constexpr, NUMBER: tl.constexpr):
 
 @triton.jit
 def exp(x):
-    """The exponential function: the chip's power of two, and what rounding its argument took away."""
-    power = x * _LOG2_E
-    rest = tl.fma(x, _LOG2_E_REST, tl.fma(x, _LOG2_E, -power))
-    value = tl.exp2(power)
-    return tl.fma(value, rest * _LN2, value)
+    """The exponential function to within 1 ulp: x = n log 2 + r, and e^r by a polynomial (Cephes).
+
+    The chip's own power of two (``ex2.approx.ftz.f32``) is off by up to 2 ulp, which is too much for sigma.
+    """
+    x = tl.where(x > 89.0, 89.0, tl.where(x < -104.0, -104.0, x))  # beyond them infinity and 0; NaN stays
+    shifted = x * _LOG2_E + _ROUNDING  # its last bits are the nearest whole number n
+    n = shifted - _ROUNDING
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
+    value = horner(r, _EXP, 6) * (r * r) + r + 1.0
+    power = shifted.to(tl.int32, bitcast=True) - _ROUNDING_BITS
+    half = power >> 1  # 2^n need not be a float32: in two steps
+    return value * power_of_two_of(half) * power_of_two_of(power - half)
+
+
+@triton.jit
+def power_of_two_of(n):
+    """2^n for whole numbers from -126 to 127, by the exponent's bits."""
+    return ((n + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
