@@ -28,7 +28,7 @@ def score(
     with torch.no_grad():  # a sample that kept its graph would cancel the mean's gradient without a word
         action, log_prob = draw.sample(mean, log_std)
         q = q_function(action)
-    loss = score_function_loss(mean, log_std, draw.rng, q, alpha, baseline, draw.backend)
+    loss = score_function_loss(mean, log_std, draw.rng, q, alpha, baseline, draw.backend, log_prob)
     return Estimate(loss, log_prob, q)
 
 

@@ -85,8 +85,11 @@ def row_block(rows: int, lanes: int, device: torch.device) -> tuple[int, int]:
 
 
 def element_block(size: int) -> tuple[int, int]:
-    """Return elements per program and warps per program, for work on single elements; up to 4096 make one program."""
-    block = power_of_two(size) if size <= 4096 else 1024
+    """Return elements per program and warps per program, for a sum over single elements.
+
+    Up to 2048 elements make one program, which has nothing to wait for; more are spread over the whole GPU.
+    """
+    block = power_of_two(size) if size <= 2048 else 256 if size <= 2**18 else 1024
     return block, max(1, min(8, block // 128))
 
 

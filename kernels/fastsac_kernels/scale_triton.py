@@ -51,8 +51,10 @@ def _scale_bwd_kernel(gradient_ptr, upstream_ptr, out_ptr, size, BLOCK: tl.const
 def backward(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the loss's saved gradient [n] times the gradient of what came out of the loss, a scalar on the device."""
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
-    size, block = gradient.numel(), 1024
-    launch(_scale_bwd_kernel, triton.cdiv(size, block), gradient, upstream, out, size, BLOCK=block, num_warps=4)
+    size = gradient.numel()
+    block = 256 if size <= 2**18 else 1024
+    programs = triton.cdiv(size, block)
+    launch(_scale_bwd_kernel, programs, gradient, upstream, out, size, BLOCK=block, num_warps=block // 128)
     return out
 
 

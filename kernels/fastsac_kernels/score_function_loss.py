@@ -15,8 +15,8 @@ is that of the pathwise gradient for every b that does not depend on the sample 
     loo        mean of f over the other K - 1 samples     unbiased, no extra network (Kool et al. 2019)
     a tensor   b(s) [B], e.g. -V(s) for a soft value V    f is close to -V, so f - b is close to 0
 
-On CUDA one Triton kernel draws the noise again and computes log_prob, the advantage, the loss and both gradients; one
-more multiplies them by the upstream gradient.
+On CUDA one Triton kernel draws the noise again and computes the advantage, the loss and both gradients (and log_prob,
+unless the sampler's is handed over); one more multiplies them by the upstream gradient.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def score_function_loss(
     alpha: Tensor | float,
     baseline: str | Tensor,
     backend: Backend = "auto",
+    log_prob: Tensor | None = None,
 ) -> Tensor:
     """Return the scalar loss, differentiable in `mean` and `log_std` only; q, alpha and the baseline are constants.
 
@@ -59,6 +60,7 @@ def score_function_loss(
         alpha: scalar.
         baseline: a name, or b(s) as a tensor [B] that is subtracted from f (so a soft value V is passed as -V).
         backend: "auto" takes the Triton kernel for CUDA tensors, PyTorch for others.
+        log_prob: [K, B], as `sample_squashed_gaussian` returned it; a constant. Without it, it is computed again.
 
     Raises:
         ValueError: if the shapes do not fit, the baseline's name is unknown, ``"loo"`` gets a single sample, or for
@@ -68,18 +70,22 @@ def score_function_loss(
     """
     check_sample_shapes(mean, log_std, rng)
     num_samples = rng.shape[0] if isinstance(rng, Tensor) else q.shape[0] if q.dim() else 0
-    check_loss_shapes([num_samples, mean.shape[0]], q)
+    check_loss_shapes([num_samples, mean.shape[0]] if log_prob is None else list(log_prob.shape), q)
+    if list(q.shape[::2]) != [num_samples, mean.shape[0]]:
+        raise ValueError(f"q must be [K, E, B] with [K, B] = {[num_samples, mean.shape[0]]}, got {list(q.shape)}")
     alpha = constant(alpha)
+    log_prob = None if log_prob is None else log_prob.detach()
     _check_baseline(baseline, num_samples, mean.shape[0])
     if use_triton(backend, mean):
         name, value = ("tensor", baseline.detach()) if isinstance(baseline, Tensor) else (baseline, None)
-        arguments = *rng_arguments(rng), q.detach(), *alpha_arguments(alpha), name, value
+        arguments = *rng_arguments(rng), q.detach(), *alpha_arguments(alpha), name, value, log_prob
         loss: Tensor = score_function_loss_op(mean, log_std, *arguments)[0]
         return loss
     mean, log_std = wide(mean), wide(log_std)
     with torch.no_grad():
         noise = noise_of(rng, (num_samples, *mean.shape), mean.dtype)
-        _, log_prob = sample_squashed_gaussian(mean, log_std, noise, backend="reference")
+        if log_prob is None:
+            _, log_prob = sample_squashed_gaussian(mean, log_std, noise, backend="reference")
         f = alpha * log_prob - wide(q).amin(1)
         advantage = f - baseline_values(f, alpha, baseline)
         deviation = log_std.exp() * noise  # u - mean; taking the difference would cancel at small sigma
@@ -118,12 +124,14 @@ def score_function_loss_op(
     alpha_value: float,
     baseline: str,
     baseline_value: Tensor | None,
+    log_prob: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One launch: the loss, and its gradients for mean [B, A] and log_std [B, A] in one tensor."""
     from fastsac_kernels import score_function_loss_triton
 
     alpha_ = alpha_value if alpha is None else alpha
-    return score_function_loss_triton.forward(mean, log_std, rng, stream, q, alpha_, baseline, baseline_value)
+    arguments = q, alpha_, baseline, baseline_value, log_prob
+    return score_function_loss_triton.forward(mean, log_std, rng, stream, *arguments)
 
 
 @score_function_loss_op.register_fake
@@ -141,7 +149,7 @@ def _backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
     gradient, mean, log_std = ctx.saved_tensors
     dtype = torch.promote_types(mean.dtype, log_std.dtype)
     scaled = scale_op(gradient, upstream, dtype, [mean, log_std]).view(2, *mean.shape)
-    return (scaled[0].to(mean.dtype), scaled[1].to(log_std.dtype), *[None] * 7)
+    return (scaled[0].to(mean.dtype), scaled[1].to(log_std.dtype), *[None] * 8)
 
 
 score_function_loss_op.register_autograd(_backward, setup_context=_setup_context)

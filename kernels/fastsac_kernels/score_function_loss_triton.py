@@ -48,6 +48,9 @@ def _score_function_loss_fwd_kernel(
     alpha,
     baseline_ptr,
     stride_baseline,
+    log_prob_ptr,
+    stride_log_prob_k,
+    stride_log_prob_b,
     loss_ptr,
     partials_ptr,
     ticket_ptr,
@@ -57,6 +60,7 @@ def _score_function_loss_fwd_kernel(
     B,
     A,
     HAS_NOISE: tl.constexpr,
+    HAS_LOG_PROB: tl.constexpr,
     ALPHA_IS_TENSOR: tl.constexpr,
     BASELINE: tl.constexpr,
     E: tl.constexpr,
@@ -91,10 +95,14 @@ def _score_function_loss_fwd_kernel(
             eps = noise_tile(
                 rng_ptr, stride_noise_k, stride_noise_b, stride_noise_a, stream, k, b, B, live, HAS_NOISE, BLOCK_A
             )
-            log_slope = squash(mean + sigma * eps)[2]
             score = eps * eps - 1.0
             log_normal = tl.sum(tl.where(live, -0.5 * eps * eps - log_std - HALF_LOG_2PI, 0.0), 1)
-            log_prob = log_normal - tl.sum(tl.where(live, log_slope, 0.0), 1)
+            if HAS_LOG_PROB:
+                offsets = tl.cast(k, tl.int64) * stride_log_prob_k + b.to(tl.int64) * stride_log_prob_b
+                log_prob = tl.load(log_prob_ptr + offsets, mask=in_batch, other=0.0).to(tl.float32)
+            else:
+                log_slope = squash(mean + sigma * eps)[2]
+                log_prob = log_normal - tl.sum(tl.where(live, log_slope, 0.0), 1)
             sample_ptr = q_ptr + tl.cast(k, tl.int64) * stride_q_k + b.to(tl.int64) * stride_q_b
             lowest = smallest(sample_ptr, stride_q_e, in_batch, E)[0]
             f = alpha * log_prob - lowest
@@ -127,13 +135,15 @@ def forward(
     alpha: Tensor | float,
     baseline: str,
     baseline_value: Tensor | None,
+    log_prob: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss, and its gradients in one tensor: that of mean [B, A], then that of log_std."""
-    check_dtypes(mean=mean, log_std=log_std, q=q)
+    check_dtypes(mean=mean, log_std=log_std, q=q, **({} if log_prob is None else {"log_prob": log_prob}))
     (batch, size), (num_samples, critics) = mean.shape, q.shape[:2]
     block_a = max(4, power_of_two(size))
     block_b, num_warps = row_block(batch, block_a // 4, mean.device)
-    if batch * block_a // 4 <= 512:  # one program: nothing to wait for
+    # one program has nothing to wait for, which is worth about so much work on one of the GPU's many processors
+    if num_samples * batch * block_a // 4 <= 1024:
         block_b = power_of_two(batch)
         num_warps = min(8, max(1, block_b * block_a // 128))
     gradient = torch.empty(2 * batch * size, dtype=torch.float32, device=mean.device)
@@ -148,8 +158,10 @@ def forward(
         *(q, *q.stride()),
         alpha,
         *((loss, 0) if baseline_value is None else (baseline_value, *baseline_value.stride())),
+        *((loss, 0, 0) if log_prob is None else (log_prob, *log_prob.stride())),
         *(loss, partials, ticket, gradient, scale, num_samples, batch, size),
         HAS_NOISE=rng.dim() == 3,
+        HAS_LOG_PROB=log_prob is not None,
         ALPHA_IS_TENSOR=isinstance(alpha, Tensor),
         BASELINE=baseline,
         E=critics,

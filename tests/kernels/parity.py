@@ -131,6 +131,7 @@ def score(
     noise: bool = False,
     alpha: Any = 0.37,
     critics: int = 2,
+    given: bool = False,
 ) -> Case:
     samples = max(samples, 2) if kind == "loo" else samples
     floats, rest = policy(batch, size), {"alpha": alpha, "baseline": kind}
@@ -142,6 +143,8 @@ def score(
     if kind == "tensor":
         floats["baseline"] = -40.0 + normal(batch, seed=7)
         del rest["baseline"]
+    if given:
+        floats["log_prob"] = 3.0 * normal(samples, batch, seed=8)
     return Case("score_function_loss", floats, ("mean", "log_std"), rest)
 
 

@@ -1,5 +1,8 @@
 """The ops as PyTorch sees them: registration, torch.compile, CUDA graphs, the losses' shapes behind both backends."""
 
+import functools
+import importlib
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +27,7 @@ from fastsac_kernels.replay_gather import replay_gather_op, uniform_positions_op
 from fastsac_kernels.score_function_loss import score_function_loss_op
 from fastsac_kernels.squashed_gaussian import squashed_gaussian_backward_op, squashed_gaussian_op
 from fastsac_kernels.td_loss import td_loss_op
-from tests.kernels.parity import BASELINES, CASES, DEVICES, Case, pathwise, score, td
+from tests.kernels.parity import BASELINES, CASES, DEVICES, MODULES, Case, pathwise, score, td
 
 every_device = pytest.mark.parametrize("device", DEVICES)
 every_op = pytest.mark.parametrize("op", CASES)
@@ -49,8 +52,8 @@ def op_arguments(device: str) -> list[tuple[Any, tuple[Any, ...]]]:
             (normal(samples, batch, size), log_prob, mean.detach(), log_std.detach(), state, 1),
         ),
         (pathwise_loss_op, (log_prob.detach().requires_grad_(), q.detach().requires_grad_(), alpha, 0.0)),
-        (score_function_loss_op, (mean, log_std, state, 1, q.detach(), None, 0.3, "loo", None)),
-        (score_function_loss_op, (mean, log_std, state, 1, q.detach(), alpha, 0.0, "tensor", normal(batch))),
+        (score_function_loss_op, (mean, log_std, state, 1, q.detach(), None, 0.3, "loo", None, log_prob.detach())),
+        (score_function_loss_op, (mean, log_std, state, 1, q.detach(), alpha, 0.0, "tensor", normal(batch), None)),
         (
             td_loss_op,
             (q[0].detach().requires_grad_(), normal(batch), ends, q[1].detach(), normal(batch), alpha, 0.0, 0.9),
@@ -278,6 +281,36 @@ def test_many_samples_of_one_state(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     sample_squashed_gaussian(torch.zeros(1, 3), torch.zeros(1, 3), PhiloxState(), 100_000, backend="triton")
     assert grids == [100_000]  # in the one dimension that allows so many
+
+
+def grids(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many programs a GPU would get in each launch, forward and backward."""
+    found: list[int] = []
+
+    def noting(kernel: Any, programs: Any, *arguments: Any, **constants: Any) -> None:
+        found.append(math.prod(programs) if isinstance(programs, tuple) else programs)
+
+    on_gpu = functools.partial(launch.row_block, device=torch.device("cuda"))
+    for module in (*MODULES.values(), "scale_triton"):
+        imported = importlib.import_module(f"fastsac_kernels.{module}")
+        monkeypatch.setattr(imported, "launch", noting)
+        monkeypatch.setattr(imported, "row_block", lambda rows, lanes, _: on_gpu(rows, lanes), raising=False)
+    case.to(torch.float32, "cpu").call("triton")
+    return found
+
+
+@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("batch", [4096, 65536])
+def test_a_large_problem_is_spread_over_the_gpu(op: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The H100 has 132 multiprocessors; a program is not worth less than 256 elements."""
+    sizes = {"size": 6} if op not in ("pathwise", "td") else {}
+    found = grids(CASES[op](batch=batch, **sizes), monkeypatch)
+    assert min(found) >= min(132, batch // 256), found
+
+
+def test_many_samples_are_no_work_for_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert grids(score(samples=2, batch=256, size=6), monkeypatch)[0] == 1
+    assert grids(score(samples=8, batch=256, size=6), monkeypatch)[0] == 16
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -47,6 +47,19 @@ def test_score_function_loss(samples: int, batch: int, size: int, kind: str, dev
 
 
 @every_device
+@pytest.mark.parametrize("kind", BASELINES)
+def test_score_function_loss_takes_the_samplers_log_prob(kind: str, device: str) -> None:
+    check(score(3, 33, 8, kind, given=True), device)
+    case = score(3, 33, 8, kind).to(torch.float32, device)
+    expected = case.call("triton")
+    _, case.floats["log_prob"] = sample_squashed_gaussian(
+        case.floats["mean"], case.floats["log_std"], case.rest["rng"], 3, "triton"
+    )
+    for name, value in case.call("triton").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@every_device
 @pytest.mark.parametrize("critics", [1, 3])
 def test_score_function_loss_with_other_numbers_of_critics(critics: int, device: str) -> None:
     check(score(critics=critics), device)
@@ -86,7 +99,7 @@ def test_gather_is_exact(batch: int, obs_size: int, size: int, positions: bool, 
 def test_layouts_and_dtypes(op: str, layout: str, dtype: torch.dtype, noise: bool, device: str) -> None:
     arguments = {"noise": True} if noise else {}
     if op == "score":
-        arguments["kind"] = "tensor"
+        arguments |= {"kind": "tensor", "given": noise}
     check(CASES[op](**arguments), device, dtype, layout)
 
 
