@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +21,10 @@ class _Tickets(NamedTuple):
 
 
 _tickets: dict[torch.device, _Tickets] = {}
+_tickets_lock = threading.Lock()
+#: of operators that take a ticket. torch.compile's own CUDA graphs run an operator once in a memory pool that they fill
+#: anew; tickets that were made there would be overwritten. Graphs that a program records itself are not concerned.
+TICKET_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def use_triton(backend: Backend, tensor: Tensor) -> bool:
@@ -104,20 +110,21 @@ def new_ticket(like: Tensor) -> Tensor:
     Launches that may overlap never share one: each stream has its own, and so has each call that a CUDA graph captures,
     since a graph may be replayed on any stream.
     """
-    capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
-    if like.device not in _tickets and not capturing:
-        zeros = torch.zeros(TICKETS, 4, dtype=torch.int32, device=like.device)
-        if like.is_cuda:
-            torch.cuda.current_stream(like.device).synchronize()  # once: other streams will use them, too
-        _tickets[like.device] = _Tickets(zeros, [])
-    tickets = _tickets.get(like.device)
-    if tickets is None or len(tickets.taken) == TICKETS:
-        return torch.zeros(1, dtype=torch.int32, device=like.device)
-    stream = -1 if capturing else torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    if capturing or stream not in tickets.taken:
-        tickets.taken.append(stream)
-        return tickets.zeros[len(tickets.taken) - 1]
-    return tickets.zeros[tickets.taken.index(stream)]
+    with _tickets_lock, torch.cuda.device(like.device) if like.is_cuda else nullcontext():
+        capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
+        if like.device not in _tickets and not capturing:
+            zeros = torch.zeros(TICKETS, 4, dtype=torch.int32, device=like.device)
+            if like.is_cuda:
+                torch.cuda.current_stream(like.device).synchronize()  # once: other streams will use them, too
+            _tickets[like.device] = _Tickets(zeros, [])
+        tickets = _tickets.get(like.device)
+        if tickets is None or len(tickets.taken) == TICKETS:
+            return torch.zeros(1, dtype=torch.int32, device=like.device)
+        stream = -1 if capturing else torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+        if capturing or stream not in tickets.taken:
+            tickets.taken.append(stream)
+            return tickets.zeros[len(tickets.taken) - 1]
+        return tickets.zeros[tickets.taken.index(stream)]
 
 
 def power_of_two(number: int) -> int:

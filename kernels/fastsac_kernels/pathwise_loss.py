@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsac_kernels.launch import Backend, use_triton
+from fastsac_kernels.launch import TICKET_TAGS, Backend, use_triton
 from fastsac_kernels.squashed_gaussian import wide
 
 
@@ -86,7 +86,9 @@ def _(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, *_: Any) -> Tensor
     return gradient.new_empty(gradient.shape, dtype=dtype)
 
 
-@torch.library.custom_op("fastsac_kernels::pathwise_loss", mutates_args=(), device_types=("cuda", "cpu"))
+@torch.library.custom_op(
+    "fastsac_kernels::pathwise_loss", mutates_args=(), device_types=("cuda", "cpu"), tags=TICKET_TAGS
+)
 def pathwise_loss_op(log_prob: Tensor, q: Tensor, alpha: Tensor | None, alpha_value: float) -> tuple[Tensor, Tensor]:
     """One launch: the loss, and the gradients of q as [E, K, B] and of log_prob as [K, B] in one tensor."""
     from fastsac_kernels import pathwise_loss_triton

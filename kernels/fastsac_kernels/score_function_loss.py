@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsac_kernels.launch import Backend, use_triton
+from fastsac_kernels.launch import TICKET_TAGS, Backend, use_triton
 from fastsac_kernels.pathwise_loss import alpha_arguments, check_loss_shapes, constant, scale_op
 from fastsac_kernels.philox import PhiloxState
 from fastsac_kernels.squashed_gaussian import (
@@ -113,7 +113,9 @@ def baseline_values(f: Tensor, alpha: Tensor | float, baseline: str | Tensor) ->
     return (f.sum(0) - f) / (f.shape[0] - 1) if baseline == "loo" else 0.0
 
 
-@torch.library.custom_op("fastsac_kernels::score_function_loss", mutates_args=(), device_types=("cuda", "cpu"))
+@torch.library.custom_op(
+    "fastsac_kernels::score_function_loss", mutates_args=(), device_types=("cuda", "cpu"), tags=TICKET_TAGS
+)
 def score_function_loss_op(
     mean: Tensor,
     log_std: Tensor,

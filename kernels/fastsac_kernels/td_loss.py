@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsac_kernels.launch import Backend, use_triton
+from fastsac_kernels.launch import TICKET_TAGS, Backend, use_triton
 from fastsac_kernels.pathwise_loss import alpha_arguments, constant, scale_op
 from fastsac_kernels.squashed_gaussian import wide
 
@@ -64,7 +64,7 @@ def td_loss(
     return (wide(q) - target).square().mean(1).sum()
 
 
-@torch.library.custom_op("fastsac_kernels::td_loss", mutates_args=(), device_types=("cuda", "cpu"))
+@torch.library.custom_op("fastsac_kernels::td_loss", mutates_args=(), device_types=("cuda", "cpu"), tags=TICKET_TAGS)
 def td_loss_op(
     q: Tensor,
     reward: Tensor,

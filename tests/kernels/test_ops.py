@@ -4,6 +4,7 @@ import functools
 import importlib
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -198,7 +199,16 @@ def test_one_kernel_forward_and_one_backward_on_a_gpu(op: str) -> None:
 def test_launches_that_may_overlap_share_no_ticket(monkeypatch: pytest.MonkeyPatch) -> None:
     like: Any = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
     stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: None)
-    monkeypatch.setattr(launch, "_tickets", {})
+    devices: list[Any] = []
+
+    class Guarded(dict[Any, Any]):
+        def get(self, *arguments: Any) -> Any:
+            assert launch._tickets_lock.locked()  # of two threads, both could take the same one
+            assert devices[-1] == like.device  # whose stream is asked for
+            return super().get(*arguments)
+
+    monkeypatch.setattr(launch, "_tickets", Guarded())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: devices.append(device) or nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     first = launch.new_ticket(like).data_ptr()
@@ -213,6 +223,11 @@ def test_launches_that_may_overlap_share_no_ticket(monkeypatch: pytest.MonkeyPat
     pool = launch._tickets[like.device].zeros
     monkeypatch.setattr(launch, "TICKETS", 5)  # all taken
     assert launch.new_ticket(like).untyped_storage().data_ptr() != pool.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("op", ["pathwise_loss", "score_function_loss", "td_loss"])
+def test_the_compilers_own_graphs_leave_out_what_takes_a_ticket(op: str) -> None:
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.fastsac_kernels, op).default.tags
 
 
 @pytest.mark.parametrize("op", ["sampler", "pathwise", "score", "td"])
