@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsac.errors import UsageError
+from fastsac.transfer import HostArray, to_device
 from fastsac.types import Batch
 from fastsac_kernels import PhiloxState, replay_gather
 from fastsac_kernels.launch import Backend
@@ -71,23 +72,42 @@ class Replay:
         self.size = 0  # transitions that can be drawn
         self._span = torch.zeros(2, dtype=torch.int64, device=self.device)  # _first and size, for the device to read
 
-    def begin(self, obs: Tensor) -> None:
-        """Take the observations [N, O] after a reset of all environments; they do not join what was before."""
-        self._advance(obs)
-        self._enqueue(np.empty(0, np.int64))
-        self._begun = True
-
-    def add(
-        self, action: Tensor, reward: Tensor, terminated: Tensor, next_obs: Tensor, valid: NDArray[np.bool_]
-    ) -> None:
-        """Write one step of every environment, from the observations of the last `begin` or `add`.
+    def begin(self, obs: HostArray) -> Tensor:
+        """Take the observations [N, O] after a reset of all environments; they do not join what was before.
 
         Args:
-            action: [N, A], in the policy's [-1, 1] units.
+            obs: on the host.
+
+        Returns:
+            The observations on the device.
+        """
+        self._advance()
+        indices, on_device = to_device([self._enqueue(np.empty(0, np.int64)), obs], self.device)
+        self._write(indices, 0, on_device)
+        self._begun = True
+        return on_device
+
+    def add(
+        self,
+        action: HostArray,
+        reward: HostArray,
+        terminated: HostArray,
+        next_obs: HostArray,
+        valid: NDArray[np.bool_],
+    ) -> Tensor:
+        """Write one step of every environment, from the observations of the last `begin` or `add`.
+
+        What is on the host goes to the device in one copy, and nothing waits for it.
+
+        Args:
+            action: [N, A], in the policy's [-1, 1] units, on the device or on the host; the rest is on the host.
             reward: [N].
-            terminated: [N] bool.
+            terminated: [N].
             next_obs: [N, O].
-            valid: [N], on the host: False where the environment was reset instead of stepped.
+            valid: [N]: False where the environment was reset instead of stepped.
+
+        Returns:
+            `next_obs` on the device.
 
         Raises:
             ValueError: if `begin` was not called first.
@@ -95,14 +115,21 @@ class Replay:
         if not self._begun:
             raise ValueError("call begin with the observations after the reset before adding steps")
         row = self.newest % self.num_rows
-        self._advance(next_obs)
-        self._action[row] = action
-        self._reward[row] = reward
-        self._terminated[row] = terminated
+        self._advance()
         self._valid[row] = valid
-        self._enqueue(row * self.num_envs + np.flatnonzero(valid))
+        start = (self._first + self.size) % len(self._queue)
+        indices = self._enqueue(row * self.num_envs + np.flatnonzero(valid))
+        arrays: list[HostArray] = [indices, next_obs, reward, terminated]
+        if isinstance(action, Tensor) and action.device.type == self.device.type:
+            queued, on_device, *parts = [*to_device(arrays, self.device), action]
+        else:
+            queued, on_device, *parts = to_device([*arrays, action], self.device)
+        for ring, part in zip((self._reward, self._terminated, self._action), parts, strict=True):
+            ring[row] = part
+        self._write(queued, start, on_device)
+        return on_device
 
-    def _advance(self, obs: Tensor) -> None:
+    def _advance(self) -> None:
         """Go on to the next row; the transition that it held goes with its observation."""
         self.newest += 1
         row = self.newest % self.num_rows
@@ -110,18 +137,23 @@ class Replay:
         self._valid[row] = False
         self._first = (self._first + dropped) % len(self._queue)
         self.size -= dropped
-        self._obs[row] = obs
 
-    def _enqueue(self, indices: NDArray[np.int64]) -> None:
-        number = len(indices)
-        start = (self._first + self.size) % len(self._queue)
-        self.size += number
-        numbers = np.append(indices, [self._first, self.size])  # one transfer for both
-        values = torch.from_numpy(numbers).to(self.device, non_blocking=True)
+    def _enqueue(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Count the transitions in; return what the device needs to know: their indices, and the queue's span."""
+        self.size += len(indices)
+        return np.append(indices, [self._first, self.size])
+
+    def _write(self, indices: Tensor, start: int, obs: Tensor | None) -> None:
+        """Write on the device what `_enqueue` returned, from that place of the queue on, and the newest row."""
+        if obs is not None:
+            self._obs[self.newest % self.num_rows] = obs
+        number = len(indices) - 2
         head = min(number, len(self._queue) - start)
-        self._queue[start : start + head] = values[:head]
-        self._queue[: number - head] = values[head:number]
-        self._span.copy_(values[number:])
+        if head:
+            self._queue[start : start + head] = indices[:head]
+        if number > head:
+            self._queue[: number - head] = indices[head:number]
+        self._span.copy_(indices[number:])
 
     def sample(self, batch_size: int, rng: PhiloxState | None = None, backend: Backend = "reference") -> Batch:
         """Draw `batch_size` transitions, uniformly and with replacement; nothing waits for the device.
@@ -202,7 +234,8 @@ class Replay:
         self._obs[row], self._valid[row] = tensors["obs"].to(self.device), False
         index = np.arange(self.oldest, self.newest) % self.num_rows
         self._first, self.size = counters["first"] % len(self._queue), 0
-        self._enqueue((index[:, None] * self.num_envs + np.arange(self.num_envs))[self._valid[index]])
+        indices = self._enqueue((index[:, None] * self.num_envs + np.arange(self.num_envs))[self._valid[index]])
+        self._write(torch.from_numpy(indices).to(self.device), self._first, None)
         if self.size != counters["size"]:
             raise ValueError(f"{self.size} transitions instead of {counters['size']}")
         if self.generator is not None and "generator" in tensors:

@@ -96,9 +96,7 @@ class Rollout:
             steps = self.progress.warm_up_left = self.config.learning_starts
             if updates and steps:
                 logger.say(f"the replay buffer is empty: {steps} steps refill it before updates go on, in new episodes")
-        obs = torch.from_numpy(self.envs.reset()).to(self.device)
-        self.replay.begin(obs)
-        return obs
+        return self.replay.begin(self.envs.reset())
 
     def _restore(self, stored: dict[str, Any]) -> str:
         """Bring the environments to where the checkpoint left them; return why that cannot be done."""
@@ -124,22 +122,23 @@ class Rollout:
             self._envs.close()
             self._envs = None
 
-    def explore(self) -> Tensor:
+    def explore(self) -> Floats:
         """Return uniformly random actions [N, A]."""
         shape = (self.config.num_envs, self.spaces.action_size)
-        return torch.from_numpy(self.progress.exploration.uniform(-1.0, 1.0, shape).astype(np.float32)).to(self.device)
+        return self.progress.exploration.uniform(-1.0, 1.0, shape).astype(np.float32)
 
     def send(self, action: Floats) -> None:
         """Start a step with actions [N, A] in [-1, 1]."""
         self.envs.send(action)
 
-    def recv(self, action: Tensor) -> Tensor:
-        """Finish the step that was started with this action: store it, and return what follows, [N, O]."""
+    def recv(self, action: Tensor | Floats) -> Tensor:
+        """Finish the step that was started with this action, which may still be on the device.
+
+        Returns:
+            What follows, [N, O] on the device.
+        """
         step = self.envs.recv()
-        next_obs = torch.from_numpy(step.obs).to(self.device)
-        reward = torch.from_numpy(step.reward).to(self.device)
-        terminated = torch.from_numpy(step.terminated).to(self.device)
-        self.replay.add(action, reward, terminated, next_obs, step.valid)
+        next_obs = self.replay.add(action, step.reward, step.terminated, step.obs, step.valid)
         progress, new_steps = self.progress, int(step.valid.sum())
         progress.episodes.add(step)
         progress.steps += new_steps

@@ -41,6 +41,7 @@ from fastsac.saver import Contents, Ours, Saver, first_row
 from fastsac.signals import BUSY, Heartbeat, stop_signals
 from fastsac.spaces import Floats, Spaces
 from fastsac.stored_state import refuse_other_state
+from fastsac.transfer import to_device, to_host
 
 
 class SAC:
@@ -162,10 +163,9 @@ class SAC:
             reached = self._evaluate_and_log(logger, stop, saver)
         while self.steps < total_steps and not stop and not reached:
             before, started = self.steps, time.perf_counter()
-            obs, metrics = self._step(obs, saver)
+            obs = self._step(obs, saver)
             if self._trial is not None and self.updates and not progress.warm_up_left:
                 self._try_threads(logger, time.perf_counter() - started, self.steps - before)
-            progress.metrics |= metrics
             done = self.steps >= total_steps
             if done or self._crossed(config.log_every, before):
                 logger.log(self.steps, self.updates, {**self._read_metrics(saver), **progress.episodes.take()})
@@ -194,19 +194,22 @@ class SAC:
         """
         self._rollout.new_episodes(tries)
 
-    def _step(self, obs: Tensor, saver: Saver | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Step every environment once and make the updates that are due; return what follows obs [N, O]."""
+    def _step(self, obs: Tensor, saver: Saver | None) -> Tensor:
+        """Step every environment once and make the updates that are due; return what follows obs [N, O].
+
+        On a GPU the host waits once: for the actions.
+        """
         progress, acts = self._progress, self._progress.warm_up_left == 0 or self.updates > 0
         action = self.learner.act(obs) if acts else self._rollout.explore()
-        host_action = action.cpu().numpy()
+        host_action = to_host(action) if isinstance(action, Tensor) else action
         if not np.isfinite(host_action).all():
             self._read_metrics(saver)
         self._rollout.send(host_action)
         # the environments step while the learner updates
         due = int(progress.updates_due) if progress.warm_up_left == 0 and self.replay.size else 0
         progress.updates_due -= due
-        metrics = self.learner.update(self.replay, due)
-        return self._rollout.recv(action), metrics
+        self.learner.update(self.replay, due)
+        return self._rollout.recv(action)
 
     def _read_metrics(self, saver: Saver | None) -> dict[str, float]:
         """Read the latest metrics from the device.
@@ -214,6 +217,7 @@ class SAC:
         Raises:
             Divergence: if one of them, or anything in the learner's state, is not finite.
         """
+        self._progress.metrics |= self.learner.metrics()
         state, _ = self.learner.state()
         if not self.learner.learns_alpha:
             del state["log_alpha"]  # of a fixed alpha of 0 it is minus infinity
@@ -277,7 +281,7 @@ class SAC:
         self._rollout.close()
 
     def _deterministic(self, obs: Floats) -> Floats:
-        return self.learner.act(torch.from_numpy(obs).to(self.device), deterministic=True).cpu().numpy()
+        return to_host(self.learner.act(to_device([obs], self.device)[0], deterministic=True))
 
     def predict(self, obs: Any, deterministic: bool = True) -> NDArray[np.float32]:
         """Return actions in the environment's own units.
@@ -293,8 +297,7 @@ class SAC:
             ValueError: if the observation's shape does not fit.
         """
         flat, single = self.spaces.batch(obs)
-        action = self.learner.act(torch.from_numpy(flat).to(self.device), deterministic)
-        scaled = self.spaces.scale(action.cpu().numpy())
+        scaled = self.spaces.scale(to_host(self.learner.act(to_device([flat], self.device)[0], deterministic)))
         return scaled[0] if single else scaled
 
     @contextmanager

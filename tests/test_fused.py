@@ -13,7 +13,6 @@ from torch import Tensor
 from fastsac.config import Config
 from fastsac.estimators import ESTIMATORS
 from fastsac.learner import FusedLearner, Learner
-from fastsac.learner.reference import Metrics
 from fastsac.learner.stack import ACTIVATIONS
 from fastsac.types import Batch, Draw, Sampler
 from tests.test_graphed import A, O, StandIn, assert_equal, filled, tensors_of
@@ -143,10 +142,12 @@ def test_an_update_is_as_exact_as_autograds(
         for learner in (oracle, written):
             learner.load_state(*eager.state())
         eager.noise.clear()
-        by_eager = eager.update(Fixed(shape, 1 + seed)) | everything(eager)
+        eager._measured.clear()
+        eager.update(Fixed(shape, 1 + seed))
         oracle.noise = eager.noise
-        expected = oracle.update(Fixed(shape, 1 + seed, torch.float64)) | everything(oracle)
-        found = written.update(Fixed(shape, 1 + seed)) | everything(written)
+        oracle.update(Fixed(shape, 1 + seed, torch.float64))
+        written.update(Fixed(shape, 1 + seed))
+        by_eager, expected, found = (each.metrics() | everything(each) for each in (eager, oracle, written))
         assert expected.keys() == by_eager.keys() == found.keys()
         for key, wanted in expected.items():
             assert (found[key].dtype, found[key].shape) == (by_eager[key].dtype, wanted.shape), key
@@ -195,12 +196,11 @@ def test_updates_in_one_call_equal_those_in_many(settings: dict[str, Any], preci
     config = Config(batch_size=16, hidden_sizes=(32, 32), precision=precision, **settings)
     together, apart = FusedLearner(config, O, A), FusedLearner(config, O, A)
     replays = filled(), filled()
-    metrics = together.update(replays[0], 13)
-    kept: Metrics = {}
+    together.update(replays[0], 13)
     for _ in range(13):
-        kept |= apart.update(replays[1])
+        apart.update(replays[1])
     assert_equal(tensors_of(together), tensors_of(apart))
-    assert_equal(metrics, kept)
+    assert_equal(together.metrics(), apart.metrics())
 
 
 def test_many_large_batches_are_drawn_in_several_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +234,8 @@ def test_bfloat16_products_stay_within_their_bound(name: str, baseline: str, act
     for precision in ("fp32", "bf16"):
         config = config_of(name, baseline, activation, shape, precision=precision)
         learner = FusedLearner(config, shape.obs_size, shape.action_size)
-        made.append((learner.update(Fixed(shape)), gradients(learner)))
+        learner.update(Fixed(shape))
+        made.append((learner.metrics(), gradients(learner)))
     (expected_metrics, expected), (metrics, found) = made
     assert expected.keys() == found.keys()
     for group, grads in expected.items():
@@ -298,8 +299,8 @@ def test_what_is_not_finite_does_not_hide(where: str, precision: str) -> None:
     learner = FusedLearner(config_of("pathwise", "auto", "relu", shape, precision=precision), 17, 6)
     learner._flat[where].values[200] = math.nan
     learner._flat[where].refresh()
-    metrics = learner.update(Fixed(shape))
-    assert not metrics["critic_loss"].isfinite()
+    learner.update(Fixed(shape))
+    assert not learner.metrics()["critic_loss"].isfinite()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

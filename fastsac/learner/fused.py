@@ -123,22 +123,17 @@ class FusedLearner(Learner):
         return torch.addcmul(mean, sigma, self._acting_noise).tanh_()
 
     @torch.inference_mode()
-    def update(self, replay: Sampler, num_updates: int = 1) -> Metrics:
-        """Make `num_updates` gradient updates, each on a new batch.
-
-        Returns:
-            Scalars as those of the reference engine; only those of the last update are computed.
-        """
-        metrics: Metrics = {}
+    def update(self, replay: Sampler, num_updates: int = 1) -> None:
+        """Make `num_updates` gradient updates, each on a new batch."""
         size, every = self.config.batch_size, self.config.actor_every
         while num_updates:
             drawn = min(num_updates, max(1, TRANSITIONS_DRAWN // size))
             parts = [torch.split(part, size) for part in replay.sample(drawn * size)]
             for batch in zip(*parts, strict=True):
                 num_updates -= 1
-                self._update_fused(Batch(*batch), self.updates % every == 0, metrics if num_updates < every else None)
+                metrics = self._measured if num_updates < every else None
+                self._update_fused(Batch(*batch), self.updates % every == 0, metrics)
                 self.updates += 1
-        return metrics
 
     def _update_fused(self, batch: Batch, with_actor: bool, metrics: Metrics | None) -> None:
         self._next_obs.copy_(batch.next_obs)

@@ -6,8 +6,10 @@ the random numbers' offset. Nothing in it is read on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +23,49 @@ from fastsac_kernels.launch import Backend
 
 #: updates in the longer graph, about; the shorter one has a single update
 UPDATES_PER_GRAPH = 8
-#: updates without a graph, in which kernels are compiled and optimisers make their state
+#: updates, and actions of one batch size in a row, without a graph: kernels are compiled, optimisers make their state
 WARM_UPS = 3
+
+T = TypeVar("T")
+#: metrics' names, and their values in one tensor
+Measured = tuple[tuple[str, ...], Tensor]
 
 
 class Graph(NamedTuple):
     """A recorded run of updates: how to run it again, and where it leaves its metrics."""
 
     replay: Callable[[], None]
-    names: tuple[str, ...]
-    values: Tensor
+    measured: Measured
+
+
+class ActingGraph(NamedTuple):
+    """The recorded policy: how to run it again, where it reads observations [N, O] and leaves actions [N, A]."""
+
+    replay: Callable[[], None]
+    obs: Tensor
+    action: Tensor
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Record a CUDA graph that owns all the memory that it points at, except for what was there before.
+
+    cuBLAS keeps a workspace for each stream, and streams come from a small pool. When a graph is destroyed, PyTorch
+    frees the workspace of the stream that it was recorded on, which another graph may point at (PyTorch issue 193402).
+    So workspaces are dropped before and after, as in PyTorch's ``cudagraph_trees``: the graph's own is made while it is
+    recorded, in its own memory. No garbage is collected meanwhile, since that could free memory of the device.
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+        if enabled:
+            gc.enable()
 
 
 class GraphedLearner(Learner):
@@ -48,46 +83,74 @@ class GraphedLearner(Learner):
         self.acting_rng = PhiloxState(seed, self.device, ACTING)  # acting goes on where no update is made
         on_cuda = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if on_cuda else None  # type: ignore[no-untyped-call]
+        self._latest: dict[bool, Measured] = {}  # by whether it was the actor's turn, too; the newest comes last
         self._forget(None)
 
     def _forget(self, replay: Sampler | None) -> None:
         """Drop what was recorded: it holds the addresses of one replay and of the optimisers' state."""
+        self._measured, self._latest = self.metrics(), {}
         self._recorded_for = replay
         self._graphs: dict[tuple[int, bool], Graph] = {}
         self._warm_ups_left = max(WARM_UPS, self.config.actor_every)  # the actor's kernels among them
+        self._acting: ActingGraph | None = None
+        self._acted: list[torch.Size] = []  # shapes of the latest observations
 
     def act(self, obs: Tensor, deterministic: bool = False) -> Tensor:
-        """Return actions [N, A] in [-1, 1] for obs [N, O]: a sample, or the squashed mean."""
-        action = super().act(obs, deterministic)
-        if not deterministic:
-            self.acting_rng.advance()
+        """Return actions [N, A] in [-1, 1] for obs [N, O]: a sample, or the squashed mean.
+
+        Sampling for the same N again and again is recorded, too.
+        """
+        if deterministic:
+            return super().act(obs, deterministic)
+        if self._acting is None or self._acting.obs.shape != obs.shape:
+            self._acted = [*self._acted, obs.shape][-WARM_UPS - 1 :]
+            if self._stream is None or self._acted != [obs.shape] * (WARM_UPS + 1):
+                return self._beside(self._sample, obs)
+            self._acting = self._record_acting(torch.empty_like(obs))
+        self._acting.obs.copy_(obs)
+        self._acting.replay()
+        return self._acting.action.clone()
+
+    def _sample(self, obs: Tensor) -> Tensor:
+        action = super().act(obs)
+        self.acting_rng.advance()
         return action
 
-    def update(self, replay: Sampler, num_updates: int = 1) -> Metrics:
+    def _record_acting(self, obs: Tensor) -> ActingGraph:
+        graph = torch.cuda.CUDAGraph()
+        with recording(graph, self._stream):
+            action = self._sample(obs)
+        return ActingGraph(graph.replay, obs, action)
+
+    def update(self, replay: Sampler, num_updates: int = 1) -> None:
         """Make `num_updates` gradient updates, each on a new batch, without waiting for the device.
 
         The first ones on a new replay run without a graph, the next ones record it.
-
-        Returns:
-            Scalars as those of the reference engine.
         """
         if replay is not self._recorded_for:
             self._forget(replay)
-        metrics: Metrics = {}
         while num_updates > 0:
             with_actor = self.updates % self.config.actor_every == 0
+            length = 1
             if self._warm_ups_left:
-                length = 1
-                metrics |= self._warm_up(replay, with_actor)
+                self._warm_ups_left -= 1
+                measured = self._beside(self._run, replay, 1, with_actor)
             else:
                 length = self._graph_length(num_updates, with_actor)
                 if (length, with_actor) not in self._graphs:
                     self._graphs[length, with_actor] = self._record(replay, length, with_actor)
                 graph = self._graphs[length, with_actor]
                 graph.replay()
-                metrics |= dict(zip(graph.names, graph.values.clone().unbind(), strict=True))
+                measured = graph.measured
+            self._latest = {True: measured} if with_actor else self._latest | {False: measured}
             self.updates += length
             num_updates -= length
+
+    def metrics(self) -> Metrics:
+        """Return scalars of the last update, on the device, as the reference engine does."""
+        metrics = dict(self._measured)
+        for names, values in self._latest.values():
+            metrics |= dict(zip(names, values.clone().unbind(), strict=True))  # a replay overwrites them
         return metrics
 
     def _graph_length(self, num_updates: int, with_actor: bool) -> int:
@@ -96,31 +159,32 @@ class GraphedLearner(Learner):
         length = rounds * self.config.actor_every
         return length if rounds and with_actor and num_updates >= length else 1
 
-    def _run(self, replay: Sampler, length: int, with_actor: bool) -> Metrics:
+    def _run(self, replay: Sampler, length: int, with_actor: bool) -> Measured:
         """Updates as they are recorded; at the start of several it is the actor's turn."""
         metrics: Metrics = {}
+        every = self.config.actor_every
         for index in range(length):
-            metrics |= self._update_once(replay, with_actor and index % self.config.actor_every == 0)
+            turn = with_actor and index % every == 0
+            metrics |= self._update_once(replay, turn, measure=length - index <= every)
             self.rng.advance()
-        return metrics
+        return tuple(metrics), torch.stack(list(metrics.values()))
 
-    def _warm_up(self, replay: Sampler, with_actor: bool) -> Metrics:
-        self._warm_ups_left -= 1
+    def _beside(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run it on the stream that graphs are recorded on, where a library makes what it needs for each stream."""
         if self._stream is None:
-            return self._run(replay, 1, with_actor)
+            return function(*arguments)
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            metrics = self._run(replay, 1, with_actor)
+            result = function(*arguments)
         current.wait_stream(self._stream)
-        return metrics
+        return result
 
     def _record(self, replay: Sampler, length: int, with_actor: bool) -> Graph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
-            metrics = self._run(replay, length, with_actor)
-            values = torch.stack(list(metrics.values()))
-        return Graph(graph.replay, tuple(metrics), values)
+        with recording(graph, self._stream):
+            measured = self._run(replay, length, with_actor)
+        return Graph(graph.replay, measured)
 
     def _sample_batch(self, replay: Sampler) -> Batch:
         return replay.sample(self.config.batch_size, self.rng.of_stream(BATCH), self.backend)

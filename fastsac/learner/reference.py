@@ -57,6 +57,7 @@ class Learner:
         self.choice = choose(config)
         self.device = torch.device(device)
         self.updates = 0
+        self._measured: Metrics = {}
         self.target_entropy = -float(action_size) if config.target_entropy == "auto" else config.target_entropy
         self.generator = torch.Generator(self.device).manual_seed(seed)
         hidden, activation = config.hidden_sizes, config.activation
@@ -106,31 +107,34 @@ class Learner:
             return torch.tanh(mean)
         return self._draw(ACTING, 1, mean).sample(mean, log_std)[0][0]
 
-    def update(self, replay: Sampler, num_updates: int = 1) -> Metrics:
-        """Make `num_updates` gradient updates, each on a new batch, without waiting for the device.
-
-        Returns:
-            Scalars of the last update, still on the device: `critic_loss`, `q` and, from the last update of the actor,
-            `actor_loss`, `alpha`, `entropy` (of the squashed policy, in nats) and `value_loss` where there is a V.
-        """
-        metrics: Metrics = {}
-        for _ in range(num_updates):
-            metrics |= self._update_once(replay, self.updates % self.config.actor_every == 0)
+    def update(self, replay: Sampler, num_updates: int = 1) -> None:
+        """Make `num_updates` gradient updates, each on a new batch, without waiting for the device."""
+        for left in range(num_updates, 0, -1):
+            with_actor = self.updates % self.config.actor_every == 0
+            self._measured |= self._update_once(replay, with_actor, measure=left <= self.config.actor_every)
             self.updates += 1
-        return metrics
 
-    def _update_once(self, replay: Sampler, with_actor: bool) -> Metrics:
+    def metrics(self) -> Metrics:
+        """Return scalars of the last update, on the device; none before the first one.
+
+        `critic_loss`, `q` and, from the last update of the actor, `actor_loss`, `alpha`, `entropy` (of the squashed
+        policy, in nats) and `value_loss` where there is a V.
+        """
+        return dict(self._measured)
+
+    def _update_once(self, replay: Sampler, with_actor: bool, measure: bool) -> Metrics:
+        """Make one update; return its metrics if they are wanted, else perhaps some of them."""
         batch = self._sample_batch(replay)
-        metrics = self._update_critic(batch)
+        metrics = self._update_critic(batch, measure)
         if with_actor:
-            metrics |= self._update_actor_and_alpha(batch.obs)
+            metrics |= self._update_actor_and_alpha(batch.obs, measure)
         self._update_targets()
         return metrics
 
     def _sample_batch(self, replay: Sampler) -> Batch:
         return replay.sample(self.config.batch_size)
 
-    def _update_critic(self, batch: Batch) -> Metrics:
+    def _update_critic(self, batch: Batch, measure: bool) -> Metrics:
         with torch.no_grad():
             mean, log_std = self.actor(batch.next_obs)
             next_action, next_log_prob = self._draw(NEXT_ACTION, 1, mean).sample(mean, log_std)
@@ -139,9 +143,9 @@ class Learner:
         target = batch.reward, batch.terminated, next_q, next_log_prob[0]
         loss = td_loss(q, *target, self.alpha, self.config.gamma, self.backend)
         self._descend("critic", loss)
-        return {"critic_loss": loss.detach(), "q": q.detach().mean()}
+        return {"critic_loss": loss.detach(), "q": q.detach().mean()} if measure else {}
 
-    def _update_actor_and_alpha(self, obs: Tensor) -> Metrics:
+    def _update_actor_and_alpha(self, obs: Tensor, measure: bool) -> Metrics:
         mean, log_std = self.actor(obs)
         draw = self._draw(ACTION, self.choice.num_action_samples, mean)
         alpha = self.alpha
@@ -152,14 +156,18 @@ class Learner:
             mean, log_std, draw, lambda action: self.critic.of_samples(obs, action), alpha, baseline
         )
         self._descend("actor", estimate.loss)
-        entropy = -estimate.log_prob.mean()
-        metrics = {"actor_loss": estimate.loss.detach(), "alpha": alpha, "entropy": entropy}
+        metrics: Metrics = {}
+        if measure or self.learns_alpha:
+            entropy = -estimate.log_prob.mean()
+        if measure:
+            metrics = {"actor_loss": estimate.loss.detach(), "alpha": alpha, "entropy": entropy}
         if self.learns_alpha:
             self._descend("alpha", self.log_alpha.exp() * (entropy - self.target_entropy))
         if self.value is not None:
             value_loss = (self.value(obs) - estimate.soft_value(alpha)).square().mean()
             self._descend("value", value_loss)
-            metrics["value_loss"] = value_loss.detach()
+            if measure:
+                metrics["value_loss"] = value_loss.detach()
         return metrics
 
     @torch.no_grad()
@@ -249,6 +257,7 @@ class Learner:
         self._load_moments(moments)
         restore_generator(self.generator, tensors["generator"])
         self.updates = counters["updates"]
+        self._measured = {}
 
 
 def refuse_other_networks(
