@@ -1,6 +1,7 @@
-"""The graphed engine. Without a GPU, functions that run again stand in for graphs, and kernels are interpreted."""
+"""The graphed engine, on a GPU and on a pretended one, whose graphs are as a GPU's."""
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from fastsac.replay import Replay
 from fastsac.types import Batch, Draw, Sampler
 from fastsac_kernels import PhiloxState, philox_normal, replay_gather
 from fastsac_kernels.replay_gather import uniform_positions_op
+from tests.pretend_cuda import pretended
 
 O, A, N, B, HIDDEN = 5, 3, 2, 17, (8, 6)  # noqa: E741
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SETTINGS = [
     {},
     {"num_action_samples": 3, "num_critics": 3, "actor_every": 2},
@@ -29,49 +30,22 @@ SETTINGS = [
     {"estimator": "score", "baseline": "constant", "num_action_samples": 2},
     {"estimator": "score", "baseline": "none"},
 ]
-every_device = pytest.mark.parametrize("device", DEVICES)
 every_setting = pytest.mark.parametrize("settings", SETTINGS, ids=str)
 few_settings = pytest.mark.parametrize("settings", [{}, {"actor_every": 2}, *SETTINGS[2:4]], ids=str)
 
 
-@pytest.fixture(autouse=True)
-def _short_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes its time."""
-    monkeypatch.setattr(engine, "UPDATES_PER_GRAPH", 4)
+@pytest.fixture(autouse=True, params=["pretended", pytest.param("cuda", marks=pytest.mark.gpu)])
+def _gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(engine, "UPDATES_PER_GRAPH", 4)  # the interpreter takes its time
     monkeypatch.setattr(engine, "WARM_UPS", 2)
+    if request.param == "cuda":
+        yield
+        return
+    with pretended():
+        yield
 
 
-class StandIn(GraphedLearner):
-    """On a CPU a graph is a function that does the same again; what it has made stays where it was, as in a graph."""
-
-    def _record(self, replay: Sampler, length: int, with_actor: bool) -> Graph:
-        if self.device.type == "cuda":
-            return super()._record(replay, length, with_actor)
-        before = self.state_of_everything()
-        metrics = self._run(replay, length, with_actor)  # recording computes nothing
-        values = torch.stack(list(metrics.values()))
-        self.restore_everything(before)
-
-        def again() -> None:
-            values.copy_(torch.stack(list(self._run(replay, length, with_actor).values())))
-
-        return Graph(again, tuple(metrics), values)
-
-    def state_of_everything(self) -> list[Tensor]:
-        return [tensor.clone() for tensor in self.everything()]
-
-    def restore_everything(self, values: list[Tensor]) -> None:
-        for tensor, value in zip(self.everything(), values, strict=True):
-            tensor.data.copy_(value)
-
-    def everything(self) -> list[Tensor]:
-        tensors = [self.rng.state, self.log_alpha, *(p for net in self._networks().values() for p in net.parameters())]
-        for optimizer in self.optimizers.values():
-            tensors += [value for moments in optimizer.state.values() for value in moments.values()]
-        return tensors
-
-
-class Eager(StandIn):
+class Eager(GraphedLearner):
     """The same numbers through the reference's kernels, without any graph."""
 
     backend = "reference"
@@ -81,31 +55,33 @@ class Eager(StandIn):
         self._warm_ups_left = 10**9
 
 
-def make(kind: type[Learner] = StandIn, device: str = "cpu", seed: int = 0, **settings: Any) -> Any:
+def make(kind: type[Learner] = GraphedLearner, seed: int = 0, **settings: Any) -> Any:
     rates = {"actor_lr": 1e-3, "critic_lr": 1e-3, "value_lr": 1e-3, "alpha_lr": 1e-3}
-    return kind(Config(**{"hidden_sizes": HIDDEN, "batch_size": B, **rates, **settings}), O, A, device, seed)
+    return kind(Config(**{"hidden_sizes": HIDDEN, "batch_size": B, **rates, **settings}), O, A, "cuda", seed)
 
 
-def filled(device: str = "cpu", steps: int = 20) -> Replay:
-    replay = Replay(100, N, O, A, device, torch.Generator(device).manual_seed(0))
+def filled(steps: int = 20) -> Replay:
+    replay = Replay(100, N, O, A, "cuda", torch.Generator("cuda").manual_seed(0))
     rng = torch.Generator().manual_seed(1)
-    replay.begin(torch.randn(N, O, generator=rng).to(device))
+    replay.begin(torch.randn(N, O, generator=rng))
     for _ in range(steps):
         add(replay, rng)
     return replay
 
 
 def add(replay: Replay, rng: torch.Generator, reward: float | None = None) -> None:
-    device = replay.device
     action = torch.rand(N, A, generator=rng) * 2.0 - 1.0
     rewards = torch.randn(N, generator=rng) if reward is None else torch.full((N,), reward)
     ends = torch.rand(N, generator=rng) < 0.2
-    parts = [part.to(device) for part in (action, rewards, ends, torch.randn(N, O, generator=rng))]
-    replay.add(*parts, np.array([True, False]))
+    replay.add(action, rewards, ends, torch.randn(N, O, generator=rng), np.array([True, False]))
 
 
 def tensors_of(learner: Learner) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in learner.state()[0].items() if name != "generator"}
+    return {name: tensor.cpu().clone() for name, tensor in learner.state()[0].items() if name != "generator"}
+
+
+def metrics_of(learner: Learner) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in learner.metrics().items()}
 
 
 def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -114,7 +90,7 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, second[name]), name
 
 
-class Drawn(StandIn):
+class Drawn(GraphedLearner):
     """Notes the batches, and what the actions are drawn with."""
 
     def __init__(self, *args: Any) -> None:
@@ -122,9 +98,9 @@ class Drawn(StandIn):
         self.draws: list[tuple[Tensor, int]] = []
         super().__init__(*args)
 
-    def _update_critic(self, batch: Batch) -> Metrics:
+    def _update_critic(self, batch: Batch, measure: bool) -> Metrics:
         self.batches.append(batch)
-        return super()._update_critic(batch)
+        return super()._update_critic(batch, measure)
 
     def _draw(self, purpose: int, num_samples: int, mean: Tensor) -> Draw:
         draw = super()._draw(purpose, num_samples, mean)
@@ -139,10 +115,10 @@ def test_every_draw_has_numbers_of_its_own() -> None:
         learner._warm_ups_left = 10
         learner.update(replay, 1)
         assert learner.rng.state.tolist() == [5, step + 1]
-        expected = [PhiloxState(5, stream=stream) for stream in range(3)]
+        expected = [PhiloxState(5, "cuda", stream) for stream in range(3)]
         for rng in expected:
             rng.advance(step)
-        positions = uniform_positions_op(expected[2].state, 2, B, torch.tensor(replay.size))
+        positions = uniform_positions_op(expected[2].state, 2, B, torch.tensor(replay.size, device="cuda"))
         ring = replay._obs, replay._action, replay._reward, replay._terminated, replay._queue, replay._span
         for found, wanted in zip(learner.batches[-1], replay_gather(*ring, positions, B), strict=True):
             assert torch.equal(found, wanted)
@@ -150,25 +126,25 @@ def test_every_draw_has_numbers_of_its_own() -> None:
         assert (one, samples) == (1, 3)
         assert torch.equal(next_noise, philox_normal(expected[0], (1, B, A)))
         assert torch.equal(noise, philox_normal(expected[1], (3, B, A)))
-    learner.act(torch.zeros(4, O))
-    assert torch.equal(learner.draws[-1][0], philox_normal(PhiloxState(5, stream=3), (1, 4, A)))
+    learner.act(torch.zeros(4, O, device="cuda"))
+    assert torch.equal(learner.draws[-1][0], philox_normal(PhiloxState(5, "cuda", 3), (1, 4, A)))
 
 
-@every_device
 @pytest.mark.parametrize("num_updates", [1, 13])
-def test_an_update_advances_the_generator_by_one(num_updates: int, device: str) -> None:
-    learner = make(StandIn, device)
-    learner.update(filled(device), num_updates)
+def test_an_update_advances_the_generator_by_one(num_updates: int) -> None:
+    learner = make()
+    learner.update(filled(), num_updates)
     assert learner.rng.state[1] == learner.updates == num_updates
 
 
-@every_device
 @every_setting
-def test_it_does_what_the_reference_does(settings: dict[str, Any], device: str) -> None:
-    replay = filled(device)
-    learners = [make(kind, device, **settings) for kind in (StandIn, Eager)]
+def test_it_does_what_the_reference_does(settings: dict[str, Any]) -> None:
+    replay = filled()
+    learners = [make(kind, **settings) for kind in (GraphedLearner, Eager)]
     for num_updates in (1, 1, 5):
-        found, expected = (learner.update(replay, num_updates) for learner in learners)
+        for learner in learners:
+            learner.update(replay, num_updates)
+        found, expected = (metrics_of(learner) for learner in learners)
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-4, msg=name)
@@ -180,11 +156,10 @@ def test_it_does_what_the_reference_does(settings: dict[str, Any], device: str) 
             assert difference.max() < 2e-3, name
 
 
-@every_device
 @few_settings
-def test_graphs_change_no_bit(settings: dict[str, Any], device: str) -> None:
-    replay = filled(device)
-    graphed, plain = make(StandIn, device, **settings), make(StandIn, device, **settings)
+def test_graphs_change_no_bit(settings: dict[str, Any]) -> None:
+    replay = filled()
+    graphed, plain = make(**settings), make(**settings)
     plain._forget(replay)
     plain._warm_ups_left = 10**9
     for num_updates in (2, 1, 5, 1):
@@ -193,38 +168,45 @@ def test_graphs_change_no_bit(settings: dict[str, Any], device: str) -> None:
     assert_equal(tensors_of(graphed), tensors_of(plain))
 
 
-@every_device
 @few_settings
-def test_the_seed_decides_every_bit(settings: dict[str, Any], device: str) -> None:
+def test_the_seed_decides_every_bit(settings: dict[str, Any]) -> None:
     results = []
     for seed in (3, 3, 4):
         torch.manual_seed(len(results))  # of no consequence
-        learner, replay = make(StandIn, device, seed, **settings), filled(device)
+        learner, replay = make(GraphedLearner, seed, **settings), filled()
         learner.update(replay, 6)
-        learner.act(torch.zeros(4, O, device=device))
+        learner.act(torch.zeros(4, O, device="cuda"))
         results.append(tensors_of(learner))
     assert_equal(results[0], results[1])
     assert not torch.equal(results[0]["critic.weights.1"], results[2]["critic.weights.1"])
 
 
-class Noting(StandIn):
-    """Notes whose turn it was in every update that ran, and what was recorded."""
+class Noting(GraphedLearner):
+    """Notes on the device whose turn it was in every update that ran, and what was recorded."""
 
     def __init__(self, *args: Any) -> None:
-        self.turns: list[bool] = []
         self.recorded: list[tuple[int, bool]] = []
         super().__init__(*args)
+        self.history = torch.zeros((), dtype=torch.int64, device="cuda")
 
-    def _update_once(self, replay: Sampler, with_actor: bool) -> Metrics:
-        self.turns.append(with_actor)
-        return {"x": torch.zeros(()), "y": torch.zeros(())} if with_actor else {"x": torch.zeros(())}
+    def _update_once(self, replay: Sampler, with_actor: bool, measure: bool) -> Metrics:
+        self.history.mul_(3).add_(1 + with_actor).remainder_(HISTORIES)
+        value = self.history.float()
+        return {"x": value, "y": value} if with_actor else {"x": value}
 
     def _record(self, replay: Sampler, length: int, with_actor: bool) -> Graph:
         self.recorded.append((length, with_actor))
-        kept, self.turns = self.turns, []
-        graph = super()._record(replay, length, with_actor)
-        self.turns = kept
-        return graph
+        return super()._record(replay, length, with_actor)
+
+
+HISTORIES = 1_000_003
+
+
+def history(turns: list[bool]) -> int:
+    value = 0
+    for turn in turns:
+        value = (3 * value + 1 + turn) % HISTORIES
+    return value
 
 
 @pytest.mark.parametrize("actor_every", [1, 2, 3, 4, 100])
@@ -235,7 +217,12 @@ def test_the_actor_has_its_turn_as_in_the_reference(actor_every: int) -> None:
         total += num_updates
         learner.update(replay, num_updates)
         assert learner.updates == total
-    assert learner.turns == [step % actor_every == 0 for step in range(total)]
+        turns = [step % actor_every == 0 for step in range(total)]
+        assert learner.history.item() == history(turns)
+        if total:  # the metrics are those of the last update, and of the actor's last turn
+            last = max(step for step, turn in enumerate(turns) if turn)
+            expected = {"x": float(history(turns)), "y": float(history(turns[: last + 1]))}
+            assert {name: value.item() for name, value in learner.metrics().items()} == expected
 
 
 @pytest.mark.parametrize(("actor_every", "long"), [(1, 4), (2, 4), (3, 3), (4, 4)])
@@ -260,22 +247,21 @@ def test_another_replay_or_a_loaded_state_is_recorded_anew() -> None:
     assert len(learner.recorded) == 6
 
 
-@every_device
-def test_what_is_added_later_is_drawn_too(device: str) -> None:
-    learner, replay = make(StandIn, device, gamma=0.0, critic_lr=1e-9), filled(device, steps=3)
+def test_what_is_added_later_is_drawn_too() -> None:
+    learner, replay = make(gamma=0.0, critic_lr=1e-9), filled(steps=3)
     learner.update(replay, 6)
     rng = torch.Generator().manual_seed(2)
     for _ in range(60):  # wraps the ring: nothing of the old is left
         add(replay, rng, reward=1000.0)
-    loss = learner.update(replay, 4)["critic_loss"].item()
-    assert loss == pytest.approx(2.0 * 1000.0**2, rel=0.01)
+    learner.update(replay, 4)
+    assert learner.metrics()["critic_loss"].item() == pytest.approx(2.0 * 1000.0**2, rel=0.01)
 
 
-@every_device
-def test_metrics_stay_as_they_were(device: str) -> None:
-    learner, replay = make(StandIn, device), filled(device)
+def test_metrics_stay_as_they_were() -> None:
+    learner, replay = make(), filled()
     learner.update(replay, 6)
-    first = learner.update(replay, 4)
+    learner.update(replay, 4)
+    first = learner.metrics()
     before = {name: value.item() for name, value in first.items()}
     learner.update(replay, 4)
     assert {name: value.item() for name, value in first.items()} == before
@@ -283,18 +269,18 @@ def test_metrics_stay_as_they_were(device: str) -> None:
     assert all(value.dim() == 0 and not value.requires_grad for value in first.values())
 
 
-@every_device
 @few_settings
-def test_a_loaded_learner_goes_on_where_it_was(settings: dict[str, Any], device: str) -> None:
-    learner, resumed = (make(StandIn, device, seed, **settings) for seed in (0, 1))
-    replay = filled(device)
+def test_a_loaded_learner_goes_on_where_it_was(settings: dict[str, Any]) -> None:
+    learner, resumed = (make(GraphedLearner, seed, **settings) for seed in (0, 1))
+    replay = filled()
     learner.update(replay, 4)
     resumed.update(replay, 3)
-    learner.act(torch.zeros(4, O, device=device))
-    resumed.load_state(tensors_of(learner) | {"generator": learner.generator.get_state()}, learner.state()[1])
+    learner.act(torch.zeros(4, O, device="cuda"))
+    resumed.load_state(*learner.state())
+    assert resumed.metrics() == {}
     for each in (learner, resumed):
         each.update(replay, 6)
-        each.act(torch.zeros(4, O, device=device))
+        each.act(torch.zeros(4, O, device="cuda"))
     assert_equal(tensors_of(learner), tensors_of(resumed))
 
 
@@ -315,24 +301,23 @@ def test_checkpoints_go_from_one_engine_to_another() -> None:
 
 
 def test_acting_draws_new_numbers_each_time_and_an_update_none_of_them() -> None:
-    learner, other, obs = make(), make(), torch.zeros(4, O)
+    learner, other, obs = make(), make(), torch.zeros(4, O, device="cuda")
     first = learner.act(obs)
     assert torch.equal(first, other.act(obs))
     assert not torch.equal(first, learner.act(obs))
     calm = learner.act(obs, deterministic=True)
     assert torch.equal(calm, torch.tanh(learner.actor(obs)[0]))
     other.update(filled(), 2)
-    moved = other.acting_rng.state.clone()
-    assert torch.equal(moved, torch.tensor([0, 1]))
+    assert other.acting_rng.state.tolist() == [0, 1]
 
 
-def test_a_run_with_it_is_saved_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastsac import SAC, train  # needs the environments, which a GPU host may not have
+def test_a_run_with_it_is_saved_and_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("envpool")
+    from fastsac import SAC  # needs the environments, which a GPU host may not have
 
-    monkeypatch.setattr(train, "choose_engine", lambda *_: ("graphed", "asked for"))
-    monkeypatch.setattr(train, "make_learner", StandIn)
     config = Config(
         "Pendulum-v1",
+        engine="graphed",
         hidden_sizes=HIDDEN,
         batch_size=8,
         learning_starts=8,
@@ -358,7 +343,7 @@ def test_a_run_with_it_is_saved_and_goes_on(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @every_setting
 def test_nothing_waits_for_the_device(settings: dict[str, Any]) -> None:
-    learner, replay = make(GraphedLearner, "cuda", **settings), filled("cuda")
+    learner, replay = make(**settings), filled()
     for _ in range(3):  # records all graphs
         learner.update(replay, 31)
     torch.cuda.synchronize()
@@ -371,7 +356,7 @@ def test_nothing_waits_for_the_device(settings: dict[str, Any]) -> None:
 
 @pytest.mark.gpu
 def test_memory_stays() -> None:
-    learner, replay = make(GraphedLearner, "cuda"), filled("cuda")
+    learner, replay = make(), filled()
     learner.update(replay, 30)
     gc.collect()
     before = torch.cuda.memory_allocated()

@@ -106,7 +106,7 @@ class GraphedLearner(Learner):
             self._acted = [*self._acted, obs.shape][-WARM_UPS - 1 :]
             if self._stream is None or self._acted != [obs.shape] * (WARM_UPS + 1):
                 return self._beside(self._sample, obs)
-            self._acting = self._record_acting(torch.empty_like(obs))
+            self._acting = self._record_acting(obs.clone())
         self._acting.obs.copy_(obs)
         self._acting.replay()
         return self._acting.action.clone()
@@ -208,6 +208,7 @@ class GraphedLearner(Learner):
             UsageError: if it comes from a learner of another shape or another estimator's networks.
         """
         super().load_state(tensors, counters)
+        self._latest = {}
         if "philox" in tensors and tensors["philox"].shape != self.acting_rng.state.shape:
             raise UsageError("the checkpoint's random numbers do not fit this version")
         if "philox" in tensors:
