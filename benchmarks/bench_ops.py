@@ -13,14 +13,23 @@ import pytest
 import torch
 
 from benchmarks.measure import Call, launched, measure
-from benchmarks.op_cases import BACKENDS, BOTH, CASES, LAUNCH_SIZES, Case, Runner, build, bytes_moved
+from benchmarks.op_cases import (
+    BACKENDS,
+    BOTH,
+    CASES,
+    GPU_MEASUREMENTS,
+    Case,
+    Measurement,
+    Runner,
+    build,
+    bytes_moved,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CUDA = torch.cuda.is_available()
 
-PARAMETERS = [(case, backend, which) for case in CASES for backend in BACKENDS for which in case.passes]
-if CUDA:  # what the targets compare, before a time budget may end
-    PARAMETERS.sort(key=lambda parameters: parameters[1] == "reference")
+EVERYTHING = [Measurement(case, backend, which) for case in CASES for backend in BACKENDS for which in case.passes]
+PARAMETERS = GPU_MEASUREMENTS if CUDA else EVERYTHING
 
 
 @lru_cache(1)  # the passes of one case follow one another
@@ -49,7 +58,7 @@ def test_op(
     forward, backward = bytes_moved(case)
     row["bytes"] = forward + backward * (which == BOTH)
     row |= measure(benchmark, operation.call(case, which), device, flush, 0.1 if CUDA else 0.3)
-    if CUDA and case.size in [*LAUNCH_SIZES, *((b, None) for b, _ in LAUNCH_SIZES)] and which == case.passes[-1]:
+    if CUDA and Measurement(case, backend, which).counted:
         names = launches(operation, which)
         row["launches"] = {name: len(kernels) for name, kernels in names.items()}
         row |= {"kernels": names} if backend == "triton" else {}

@@ -17,7 +17,18 @@ import pytest
 import torch
 
 from benchmarks.measure import Call, capture, synchronize, wall_quantiles
-from benchmarks.op_cases import ACTIONS, ACTOR, BATCHES, ESTIMATORS, NUM_ENVS, OBS_SIZE, UPDATE
+from benchmarks.op_cases import (
+    ACTIONS,
+    ACTOR,
+    BATCHES,
+    ESTIMATORS,
+    GPU_UPDATES,
+    MAIN,
+    NUM_ENVS,
+    OBS_SIZE,
+    TABLE_SIZES,
+    UPDATE,
+)
 from fastsac.config import Config
 from fastsac.learner import Learner, make_learner, set_up_torch
 from fastsac.replay import Replay
@@ -49,20 +60,41 @@ class Case(NamedTuple):
 
 
 CASES = [Case(*estimator, *size, engine) for size in SIZES for estimator in ESTIMATORS for engine in ENGINES]
-if CUDA:  # what the target compares, before a time budget may end; torch.compile's minutes after that
-    CASES.sort(key=lambda case: 1 if case.engine == "compile" else 2 * (case.B != 256))
+if CUDA:  # what the target compares, before a time budget may end; torch.compile's minutes last
+    CASES.sort(key=lambda case: (case.engine == "compile", case.B != 256))
+#: the fused engine has no actor's step apart from the update: the actor's forward pass is shared with the critics' step
+STEPS = [(case, what) for case in CASES for what in (ACTOR, UPDATE) if what == UPDATE or "fused" not in case.engine]
 
 
-def why_not(case: Case) -> str | None:
-    """Return the reason if the case would take too long for what it tells."""
-    main = case[:3] in (("pathwise", "auto", 1), ("score", "loo", 2))
+def why_not(case: Case, what: str, on_gpu: bool = CUDA) -> str | None:
+    """Return the reason if the step would take too long for what it tells."""
+    main = case[:3] in MAIN
     if case.engine == "compile" and (case.B, case.A) != (256, 6):
         return "torch.compile of a learner is measured at B = 256, A = 6 only"
-    if case.engine == "compile" and CUDA and not main:
-        return "on a GPU torch.compile of a learner is measured for pathwise with K = 1 and loo with K = 2 only"
-    if not CUDA and case.B == 65536 and (case.A != 6 or not main):
+    if not on_gpu and case.B == 65536 and (case.A != 6 or not main):
         return "on a CPU B = 65536 is measured for A = 6, pathwise with K = 1 and loo with K = 2, only"
+    if not on_gpu:
+        return None
+    if case.engine == "compile" and not main:
+        return "on a GPU torch.compile of a learner is measured for pathwise with K = 1 and loo with K = 2 only"
+    if what == ACTOR and (case.B, case.A) != (256, 6):
+        return "on a GPU the actor's step alone is measured at B = 256, A = 6 only"
+    if case.B == 256 and (case[:3], case.A) not in GPU_UPDATES:
+        return "on a GPU other A than 6 are measured for pathwise with K = 1 and loo with K = 2 only"
+    if case.B != 256 and (not main or (case.B, case.A) not in [*TABLE_SIZES, (65536, 6)]):
+        return "on a GPU larger B are measured for pathwise with K = 1 and loo with K = 2, A = 6 and 32, only"
     return None
+
+
+GPU_STEPS = [(case, what) for case, what in STEPS if "fused" not in case.engine and why_not(case, what, True) is None]
+#: seconds on a GPU, if anything too many: a learner, its first updates (kernels compiled before) and graphs; a step
+FIRST_S = {"reference": 0.3, "graphed": 1.0, "compile": 8.0}
+STEP_S, START_S = 0.25, 5.0
+
+
+def seconds(steps: list[tuple[Case, str]]) -> float:
+    """Return about how long they take together on a GPU."""
+    return START_S + STEP_S * len(steps) + sum(FIRST_S[case.engine] for case in {case for case, _ in steps})
 
 
 @lru_cache(1)
@@ -99,10 +131,6 @@ def learner(case: Case, device: torch.device) -> Learner:
     return made
 
 
-#: the fused engine has no actor's step apart from the update: the actor's forward pass is shared with the critics' step
-STEPS = [(case, what) for case in CASES for what in (ACTOR, UPDATE) if what == UPDATE or "fused" not in case.engine]
-
-
 @pytest.mark.parametrize(("case", "what"), STEPS, ids=[f"{what}-{case.id}" for case, what in STEPS])
 def test_update(
     benchmark: Any,
@@ -113,9 +141,16 @@ def test_update(
     what: str,
 ) -> None:
     require(case.engine, device)
-    reason = why_not(case)
+    reason = why_not(case, what)
     if reason:
         pytest.skip(reason)
+    synchronized, calls = prepare(case, what, device)
+    row: dict[str, Any] = {"what": what} | case._asdict() | {"updates_per_call": calls}
+    record(row | {"wall_us": wall_quantiles(benchmark, synchronized, device, 0.15 if CUDA else 0.5, calls)})
+
+
+def prepare(case: Case, what: str, device: torch.device) -> tuple[Call, int]:
+    """Return a call that ends when the device is done, and how many updates it makes; all is compiled and recorded."""
     made, ring = learner(case, device), filled_replay(case.A, device)
     calls = UPDATES_PER_CALL if what == UPDATE and case.B == 256 else 1
     call = actor_step(made, case, device) if what == ACTOR else lambda: made.update(ring, calls)
@@ -124,17 +159,15 @@ def test_update(
         call()
         synchronize(device)
 
-    for _ in range(
-        1 if case.engine == "reference" or "fused" in case.engine else 4
-    ):  # compiles, makes the optimisers' state, records the graph
+    # compiles, makes the optimisers' state, records the graph
+    for _ in range(1 if case.engine == "reference" or "fused" in case.engine else 4):
         synchronized()
-    row: dict[str, Any] = {"what": what} | case._asdict() | {"updates_per_call": calls}
-    record(row | {"wall_us": wall_quantiles(benchmark, synchronized, device, 0.15 if CUDA else 0.5, calls)})
+    return synchronized, calls
 
 
 def actor_step(made: Learner, case: Case, device: torch.device) -> Call:
-    """Return the actor's and the temperature's step on a fixed batch."""
+    """Return the actor's and the temperature's step on a fixed batch, without metrics, as most updates make it."""
     obs = torch.randn(case.B, OBS_SIZE, device=device)
     if case.engine == "graphed":
-        return capture(lambda: made._update_actor_and_alpha(obs))
-    return lambda: made._update_actor_and_alpha(obs)
+        return capture(lambda: made._update_actor_and_alpha(obs, measure=False))
+    return lambda: made._update_actor_and_alpha(obs, measure=False)

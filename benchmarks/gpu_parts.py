@@ -28,9 +28,13 @@ TAIL = 3000
 
 
 def environment(work: Path, **more: str) -> dict[str, str]:
-    """Return the environment of a part: this checkout importable, caches of its own, kernels not interpreted."""
+    """Return the environment of a part: this checkout importable, kernels not interpreted, caches that all parts share.
+
+    Triton's is named, too: where it is not, torch.compile moves it into its own as soon as it is used in a process.
+    """
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    settings = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), "TRITON_CACHE_DIR": str(work / "triton")}
+    settings = {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | caches
     return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | settings | more
 
 
@@ -69,7 +73,7 @@ def tail(log: Path) -> str:
 
 
 class Precompilers:
-    """Processes that fill torch.compile's cache, so that its versions of all operations can be measured in time."""
+    """Processes that fill torch.compile's cache and Triton's, so that all can be measured in time."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
@@ -89,7 +93,7 @@ class Precompilers:
                 break
         done = sum(process.poll() == 0 for process in self.processes)
         self.stop()
-        forget_tuning(self.work / "inductor")
+        forget_tuning(self.work)
         return {"processes": len(self.processes), "completed": done}
 
     def stop(self) -> None:

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, _get_np_dtype
 
 from benchmarks.machine import write_json
 from fastsac.config import Config
 from fastsac.learner import GraphedLearner, Learner
 from fastsac.replay import Replay
+from fastsac.types import Sampler
 from fastsac_kernels import (
     PhiloxState,
     pathwise_loss,
@@ -42,10 +42,13 @@ from fastsac_kernels import (
 RESULT = Path(__file__).parent / "results" / "launches.json"
 B, A, K, E, O = 256, 6, 2, 2, 17  # noqa: E741
 NO_KERNEL = {"empty", "detach", "alias", "lift_fresh", "new_empty", "empty_like", "new_empty_strided", "_to_copy"}
+ONLY_WRITE = {"copy_", "normal_"}
+#: calls whose first arguments, so many, are read only where they are gathered from
+GATHERED = {"index_select": 1, "replay_gather": 5}
 
 
 class Eager(TorchDispatchMode):
-    """Counts the calls that would be kernels, and the bytes of their tensors."""
+    """Counts the calls that would be kernels, and the bytes that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,19 +56,49 @@ class Eager(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not func.is_view and func.overloadpacket.__name__ not in NO_KERNEL:
-            self.launches += 1
-            read = (result, args[2]) if func.overloadpacket.__name__ == "index_select" else (args, kwargs)
-            tensors = [leaf for leaf in tree_leaves((read, result)) if isinstance(leaf, Tensor)]
-            # an expanded scalar is read once
-            self.bytes += sum(min(each.nbytes, each.untyped_storage().nbytes()) for each in tensors)
+        name, tensors = func.overloadpacket.__name__, _touched(func, args, kwargs or {}, result)
+        if func.is_view or name in NO_KERNEL or not tensors:
+            return result
+        if name == "baddbmm":  # copies the bias to the output first, which a dispatch mode does not see
+            bias, *factors = tensors
+            self.kernel("copy_", (), [bias, (result, 1)])
+            tensors = [*factors[:2], (result, 2)]
+        self.kernel(name, args, tensors)
         return result
+
+    def kernel(self, name: str, args: Any, tensors: list[tuple[Tensor, int]]) -> None:
+        """Count one launch; `tensors` are those that it touches, and how many times."""
+        self.launches += 1
+        self.bytes += sum(times * size_of(tensor) for tensor, times in tensors)
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes; an expanded scalar is read once."""
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
+
+
+def _touched(func: Any, args: Any, kwargs: Any, result: Any) -> list[tuple[Tensor, int]]:
+    """Return the tensors of a call, with 1 for what is read or written and 2 for what is changed in place."""
+    name, touched = func.overloadpacket.__name__, []
+    for index, argument in enumerate(func._schema.arguments):
+        value = args[index] if index < len(args) else kwargs.get(argument.name)
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        once = name in ONLY_WRITE or argument.is_out or argument.name == "grads"  # Adam says that it changes those
+        times = 2 if changed and not once else 1
+        if index >= GATHERED.get(name, 0):  # of a ring, only the rows that are drawn are read
+            touched += [(leaf, times) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    if not any(each.alias_info for each in func._schema.returns):  # else they are arguments
+        times = 2 if name in GATHERED else 1
+        touched += [(leaf, times) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    return touched
 
 
 class Interpreted:
     """Counts the interpreter's launches, and the bytes that it loads and stores."""
 
     def __init__(self) -> None:
+        from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, _get_np_dtype
+
         self.launches = self.bytes = 0
         run, load = GridExecutor.__call__, InterpreterBuilder.create_masked_load
         store = InterpreterBuilder.create_masked_store
@@ -145,18 +178,28 @@ def count(
     return counts
 
 
-def update_launches(kind: type[Learner], estimator: str) -> int:
-    """Count the calls of one whole update after the first, by an engine's code run without a graph."""
-    learner = kind(Config(estimator=estimator, hidden_sizes=(32, 32)), O, A, "cpu")  # sizes change no count
+def filled_replay() -> Replay:
+    """Return a replay of random transitions."""
     replay = Replay(1024, 16, O, A, generator=torch.Generator().manual_seed(0))
     replay.begin(torch.randn(16, O))
     for _ in range(20):
         ends = torch.zeros(16, dtype=torch.bool)
         replay.add(torch.rand(16, A), torch.randn(16), ends, torch.randn(16, O), np.ones(16, np.bool_))
-    learner.update(replay)
-    with Eager() as counter:
-        learner.update(replay)
-    return counter.launches
+    return replay
+
+
+def count_update(learner: Learner, sampler: Sampler, counter: Eager) -> Eager:
+    """Count the calls of one whole update after the first, by an engine's code run without a graph."""
+    learner.update(sampler)
+    with counter:
+        learner.update(sampler)
+    return counter
+
+
+def update_launches(kind: type[Learner], estimator: str) -> int:
+    """Return the launches of one whole update."""
+    learner = kind(Config(estimator=estimator, hidden_sizes=(32, 32)), O, A, "cpu")  # sizes change no count
+    return count_update(learner, filled_replay(), Eager()).launches
 
 
 def main() -> None:

@@ -27,10 +27,16 @@ BACKENDS = ("compile", "triton", "reference")
 BATCHES, ACTIONS = (256, 4096, 65536), (1, 6, 17, 32)
 #: what the targets are about, and therefore first: a time budget may end before the last
 LAUNCH_SIZES = ((65536, 32), (256, 6))
+#: what tables show; on a GPU all kinds of operations are timed at these sizes, and eager PyTorch at no other
+TABLE_SIZES = (*LAUNCH_SIZES, (4096, 6))
 SIZES = [*LAUNCH_SIZES, *((b, a) for b in BATCHES for a in ACTIONS if (b, a) not in LAUNCH_SIZES)]
 SCORES = (("none", 1), ("constant", 1), ("value", 1), ("loo", 2), ("loo", 4), ("loo", 8))
 #: estimator, baseline and K of whole updates
 ESTIMATORS = (("pathwise", "auto", 1), ("pathwise", "auto", 2), *(("score", *score) for score in SCORES))
+#: those that are measured at every size
+MAIN = (("pathwise", "auto", 1), ("score", "loo", 2))
+#: whole updates at batch 256 on a GPU: launches take the time there, of which A changes little
+GPU_UPDATES = [(estimator, a) for estimator in ESTIMATORS for a in ACTIONS if a == 6 or estimator in MAIN]
 CRITICS, OBS_SIZE, NUM_ENVS, RING = 2, 17, 16, 2**20
 FORWARD, BOTH = "fwd", "fwd+bwd"
 ACTOR, UPDATE = "actor", "update"
@@ -78,6 +84,56 @@ def _cases() -> list[Case]:
 CASES = _cases()
 
 
+class Measurement(NamedTuple):
+    """A pass of an operation to be timed."""
+
+    case: Case
+    backend: str
+    which: str
+
+    @property
+    def counted(self) -> bool:
+        """Whether its launches are counted on a GPU; eager PyTorch's are counted without one (`launches.py`)."""
+        sizes = [*LAUNCH_SIZES, *((b, None) for b, _ in LAUNCH_SIZES)]
+        return self.case.size in sizes and self.which == self.case.passes[-1] and self.backend != "reference"
+
+
+def _in_table(case: Case) -> bool:
+    return case.A is None or case.size in TABLE_SIZES
+
+
+def _on_gpu(case: Case) -> bool:
+    """Whether the case says enough for its time: what is left out lies between others, or does nearly the same."""
+    kind = case.op, case.baseline, case.K
+    if _in_table(case):
+        return kind not in (("sample", None, 2), ("score", "constant", 1), ("score", "loo", 4))
+    return kind in (("sample", None, 1), ("score", "loo", 2))
+
+
+GPU_CASES = [case for case in CASES if _on_gpu(case)]
+GPU_MEASUREMENTS = [
+    Measurement(case, backend, which)
+    for case in GPU_CASES
+    for backend in BACKENDS
+    for which in case.judged
+    if backend != "reference" or _in_table(case)
+]
+# what the targets compare, before a time budget may end
+GPU_MEASUREMENTS.sort(key=lambda measurement: measurement.backend == "reference")
+
+#: seconds on a GPU, if anything too many: the first pass of a case, compiled before (torch.compile traces it again and
+#: tunes); a pass (0.1 s of calls, half of that of graphs, as many behind a flush, two captures); a look at launches
+FIRST_S = {"compile": 0.7, "triton": 0.1, "reference": 0.05}
+PASS_S, COUNT_S, START_S = 0.3, 0.3, 12.0
+
+
+def seconds(measurements: list[Measurement]) -> float:
+    """Return about how long they take together on a GPU."""
+    first = {(case, backend) for case, backend, _ in measurements}
+    passes = sum(PASS_S + COUNT_S * measurement.counted for measurement in measurements)
+    return START_S + passes + sum(FIRST_S[backend] for _, backend in first)
+
+
 class Bytes(NamedTuple):
     """What the Triton kernels read and write, each tensor once: a number that is loaded again comes from a cache."""
 
@@ -95,9 +151,9 @@ def bytes_moved(case: Case) -> Bytes:
         return Bytes(4 * (2 * b * a + k * b * (a + 1)), 4 * (k * b * (a + 1) + 4 * b * a))
     if case.op == "pathwise":  # log_prob, q -> their gradients
         return Bytes(*[8 * k * b * (e + 1)] * 2)
-    if case.op == "score":  # mean, log_std, q, perhaps a baseline -> two gradients
+    if case.op == "score":  # mean, log_std, q, log_prob, perhaps a baseline -> two gradients
         values = b if case.baseline == "value" else 0
-        return Bytes(4 * (4 * b * a + k * e * b + values), 4 * 4 * b * a)
+        return Bytes(4 * (4 * b * a + k * (e + 1) * b + values), 4 * 4 * b * a)
     if case.op == "td":  # q, next_q, reward, next_log_prob, flag -> the gradient of q
         return Bytes(4 * b * (3 * e + 2) + b, 8 * e * b)
     return Bytes(8 * b + 2 * (4 * b * (2 * OBS_SIZE + a + 1) + b))  # the queue's entries; transitions in and out
@@ -172,11 +228,14 @@ def _score(case: Case, backend: str, device: torch.device) -> Any:
     noise = PhiloxState(0, device) if backend == "triton" else torch.randn(case.K, case.B, case.A, device=device)
     baseline = torch.randn(case.B, device=device) if case.baseline == "value" else case.baseline
     name, q, alpha = _name(backend), _q(case, device), torch.tensor(0.2, device=device)
+    log_prob = torch.randn(case.K, case.B, device=device)  # the sampler's, as the learner hands it over
 
-    def loss(mean: Tensor, log_std: Tensor, noise: Any, q: Tensor, alpha: Tensor, baseline: Any) -> Tensor:
-        return score_function_loss(mean, log_std, noise, q, alpha, baseline, name)
+    def loss(
+        mean: Tensor, log_std: Tensor, noise: Any, q: Tensor, alpha: Tensor, baseline: Any, log_prob: Any
+    ) -> Tensor:
+        return score_function_loss(mean, log_std, noise, q, alpha, baseline, name, log_prob)
 
-    return loss, (mean, log_std, noise, q, alpha, baseline), (mean, log_std)
+    return loss, (mean, log_std, noise, q, alpha, baseline, log_prob), (mean, log_std)
 
 
 def _td(case: Case, backend: str, device: torch.device) -> Any:

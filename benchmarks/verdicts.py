@@ -1,19 +1,30 @@
 """What a run on a GPU says about the targets, each with its numbers; pure functions of its JSON.
 
-Ratios are of medians and rounded to two decimals before they are compared. Where the GPU tests are not green no speedup
-is stated: wrong numbers may be fast.
+Ratios are of medians and rounded to two decimals before they are compared. What is wrong may be fast: where the GPU
+tests are not green each verdict says so, and what is made of kernels whose own tests failed is marked.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.op_cases import ACTIONS, BACKENDS, CASES, ESTIMATORS, LAUNCH_SIZES, UPDATE, Case
+from benchmarks.op_cases import BACKENDS, GPU_CASES, GPU_UPDATES, LAUNCH_SIZES, UPDATE, Case
 
 Row = dict[str, Any]
-RED = "not reported: the GPU tests are not green"
 LARGE = (65536, 32)
+UPDATES = "update"
+#: what is in the names of an operation's own tests
+WORDS = {
+    "sample": "sampl|philox",
+    "pathwise": "pathwise",
+    "score": "score|philox",
+    "td": "td",
+    "gather": "gather|philox",
+}
+#: stands behind the time of a kernel whose own tests failed
+MARK = "!"
 
 
 def is_at(case: Case, size: tuple[int, int]) -> bool:
@@ -33,17 +44,42 @@ def op_times(rows: Iterable[Row]) -> dict[tuple[Case, str], dict[str, Row]]:
     return times
 
 
-def judge(ratios: list[Row], expected: int, at_least: float, green: bool) -> Row:
+def doubt(result: Row) -> str | None:
+    """Return what the tests leave open in a few words, None if they are green."""
+    tests = result.get("tests", {})
+    if tests.get("green"):
+        return None
+    failed = len(tests.get("failed", {}))
+    if not failed:
+        return "the GPU tests did not finish" if tests else "the GPU tests have not run"
+    named = ", ".join(sorted(suspects(result)))
+    return f"{failed} GPU test{'s' * (failed > 1)} failed ({named})"
+
+
+def suspects(result: Row) -> set[str]:
+    """Return the operations whose own tests failed, and `UPDATES` if the graphed engine's did.
+
+    A test that names none of them may be about any.
+    """
+    found: set[str] = set()
+    for name in result.get("tests", {}).get("failed", {}):
+        ops = {op for op, words in WORDS.items() if re.search(rf"(?<![a-z])({words})", name)}
+        ops = {UPDATES} if "test_graphed" in name else ops or set(WORDS)
+        found |= ops if UPDATES in ops else ops | {UPDATES}  # an update makes use of all of them
+    return found
+
+
+def judge(ratios: list[Row], expected: int, at_least: float, result: Row) -> Row:
     """Return the verdict on `ratio` being at least so much in every one of the expected comparisons."""
-    if not green:
-        return {"status": RED}
-    if not ratios:
-        return {"status": "not measured", "at_least": at_least, "compared": 0, "expected": expected}
-    below = [entry for entry in ratios if entry["ratio"] < at_least]
-    status = "missed" if below else "reached" if len(ratios) == expected else "incomplete"
-    least = min(ratios, key=lambda entry: entry["ratio"])
-    numbers = {"at_least": at_least, "compared": len(ratios), "expected": expected, "least": least, "below": below}
-    return {"status": status} | numbers
+    note, doubted = doubt(result), suspects(result)
+    verdict: Row = {"status": "not measured", "at_least": at_least, "compared": len(ratios), "expected": expected}
+    if ratios:
+        ratios = [entry | {"suspect": True} if entry["op"] in doubted else entry for entry in ratios]
+        below = [entry for entry in ratios if entry["ratio"] < at_least]
+        verdict["status"] = "missed" if below else "reached" if len(ratios) == expected else "incomplete"
+        verdict |= {"least": min(ratios, key=lambda entry: entry["ratio"]), "below": below}
+        verdict["suspect"] = sum("suspect" in entry for entry in ratios)
+    return verdict | ({"doubt": note} if note else {})
 
 
 def op_ratios(rows: list[Row]) -> list[Row]:
@@ -52,7 +88,7 @@ def op_ratios(rows: list[Row]) -> list[Row]:
     for (case, which), by_backend in op_times(rows).items():
         if which in case.judged and {"compile", "triton"} <= by_backend.keys():
             compiled, ours = (by_backend[name]["device_us"][1] for name in ("compile", "triton"))
-            entry = {"case": case.id, "pass": which, "compile_us": compiled, "triton_us": ours}
+            entry = {"op": case.op, "case": case.id, "pass": which, "compile_us": compiled, "triton_us": ours}
             ratios.append(entry | {"ratio": round(compiled / ours, 2), "large": is_at(case, LARGE)})
     return ratios
 
@@ -67,7 +103,8 @@ def update_ratios(rows: list[Row]) -> list[Row]:
         eager = updates.get((*case, "reference"))
         if engine == "graphed" and eager is not None:
             ours, theirs = row["wall_us"][1], eager["wall_us"][1]
-            entry = {"case": " ".join(map(str, case[:2])) + f" K{case[2]} A{case[3]}", "eager_us": theirs}
+            name = " ".join(map(str, case[:2])) + f" K{case[2]} A{case[3]}"
+            entry = {"op": UPDATES, "case": name, "eager_us": theirs}
             ratios.append(entry | {"graphed_us": ours, "ratio": round(theirs / ours, 2)})
     return ratios
 
@@ -83,7 +120,7 @@ def launch_verdict(rows: list[Row]) -> Row:
         if "launches" in row:
             counts.setdefault(case_of(row).id, {})[row["backend"]] = row["launches"]
     ours = [entry["triton"] for entry in counts.values() if "triton" in entry]
-    expected = sum(is_at(case, size) for case in CASES for size in LAUNCH_SIZES)
+    expected = sum(is_at(case, size) for case in GPU_CASES for size in LAUNCH_SIZES)
     wrong = [name for name, entry in counts.items() if set(entry.get("triton", {}).values()) - {1}]
     status = "missed" if wrong else "reached" if len(ours) == expected else "incomplete" if ours else "not measured"
     return {"status": status, "counted": len(ours), "expected": expected, "not_one": wrong, "counts": counts}
@@ -91,15 +128,14 @@ def launch_verdict(rows: list[Row]) -> Row:
 
 def verdicts(result: Row) -> Row:
     """Return every target's verdict for what a run has gathered so far."""
-    green = bool(result.get("tests", {}).get("green"))
     op_rows, update_rows = (result.get(part, {}).get("rows", []) for part in ("ops", "updates"))
     ratios = op_ratios(op_rows)
     large = [entry for entry in ratios if entry["large"]]
-    passes = [(case, which) for case in CASES for which in case.judged]
+    passes = [(case, which) for case in GPU_CASES for which in case.judged]
     return {
-        "no op slower than torch.compile": judge(ratios, len(passes), 1.0, green),
-        "ops at B = 65536, A = 32": judge(large, sum(is_at(case, LARGE) for case, _ in passes), 1.3, green),
-        "graphed update at batch 256": judge(update_ratios(update_rows), len(ESTIMATORS) * len(ACTIONS), 3.0, green),
+        "no op slower than torch.compile": judge(ratios, len(passes), 1.0, result),
+        "ops at B = 65536, A = 32": judge(large, sum(is_at(case, LARGE) for case, _ in passes), 1.3, result),
+        "graphed update at batch 256": judge(update_ratios(update_rows), len(GPU_UPDATES), 3.0, result),
         "one launch forward, one backward": launch_verdict(op_rows),
     }
 
@@ -109,17 +145,20 @@ def describe(verdict: Row) -> str:
     if "counted" in verdict:
         wrong = f"; not one: {', '.join(verdict['not_one'])}" if verdict["not_one"] else ""
         return f"{verdict['counted']} of {verdict['expected']} counted{wrong}"
-    if not verdict.get("compared"):
-        return ""
+    warning = f"; IN DOUBT: {verdict['doubt']}" if "doubt" in verdict else ""
+    if not verdict["compared"]:
+        return warning.removeprefix("; ")
     least = verdict["least"]
     times = ", ".join(f"{key[:-3]} {value:g} us" for key, value in least.items() if key.endswith("_us"))
     text = f"{verdict['compared']} of {verdict['expected']} compared, least {least['ratio']:.2f}x of the wanted "
     text += f"{verdict['at_least']:g}x: {least['case']} {least.get('pass', '')} ({times})"
-    return text + (f"; below it: {len(verdict['below'])}" if verdict["below"] else "")
+    text += f"; below it: {len(verdict['below'])}" if verdict["below"] else ""
+    return text + warning + (f", and {verdict['suspect']} of the ratios are of these" if verdict["suspect"] else "")
 
 
-def table(rows: list[Row], green: bool) -> list[str]:
+def table(result: Row) -> list[str]:
     """Return the operations' device times and launches at the targets' sizes, as lines of text."""
+    rows, doubted = result.get("ops", {}).get("rows", []), suspects(result)
     lines = [f"{'device time in us (launches)':38}" + "".join(f"{backend:>18}" for backend in BACKENDS)]
     for (case, which), by_backend in op_times(rows).items():
         if which != case.passes[-1] or not any(is_at(case, size) for size in LAUNCH_SIZES):
@@ -127,7 +166,10 @@ def table(rows: list[Row], green: bool) -> list[str]:
         cells = []
         for backend in BACKENDS:
             row = by_backend.get(backend, {})
-            text = f"{row['device_us'][1]:.4g}" if "device_us" in row and (green or backend != "triton") else "-"
+            text = f"{row['device_us'][1]:.4g}" if "device_us" in row else "-"
+            text += MARK if "device_us" in row and backend == "triton" and case.op in doubted else ""
             cells.append(text + (f" ({'+'.join(map(str, row['launches'].values()))})" if "launches" in row else ""))
         lines.append(f"{case.id + ' ' + which:38}" + "".join(f"{cell:>18}" for cell in cells))
+    if any(MARK in line for line in lines):
+        lines.append(f"{MARK} its own tests failed: the time may be that of a wrong result")
     return lines

@@ -64,9 +64,9 @@ def launch(kernel: Any, programs: int | tuple[int, int], *arguments: Any, num_wa
 
 
 def _is_interpreted(kernel: Any) -> bool:
-    from triton.runtime.jit import JITFunction
+    import triton
 
-    return not isinstance(kernel, JITFunction)
+    return not isinstance(kernel, triton.JITFunction)
 
 
 def check_dtypes(**tensors: Tensor) -> None:
