@@ -185,7 +185,7 @@ def _train_here(command: Train, heartbeat: Heartbeat) -> None:
             raise UsageError(f"{run_dir} has reached its target return already: another --target-return goes on")
     if heartbeat.tries > 1:  # what failed more than once may fail for ever
         agent.new_episodes(heartbeat.tries)
-    _ = agent.replay  # its memory is forecast before anything is announced or written
+    agent.prepare()  # before anything is announced or written
     print(f"fastsac: {_describe(agent)}; run directory {run_dir}", file=sys.stderr)
     agent.learn(config.total_steps, run_dir, progress=True)
     if agent.stopped_by_signal:

@@ -30,6 +30,7 @@ from fastsac.learner import (
     precisions,
     refuse_other_networks,
     resolve_device,
+    self_check,
     set_up_torch,
 )
 from fastsac.logger import Logger
@@ -70,6 +71,7 @@ class SAC:
         self.last_evaluation: Evaluation | None = None
         self._run_dirs: dict[Path, Ours] = {}
         self._heartbeat = Heartbeat()
+        self._prepared = False
 
     @property
     def spaces(self) -> Spaces:
@@ -122,6 +124,24 @@ class SAC:
         """PyTorch's threads on the CPU."""
         return self.setup.num_threads
 
+    def prepare(self) -> None:
+        """Take what training needs: the replay's memory and, on a GPU, an engine that is right there; `learn` calls it.
+
+        An engine for GPUs is compared with the reference engine, once for each GPU, driver and version, which may take
+        a minute (see `fastsac.learner.self_check`). If they differ, `--engine auto` takes the reference engine.
+
+        Raises:
+            UsageError: if the replay does not fit, or the engines differ and this one was asked for.
+        """
+        if not self._prepared:
+            self._heartbeat.send(BUSY)
+            asked = self.config.engine != "auto"
+            sizes = self.spaces.obs_size, self.spaces.action_size
+            self.learner, problem = self_check.right_engine(self.learner, asked, *sizes)
+            self.engine_reason = problem or self.engine_reason
+            self._prepared = True
+        _ = self.replay
+
     def learn(
         self, total_steps: int | None = None, run_dir: str | os.PathLike[str] | None = None, progress: bool = False
     ) -> None:
@@ -142,7 +162,7 @@ class SAC:
         if total_steps is not None:
             self.config = dataclasses.replace(self.config, total_steps=total_steps)
         directory = None if run_dir is None else Path(run_dir)
-        _ = self.replay  # its memory is forecast before anything is written
+        self.prepare()  # before anything is written
         with (
             stop_signals() as stop,  # before anything is written
             nullcontext() if directory is None else self._saver(directory) as saver,

@@ -17,10 +17,13 @@ from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastsac.learner.self_check import Verdict
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 aten = torch.ops.aten
@@ -349,3 +352,9 @@ def pretended(memory: int = 80 * 2**30, capability: tuple[int, int] = (9, 0)) ->
         stack.callback(Gpu._active.pop)
         stack.enter_context(gpu)
         yield gpu
+
+
+def trust_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take it that everything is there that the graphed engine needs, and that its check on the GPU was passed."""
+    monkeypatch.setattr("fastsac.learner.engines.graphed_obstacle", lambda: "")
+    monkeypatch.setattr("fastsac.learner.self_check.verdict", lambda *_: Verdict(""))

@@ -16,7 +16,7 @@ from fastsac.learner import GraphedLearner
 from fastsac.learner import graphed as engine
 from fastsac.replay import Replay
 from fastsac.transfer import to_device, to_host
-from tests.pretend_cuda import CaptureError, Gpu, Stream, pretended
+from tests.pretend_cuda import CaptureError, Gpu, Stream, pretended, trust_engines
 from tests.test_graphed import few_settings, filled, make
 
 CONFIG = Config(
@@ -35,6 +35,7 @@ CONFIG = Config(
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(engine, "UPDATES_PER_GRAPH", 2)
+    trust_engines(monkeypatch)
     with pretended() as gpu:
         yield gpu
 

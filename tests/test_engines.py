@@ -1,6 +1,10 @@
 """Which engine, precision and number of threads a run gets, and what it says about it."""
 
 import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,9 @@ from fastsac import SAC
 from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.estimators import ESTIMATORS
-from fastsac.learner import ThreadTrial, choose_engine, device, make_learner, precisions, set_up_torch
+from fastsac.learner import ThreadTrial, choose_engine, device, engines, make_learner, precisions, set_up_torch
 from fastsac.learner.device import FixedBatch, Setup, measure_updates, thread_counts
+from tests.pretend_cuda import trust_engines
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = {"hidden_sizes": (4,), "batch_size": 8}
@@ -39,7 +44,10 @@ def has_products(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         ("fused", CPU, ("fused", "asked for")),
     ],
 )
-def test_the_engine_is_chosen(engine: Any, on: torch.device, expected: tuple[str, str]) -> None:
+def test_the_engine_is_chosen(
+    engine: Any, on: torch.device, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trust_engines(monkeypatch)
     assert choose_engine(Config(engine=engine), on) == expected
     if on == CPU:
         assert make_learner(Config(engine=engine, **SMALL), 3, 1).engine == expected[0]
@@ -68,8 +76,57 @@ def test_an_estimator_without_a_gradient_has_the_reference_engine(monkeypatch: p
         choose_engine(Config(engine="fused"), CPU)
 
 
+def lacking(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU and all that the graphed engine needs, but for one thing."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5) if what == "capability" else (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(shutil, "which", lambda name: None if what == "compiler" else f"/{name}")
+    monkeypatch.setattr(Path, "exists", lambda path: what != "headers")
+    if what == "triton":
+        monkeypatch.setitem(sys.modules, "triton", None)
+    engines.graphed_obstacle.cache_clear()
+
+
+@pytest.fixture
+def _known_anew() -> Iterator[None]:
+    yield
+    engines.graphed_obstacle.cache_clear()
+
+
+@pytest.mark.usefixtures("_known_anew")
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("capability", "it needs a GPU of compute capability 8.0 or more, and a GPU has 7.5"),
+        ("triton", "it needs Triton, which cannot be imported"),
+        ("compiler", "Triton needs a C compiler, and there is no gcc or clang: install gcc"),
+        ("headers", "Triton needs Python's header files: install them"),
+    ],
+)
+def test_what_the_graphed_engine_needs_is_looked_for(what: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    with monkeypatch.context() as patch:
+        lacking("nothing", patch)
+        assert choose_engine(Config(), CUDA) == ("graphed", "a CUDA GPU")
+    lacking(what, monkeypatch)
+    engine, told = choose_engine(Config(), CUDA)
+    assert engine == "reference"
+    assert told.startswith(f"not graphed: {reason}")
+    with pytest.raises(UsageError, match=f"--engine graphed: {re.escape(reason)}"):
+        choose_engine(Config(engine="graphed"), CUDA)
+    assert choose_engine(Config(engine="reference"), CUDA) == ("reference", "asked for")
+
+
+@pytest.mark.usefixtures("_known_anew")
+def test_a_compiler_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking("compiler", monkeypatch)
+    monkeypatch.setenv("CC", "my-cc")
+    assert "there is no my-cc" in choose_engine(Config(), CUDA)[1]
+
+
 @pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16", "bf16"])
 def test_bfloat16_where_a_cpu_has_it(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trust_engines(monkeypatch)
     has_products(monkeypatch, "avx2", capability)
     assert precisions(Config(precision="auto"), CPU) == ["fp32", "bf16"]
     assert precisions(Config(precision="bf16"), CPU) == ["bf16"]
@@ -94,6 +151,7 @@ def test_bfloat16_where_a_cpu_has_it(capability: str, monkeypatch: pytest.Monkey
 def test_a_precision_that_cannot_be_had_is_refused(
     settings: dict[str, Any], on: torch.device, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    trust_engines(monkeypatch)
     has_products(monkeypatch, "avx2")
     assert precisions(Config(precision="auto"), CPU) == ["fp32"]
     with pytest.raises(UsageError, match=message) as caught:

@@ -19,7 +19,7 @@ from fastsac.replay import Replay
 from fastsac.types import Batch, Draw, Sampler
 from fastsac_kernels import PhiloxState, philox_normal, replay_gather
 from fastsac_kernels.replay_gather import uniform_positions_op
-from tests.pretend_cuda import pretended
+from tests.pretend_cuda import pretended, trust_engines
 
 O, A, N, B, HIDDEN = 5, 3, 2, 17, (8, 6)  # noqa: E741
 SETTINGS = [
@@ -41,6 +41,7 @@ def _gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if request.param == "cuda":
         yield
         return
+    trust_engines(monkeypatch)
     with pretended():
         yield
 

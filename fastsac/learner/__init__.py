@@ -1,5 +1,6 @@
 """The learner: its state, and `update` with one signature and several engines."""
 
+from fastsac.learner import self_check
 from fastsac.learner.device import Setup, ThreadTrial, has_bfloat16_products, precisions, resolve_device, set_up_torch
 from fastsac.learner.engines import choose_engine, make_learner
 from fastsac.learner.fused import FusedLearner
@@ -18,5 +19,6 @@ __all__ = [
     "precisions",
     "refuse_other_networks",
     "resolve_device",
+    "self_check",
     "set_up_torch",
 ]

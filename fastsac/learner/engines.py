@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
 import torch
 
 from fastsac.config import Config
@@ -22,6 +29,33 @@ def make_learner(
     return ENGINES[engine](config, obs_size, action_size, device, seed)
 
 
+#: what Triton and the kernels need
+CAPABILITY = (8, 0)
+
+
+@functools.cache
+def graphed_obstacle() -> str:
+    """Return why the graphed engine cannot run on the current GPU, or nothing: what can be seen without running it."""
+    capability = torch.cuda.get_device_capability()
+    if capability < CAPABILITY:
+        found = ".".join(map(str, capability))
+        return f"it needs a GPU of compute capability 8.0 or more, and {torch.cuda.get_device_name()} has {found}"
+    try:
+        importlib.import_module("triton")
+    except (ImportError, OSError) as error:
+        return f"it needs Triton, which cannot be imported ({error}): pip install triton"
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        return (
+            f"Triton needs a C compiler, and there is no {' or '.join(compilers)}: "
+            "install gcc (Debian and Ubuntu: apt install gcc), or name one in CC"
+        )
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
+    if not Path(sysconfig.get_path("include", scheme), "Python.h").exists():
+        return "Triton needs Python's header files: install them (Debian and Ubuntu: apt install python3-dev)"
+    return ""
+
+
 def choose_engine(config: Config, device: torch.device) -> tuple[str, str]:
     """Return the engine's name, and in a few words why.
 
@@ -34,6 +68,8 @@ def choose_engine(config: Config, device: torch.device) -> tuple[str, str]:
             f"--engine graphed records CUDA graphs, which needs a GPU, and this runs on the {device.type}: "
             "use --engine auto"
         )
+    if config.engine == "graphed" and (obstacle := graphed_obstacle()):
+        raise UsageError(f"--engine graphed: {obstacle}; or use --engine auto")
     if config.engine == "fused" and device.type != "cpu":
         raise UsageError(f"--engine fused runs on a CPU so far, and this runs on {device.type}: use --engine graphed")
     if config.engine == "fused" and not written_out:
@@ -41,7 +77,8 @@ def choose_engine(config: Config, device: torch.device) -> tuple[str, str]:
     if config.engine != "auto":
         return config.engine, "asked for"
     if device.type == "cuda":
-        return "graphed", "a CUDA GPU"
+        obstacle = graphed_obstacle()
+        return ("reference", f"not graphed: {obstacle}") if obstacle else ("graphed", "a CUDA GPU")
     if not written_out:
         return "reference", f"no CUDA GPU, and --estimator {config.estimator} has no written-out gradient"
     return "fused", "no CUDA GPU"

@@ -1,0 +1,207 @@
+"""Whether an engine on a GPU computes what the reference engine computes.
+
+The engine, the reference engine in float32 and the reference engine in float64 make the same updates: from one state,
+with one replay and the same random numbers. As in the tests, the engine's numbers may be twice as far from those in
+float64 as the float32 reference's are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsac.config import Config
+from fastsac.learner.graphed import UPDATES_PER_GRAPH, WARM_UPS, GraphedLearner
+from fastsac.learner.reference import ACTING, BATCH, Learner, Metrics
+from fastsac.replay import Replay
+from fastsac.types import Batch, Draw, Sampler
+from fastsac_kernels import PhiloxState, philox_normal
+
+SEED, AGE = 1, 4
+EPS = torch.finfo(torch.float32).eps
+#: relative, of means over a batch
+TOLERANCE = 1e-5
+METRICS = re.compile(r"critic_loss|q|actor_loss|alpha|entropy|value_loss|optimizer\.alpha\..*")
+MOMENTS = re.compile(r"optimizer\.(\w+)\.\d+\.(exp_avg|exp_avg_sq)")
+
+
+class SameNumbers(Learner):
+    """The reference engine with the random numbers of an engine that draws them on the device."""
+
+    def __init__(self, config: Config, obs_size: int, action_size: int, device: torch.device, seed: int) -> None:
+        super().__init__(config, obs_size, action_size, device, seed)
+        self.rng, self.acting_rng = PhiloxState(seed, device), PhiloxState(seed, device, ACTING)
+
+    def act(self, obs: Tensor, deterministic: bool = False) -> Tensor:
+        """Return actions, as the reference engine does."""
+        action = super().act(obs, deterministic)
+        self.acting_rng.advance()
+        return action
+
+    def _update_once(self, replay: Sampler, with_actor: bool, measure: bool) -> Metrics:
+        metrics = super()._update_once(replay, with_actor, measure)
+        self.rng.advance()
+        return metrics
+
+    def _sample_batch(self, replay: Sampler) -> Batch:
+        batch = replay.sample(self.config.batch_size, self.rng.of_stream(BATCH))
+        return Batch._make(part if part.dtype == torch.bool else part.to(self.log_alpha.dtype) for part in batch)
+
+    def _draw(self, purpose: int, num_samples: int, mean: Tensor) -> Draw:
+        rng = self.acting_rng if purpose == ACTING else self.rng.of_stream(purpose)
+        return Draw(philox_normal(rng, (num_samples, *mean.shape)).to(mean.dtype), num_samples)
+
+
+class Errors:
+    """How far the engine's and the reference engine's numbers are from those in float64, each by name."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[str, list[float]] = {}
+
+    def note(self, found: dict[str, Tensor], by_reference: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+        """Take further numbers; the largest difference of each name counts."""
+        for name, wanted in exact.items():
+            wanted = wanted.double()
+            parts = found[name] - wanted, by_reference[name] - wanted, wanted
+            sizes = torch.stack([part.abs().max() for part in parts]).tolist()
+            sizes[0] = sizes[0] if np.isfinite(sizes[0]) else np.inf
+            self._sizes[name] = [max(pair) for pair in zip(self._sizes.get(name, sizes), sizes, strict=True)]
+
+    def problem(self) -> str:
+        """Return the worst of what is further off than it may be, or nothing."""
+        allowed = {name: 2.0 * sizes[1] + self._slack(name) for name, sizes in self._sizes.items()}
+        excess = {name: sizes[0] / (allowed[name] or EPS) for name, sizes in self._sizes.items()}
+        worst = max(excess, key=lambda name: excess[name])
+        if excess[worst] <= 1.0:
+            return ""
+        return f"{worst} is off by {self._sizes[worst][0]:.1e}, where {allowed[worst]:.1e} is allowed"
+
+    def _slack(self, name: str) -> float:
+        """Return what chance may add; in means over a batch, where terms cancel, also what 2 ulp in each term may."""
+        size = self._sizes[name][2]
+        if METRICS.fullmatch(name):
+            return TOLERANCE * max(1.0, size)
+        if moment := MOMENTS.fullmatch(name):
+            group = [
+                other
+                for other in self._sizes
+                if (found := MOMENTS.fullmatch(other)) and found.groups() == moment.groups()
+            ]
+            return TOLERANCE * max(self._sizes[other][2] for other in group)
+        return 4.0 * EPS * size
+
+
+@contextmanager
+def _float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def compare(kind: type[Learner], config: Config, obs_size: int, action_size: int, device: torch.device) -> str:
+    """Return what the engine computes otherwise than the reference engine, or nothing if it computes the same.
+
+    It goes through the engine's updates without a graph, those that record one, and those that replay it; the
+    float32 reference goes on from update to update, and the others begin each one with its state.
+    """
+    rates = {"actor_lr": 3e-4, "critic_lr": 3e-4, "value_lr": 3e-4, "alpha_lr": 3e-4}  # none that diverges
+    config = dataclasses.replace(config, actor_every=min(2, config.actor_every), **rates)  # type: ignore[arg-type]
+    engine, reference = (each(config, obs_size, action_size, device, SEED) for each in (kind, SameNumbers))
+    assert isinstance(engine, GraphedLearner)
+    assert isinstance(reference, SameNumbers)
+    with _float64():
+        exact = SameNumbers(config, obs_size, action_size, device, SEED)
+    replay = _random_replay(config, obs_size, action_size, device)
+    with torch.no_grad():
+        for weight in reference.target_critic.parameters():
+            weight.mul_(0.5)  # else the targets hardly move
+    reference.update(replay, AGE)
+    engine.load_state(*reference.state())
+    one, many = Errors(), Errors()
+    for number in [1] * (WARM_UPS + 2 * config.actor_every) + [UPDATES_PER_GRAPH] * 3:
+        tensors, counters = reference.state()
+        exact.load_state(tensors, counters)
+        _put(engine, tensors)
+        engine.updates = reference.updates
+        for learner in (engine, exact):
+            learner.rng.state[1] = reference.updates
+        for learner in (engine, reference, exact):
+            learner.update(replay, number)
+        numbers = [_numbers(learner) for learner in (engine, reference, exact)]
+        if number == 1:
+            one.note(*numbers)
+        else:  # errors grow from update to update, in some weights by chance: the networks' means count
+            many.note(*({f"in mean, {name}": mean for name, mean in each.items()} for each in _distances(*numbers)))
+    return one.problem() or many.problem() or _compare_acting(engine, reference, exact, obs_size)
+
+
+def _distances(*numbers: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return for each of the networks its parameters' mean distance from float64's, and for those their mean size."""
+    *others, exact = numbers
+    groups: dict[str, list[str]] = {}
+    for name in exact:
+        if "." in name and not name.startswith("optimizer."):
+            groups.setdefault(name.partition(".")[0], []).append(name)
+
+    def mean(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([tensor.double().abs().flatten() for tensor in tensors]).mean()
+
+    sizes = {group: mean(exact[name] for name in names) for group, names in groups.items()}
+    distances = [
+        {group: sizes[group] + mean(each[name] - exact[name] for name in names) for group, names in groups.items()}
+        for each in others
+    ]
+    return [*distances, sizes]
+
+
+def _compare_acting(engine: GraphedLearner, reference: SameNumbers, exact: SameNumbers, obs_size: int) -> str:
+    tensors, counters = reference.state()
+    exact.load_state(tensors, counters)
+    _put(engine, tensors)
+    errors, generator = Errors(), torch.Generator().manual_seed(SEED)
+    for learner in (engine, reference, exact):
+        learner.acting_rng.state[0], learner.acting_rng.state[1] = SEED, reference.updates
+    for _ in range(WARM_UPS + 3):
+        obs = torch.randn(engine.config.num_envs, obs_size, generator=generator).to(engine.device)
+        with torch.no_grad():
+            actions = engine.act(obs), reference.act(obs), exact.act(obs.double())
+        errors.note(*({"the action": action} for action in actions))
+    return errors.problem()
+
+
+def _random_replay(config: Config, obs_size: int, action_size: int, device: torch.device) -> Replay:
+    rng = np.random.default_rng(SEED)
+    num_envs, steps = 64, 64
+    replay = Replay(num_envs * steps, num_envs, obs_size, action_size, device)
+    replay.begin(rng.standard_normal((num_envs, obs_size), np.float32))
+    for _ in range(steps):
+        replay.add(
+            rng.uniform(-1.0, 1.0, (num_envs, action_size)).astype(np.float32),
+            rng.standard_normal(num_envs, np.float32),
+            rng.random(num_envs) < 0.1,
+            rng.standard_normal((num_envs, obs_size), np.float32),
+            rng.random(num_envs) < 0.9,
+        )
+    return replay
+
+
+def _numbers(learner: Learner) -> dict[str, Tensor]:
+    left_out = {"generator", "philox"} | (set() if learner.learns_alpha else {"log_alpha"})  # of 0 it is infinite
+    return {name: tensor for name, tensor in learner.state()[0].items() if name not in left_out} | learner.metrics()
+
+
+@torch.no_grad()
+def _put(learner: Learner, tensors: dict[str, Tensor]) -> None:
+    """Write another learner's state into this one's memory, where recorded graphs find it."""
+    for name, tensor in learner.state()[0].items():
+        if name not in ("generator", "philox"):
+            tensor.copy_(tensors[name])

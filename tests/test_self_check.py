@@ -1,0 +1,268 @@
+"""The check of an engine on the user's GPU: engines that are wrong on purpose, children that crash, what is kept."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastsac import SAC
+from fastsac.config import Config
+from fastsac.errors import UsageError
+from fastsac.learner import GraphedLearner, Learner, compare, graphed, self_check
+from fastsac.learner.compare import compare as compared
+from fastsac.learner.graphed import ActingGraph, Graph, Measured
+from fastsac.learner.reference import Metrics
+from fastsac.types import Sampler
+from tests.pretend_cuda import pretended
+
+CUDA = torch.device("cuda")
+SMALL: dict[str, Any] = {"hidden_sizes": (8, 6), "batch_size": 16, "num_envs": 3}
+
+
+@pytest.fixture(autouse=True)
+def _gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setattr(graphed, "UPDATES_PER_GRAPH", 2)
+    monkeypatch.setattr(compare, "UPDATES_PER_GRAPH", 2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pretended():
+        yield
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"estimator": "score", "actor_every": 3}, {"estimator": "score", "baseline": "value"}, {"alpha": 0.0}],
+    ids=str,
+)
+def test_the_graphed_engine_passes(settings: dict[str, Any]) -> None:
+    assert compared(GraphedLearner, Config(**SMALL | settings), 5, 3, CUDA) == ""
+
+
+class WrongTargets(GraphedLearner):
+    def _update_targets(self) -> None:
+        weights = [weight.clone() for weight in self.target_critic.parameters()]
+        super()._update_targets()
+        with torch.no_grad():
+            for weight, before in zip(self.target_critic.parameters(), weights, strict=True):
+                weight.add_(weight - before, alpha=0.01)
+
+
+class WrongAlpha(GraphedLearner):
+    def _update_actor_and_alpha(self, obs: Tensor, measure: bool) -> Metrics:
+        self.target_entropy *= 1.0001
+        metrics = super()._update_actor_and_alpha(obs, measure)
+        self.target_entropy /= 1.0001
+        return metrics
+
+
+class WrongLoss(GraphedLearner):
+    def _descend(self, name: str, loss: Tensor) -> None:
+        super()._descend(name, loss * 1.0001 if name == "actor" else loss)
+
+
+class WrongMetrics(GraphedLearner):
+    def metrics(self) -> Metrics:
+        return {name: value * 1.001 for name, value in super().metrics().items()}
+
+
+class NotFinite(GraphedLearner):
+    def _descend(self, name: str, loss: Tensor) -> None:
+        super()._descend(name, loss * float("nan") if name == "critic" else loss)
+
+
+class StuckNumbers(GraphedLearner):
+    """A graph that draws the same batch and noise every time."""
+
+    def _record(self, replay: Sampler, length: int, with_actor: bool) -> Graph:
+        graph = super()._record(replay, length, with_actor)
+        offset = self.rng.state.clone()
+
+        def replay_() -> None:
+            state = self.rng.state.clone()
+            self.rng.state.copy_(offset)
+            graph.replay()
+            self.rng.state.copy_(state + torch.tensor([0, length], device="cuda"))
+
+        return graph._replace(replay=replay_)
+
+
+class WrongLongGraph(GraphedLearner):
+    def _run(self, replay: Sampler, length: int, with_actor: bool) -> Measured:
+        if length > 1:
+            self.rng.advance()
+            length -= 1
+        return super()._run(replay, length, with_actor)
+
+
+class EmptyGraph(GraphedLearner):
+    def _record(self, replay: Sampler, length: int, with_actor: bool) -> Graph:
+        return super()._record(replay, length, with_actor)._replace(replay=lambda: None)
+
+
+class WrongActing(GraphedLearner):
+    def _record_acting(self, obs: Tensor) -> ActingGraph:
+        return super()._record_acting(obs)._replace(obs=obs.clone())  # it is not the graph's
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        (WrongTargets, "target_critic"),
+        (WrongAlpha, "optimizer.alpha"),
+        (WrongLoss, "actor"),
+        (WrongMetrics, "is off by"),
+        (NotFinite, "inf"),
+        (StuckNumbers, "is off by"),
+        (WrongLongGraph, "in mean"),
+        (EmptyGraph, "is off by"),
+        (WrongActing, "the action"),
+    ],
+)
+def test_an_engine_that_is_wrong_is_found_out(kind: type[Learner], named: str) -> None:
+    assert named in compared(kind, Config(**SMALL), 5, 3, CUDA)
+
+
+def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    monkeypatch.setattr(self_check, "COMMAND", [sys.executable, "-c", code])
+
+
+PRETEND = "from tests.pretend_cuda import pretended\nfrom fastsac.learner.self_check import main\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("import os; os.abort()", "the check was ended by SIGABRT"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "the check was ended by SIGSEGV"),
+        ("raise SystemExit(3)", "the check failed: it said nothing"),
+        (
+            "raise RuntimeError('ptxas fatal')",
+            "the check failed: RuntimeError: ptxas fatal",
+        ),
+        ("print('{\"problem\": ')", "the check failed: it said nothing"),
+        ("import time; time.sleep(60)", "the check did not end within 0.5 s"),
+        ("print('noise'); print('{\"problem\": \"q is off\"}')", "q is off"),
+        ('print(\'{"problem": ""}\')', ""),
+    ],
+)
+def test_a_child_that_fails_counts_as_a_difference(code: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    child(monkeypatch, code)
+    found, crashed = self_check.ask_child({}, timeout=0.5 if "sleep" in code else 30.0)
+    assert found == problem
+    assert crashed == ("problem" not in code or ("noise" not in code and problem != ""))
+
+
+def test_the_check_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    child(monkeypatch, f"{PRETEND}with pretended(): main()")
+    config = Config(**SMALL)
+    assert self_check.verdict(config, 5, 3, "graphed") == ("", False)
+    wrong = "from fastsac.learner import reference\nold = reference.td_loss\n"
+    wrong += "reference.td_loss = lambda *a: old(*a) * (1.001 if a[-1] == 'triton' else 1.0)\n"
+    child(monkeypatch, f"{PRETEND}{wrong}with pretended(): main()")
+    found = self_check.verdict(config, 5, 3, "graphed", again=True)
+    assert "is off by" in found.problem
+    assert "where" in found.problem
+
+
+def test_what_was_found_is_kept_for_the_same_machine_versions_and_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    answers = [("", False), ("a is off", False), ("the check was ended by SIGSEGV", True)] + [("", False)] * 9
+    monkeypatch.setattr(self_check, "ask_child", lambda request: asked.append(request) or answers[len(asked) - 1])
+    config = Config(**SMALL)
+
+    def verdict(*sizes: int, **settings: Any) -> tuple[str, bool]:
+        again = settings.pop("again", False)
+        return self_check.verdict(Config(**SMALL | settings), *(sizes or (5, 3)), "graphed", again)
+
+    assert verdict() == ("", False)
+    assert verdict(seed=7, actor_lr=1.0) == ("", True)  # of no consequence
+    assert verdict(again=True) == ("a is off", False)
+    assert verdict() == ("a is off", True)  # a difference is kept
+    assert verdict(batch_size=17) == ("the check was ended by SIGSEGV", False)
+    assert verdict(batch_size=17) == ("", False)  # a crash is not
+    for sizes, settings in [((6, 3), {}), ((5, 4), {}), ((), {"estimator": "score"}), ((), {"actor_every": 2})]:
+        assert not verdict(*sizes, **settings)[1]
+    asked.clear()
+    identity = self_check.identity()
+    for changes in ({"gpu": "another"}, {"driver": "1"}, {"torch": "1"}, {"triton": "1"}, {"sources": "1"}):
+        changed = identity | changes
+        monkeypatch.setattr(self_check, "identity", lambda changed=changed: changed)
+        verdict()
+    assert len(asked) == 5
+    place = next(self_check.cache_folder().glob("*.json"))
+    assert json.loads(place.read_text())["gpu"]
+    for path in self_check.cache_folder().glob("*.json"):
+        path.write_text("[")
+    assert not verdict()[1]  # a damaged file is none
+    assert config.batch_size == 16
+
+
+def test_the_hash_follows_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, read = self_check.source_hash(), Path.read_bytes
+    for name in ("td_loss_triton.py", "philox_triton.py", "graphed.py", "score.py", "networks.py"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", lambda path, name=name: read(path) + b"#" * (path.name == name))
+            assert self_check.source_hash() != before
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(self_check, "ask_child", lambda request: ("", False))
+    assert [self_check.verdict(Config(**SMALL), 5, 3, "graphed").kept for _ in range(2)] == [False, False]
+
+
+RUN = Config("Pendulum-v1", **SMALL | {"num_envs": 4}, learning_starts=8, num_threads=1, eval_every=0)
+
+
+def of_engine(engine: Any, monkeypatch: pytest.MonkeyPatch) -> SAC:
+    monkeypatch.setattr("fastsac.learner.engines.graphed_obstacle", lambda: "")
+    return SAC(dataclasses.replace(RUN, engine=engine))
+
+
+def test_a_run_whose_engine_is_wrong_takes_the_reference_engine(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    child(monkeypatch, "import os; os.abort()")
+    agent = of_engine("auto", monkeypatch)
+    assert agent.engine == "graphed"
+    weights = agent.learner.actor.state_dict()
+    agent.prepare()
+    assert agent.engine == "reference"
+    assert agent.engine_reason == "the check of graphed failed"
+    assert len(caplog.messages) == 1
+    for words in ("SIGABRT", "the reference engine is used", "`fastsac doctor --json`"):
+        assert words in caplog.text
+    assert "\n" not in caplog.messages[0]
+    for name, tensor in agent.learner.actor.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    agent.learn(40)
+    assert agent.updates > 20
+    assert len(caplog.messages) == 1  # it is not checked again
+
+
+def test_an_engine_that_was_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    child(monkeypatch, 'print(\'{"problem": "q is off by 1e-2, where 1e-6 is allowed"}\')')
+    agent = of_engine("graphed", monkeypatch)
+    with pytest.raises(UsageError, match="q is off by 1e-2, where 1e-6 is allowed; --engine auto or reference works"):
+        agent.learn(40, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert agent.steps == 0
+
+
+def test_an_engine_that_is_right_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    child(monkeypatch, 'print(\'{"problem": ""}\')')
+    agent = of_engine("auto", monkeypatch)
+    agent.learn(40)
+    assert agent.engine == "graphed"
+    assert agent.updates > 20
+    monkeypatch.setattr(self_check, "ask_child", lambda request: 1 / 0)
+    of_engine("auto", monkeypatch).prepare()  # known already
+    reference = of_engine("reference", monkeypatch)
+    reference.prepare()  # nothing to compare with itself
+    assert reference.engine == "reference"
