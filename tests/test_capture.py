@@ -82,7 +82,8 @@ def test_nothing_is_done_for_the_first_time_in_a_capture(settings: dict[str, Any
 
 
 @few_settings
-def test_an_update_is_nothing_but_graphs(settings: dict[str, Any], gpu: Gpu) -> None:
+def test_an_update_is_nothing_but_graphs(settings: dict[str, Any], gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphedLearner, "backend", "reference")  # as many graphs, and less to interpret
     learner, replay, obs = make(**settings), filled(), torch.zeros(4, 5, device="cuda")
     for _ in range(5):
         learner.update(replay, 5)
@@ -112,6 +113,7 @@ def test_no_garbage_is_collected_in_a_capture(gpu: Gpu, monkeypatch: pytest.Monk
 def test_a_graph_survives_another_one_of_its_stream(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams come from a pool, and with a graph PyTorch frees its stream's cuBLAS workspace (PyTorch issue 193402)."""
     monkeypatch.setattr(Stream, "numbers", iter([7] * 100))
+    monkeypatch.setattr(GraphedLearner, "backend", "reference")
     (first, second), replay = (make() for _ in range(2)), filled()
     for learner in (first, second, first):
         learner.update(replay, 6)
@@ -139,7 +141,7 @@ def addresses(learner: GraphedLearner) -> dict[Any, set[int]]:
 def test_what_a_graph_points_at_stays_where_it_is(tmp_path: Path) -> None:
     """Adding, acting, saving and evaluating move nothing; loading moves much, and drops the graphs."""
     agent = SAC(CONFIG)
-    agent.learn(64)
+    agent.learn(36)
     learner, before = agent.learner, None
     assert isinstance(learner, GraphedLearner)
     for _ in range(2):  # recorded anew, a graph points at the same places
@@ -150,7 +152,7 @@ def test_what_a_graph_points_at_stays_where_it_is(tmp_path: Path) -> None:
         assert before in (None, found)
         before = found
         learner._forget(agent.replay)
-        agent.learn(agent.steps + 32)
+        agent.learn(agent.steps + 16)
         agent.save(tmp_path / "run")
         agent.evaluate(1)
         agent.predict(np.zeros(3, np.float32), deterministic=False)
@@ -175,11 +177,12 @@ def steps(agent: SAC, number: int) -> list[Counter[str]]:
     return counted
 
 
-def test_a_training_step_waits_once() -> None:
+def test_a_training_step_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphedLearner, "backend", "reference")  # as many waits, and less to interpret
     agent = SAC(CONFIG)
     exploring = steps(agent, 4)
     assert all(step["waits"] == 0 and step["copies to device"] == 1 for step in exploring)
-    training = steps(agent, 40)
+    training = steps(agent, 20)
     for step in training:
         assert step["waits"] == step["waits: a stream"] == step["copies to host"] == step["copies to device"] == 1
     settled = training[-10:]

@@ -1,6 +1,8 @@
 """Every kernel against its reference, what it reads and writes, and how often it is launched."""
 
 import math
+import random
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -158,6 +160,32 @@ def test_results_repeat_bit_for_bit(op: str, device: str) -> None:
     case = CASES[op](batch=5000 if op in ("pathwise", "td") else 100).to(torch.float32, device)
     first, second = case.call("triton"), case.call("triton")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_programs_may_run_in_any_order(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted programs run one after the other; on a GPU nobody knows which comes first."""
+    import triton.runtime.interpreter as interpreter
+
+    sizes = {"size": 7} if op not in ("pathwise", "td") else {}
+    case = CASES[op](batch=5000 if op in ("pathwise", "td") else 200, **sizes).to(torch.float32, "cpu")
+    if op in ("sampler", "score", "gather"):
+        monkeypatch.setattr(f"fastsac_kernels.{MODULES[op]}.row_block", lambda *_: (32, 1))
+    expected, orders = case.call("triton"), []
+
+    def shuffled(*bounds: int) -> list[int]:
+        numbers = list(range(*bounds))
+        if sys._getframe(1).f_code.co_name != "__call__":  # not the loop over programs
+            return numbers
+        random.Random(len(orders)).shuffle(numbers)
+        orders.append(numbers)
+        return numbers
+
+    monkeypatch.setattr(interpreter, "range", shuffled, raising=False)
+    for _ in range(3):
+        for name, value in case.call("triton").items():
+            assert torch.equal(value, expected[name]), name
+    assert any(order != sorted(order) for order in orders)
 
 
 @every_device
