@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -12,13 +11,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+
+from fastsac.machine import describe_cpu, describe_gpu, memory_gib, package_versions
 
 PACKAGES = ("torch", "numpy", "triton", "gymnasium", "envpool", "fastsac")
 NOT_RESULTS = ":(top,exclude)benchmarks/results"  # what a benchmark writes is no change of the code
-# The instruction sets that decide how fast a small fp32 or bf16 matrix product is.
-CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -28,9 +26,9 @@ def describe_machine() -> dict[str, Any]:
     """
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpu": _describe_cpu(),
-        "memory_gib": _memory_gib(),
-        "gpu": _describe_gpu(),
+        "cpu": describe_cpu(),
+        "memory_gib": memory_gib(),
+        "gpu": describe_gpu(),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch_threads": torch.get_num_threads(),
@@ -38,19 +36,6 @@ def describe_machine() -> dict[str, Any]:
         "git": _describe_git(),
         "load_average": load_average(),
     }
-
-
-def package_versions(packages: tuple[str, ...]) -> dict[str, str | None]:
-    """Installed version of each package, or None; nothing is imported."""
-    versions: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    # The imported module knows more than the metadata, the build for instance (+cpu, +cu126).
-    loaded = {"torch": torch.__version__, "numpy": np.__version__}
-    return versions | {name: str(version) for name, version in loaded.items() if name in versions}
 
 
 def load_average() -> list[float] | None:
@@ -76,50 +61,6 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
         file.write("\n")
     os.chmod(file.name, 0o644)  # temporary files are private, results are not
     os.replace(file.name, path)
-
-
-def _describe_cpu() -> dict[str, Any]:
-    fields = _first_fields(Path("/proc/cpuinfo"))
-    present = set(fields.get("flags", fields.get("Features", "")).split())
-    # A container may be allowed fewer cores than the machine has.
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "model": fields.get("model name") or platform.processor() or platform.machine(),
-        "family_and_model": [fields[key] for key in ("cpu family", "model") if key in fields],
-        "cores": os.cpu_count(),
-        "cores_allowed": allowed,
-        "flags": [flag for flag in CPU_FLAGS if flag in present],
-    }
-
-
-def _memory_gib() -> float | None:
-    total = _first_fields(Path("/proc/meminfo")).get("MemTotal")
-    return round(int(total.split()[0]) / 2**20, 1) if total else None
-
-
-def _first_fields(path: Path) -> dict[str, str]:
-    """`key: value` lines of a /proc file; the first value of a repeated key (one block per core) is kept."""
-    fields: dict[str, str] = {}
-    try:
-        text = path.read_text()
-    except OSError:
-        return fields
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    return fields
-
-
-def _describe_gpu() -> dict[str, Any] | None:
-    if not torch.cuda.is_available():
-        return None
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "name": properties.name,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "capability": f"{properties.major}.{properties.minor}",
-        "cuda": torch.version.cuda,
-    }
 
 
 def _describe_git() -> dict[str, Any] | None:

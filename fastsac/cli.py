@@ -1,4 +1,4 @@
-"""The command line: `fastsac train` and `fastsac eval`."""
+"""The command line: `fastsac train`, `fastsac eval` and `fastsac doctor`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,14 @@ class Eval:
     """Also record one episode to this file (.mp4 or .gif)."""
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """Show what there is on this machine, which engine would run and how fast, and what is missing."""
+
+    json: bool = False
+    """Print one JSON object, for a report."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 on success, 2 on a usage error, 1 on a failed run."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -66,8 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = _parse(arguments)
         if isinstance(command, Train):
             _train(command, arguments)
-        else:
+        elif isinstance(command, Eval):
             _eval(command)
+        else:
+            _doctor(command)
         sys.stdout.flush()
     except FastsacError as error:
         _fail(str(error), error.exit_status)
@@ -89,7 +99,7 @@ def _fail(message: str, status: int = 1) -> NoReturn:
     sys.exit(status)
 
 
-def _parse(arguments: list[str]) -> Train | Eval:
+def _parse(arguments: list[str]) -> Train | Eval | Doctor:
     default = Config()
     names = [argument.partition("=")[0] for argument in arguments]
     if "--resume" in names:
@@ -103,8 +113,10 @@ def _parse(arguments: list[str]) -> Train | Eval:
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):
-            command: Train | Eval = tyro.cli(
-                train | Annotated[Eval, tyro.conf.subcommand("eval")],
+            command: Train | Eval | Doctor = tyro.cli(
+                train
+                | Annotated[Eval, tyro.conf.subcommand("eval")]
+                | Annotated[Doctor, tyro.conf.subcommand("doctor")],
                 args=arguments,
                 prog="fastsac",
                 description="Soft Actor-Critic at speed, with the actor's gradient estimator as a choice.",
@@ -215,6 +227,13 @@ def _describe(agent: Any) -> str:
         f"{agent.device.type}{threads}, engine {agent.engine} ({agent.engine_reason}), "
         f"precision {agent.setup.precision} ({agent.setup.precision_reason})"
     )
+
+
+def _doctor(command: Doctor) -> None:
+    from fastsac.doctor import run
+
+    if not run(command.json):
+        sys.exit(1)
 
 
 def _eval(command: Eval) -> None:

@@ -14,6 +14,7 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -340,6 +341,9 @@ def pretended(memory: int = 80 * 2**30, capability: tuple[int, int] = (9, 0)) ->
         "mem_get_info": lambda _=None: (memory, memory),
         "get_device_capability": lambda _=None: capability,
         "get_device_name": lambda _=None: "a pretended GPU",
+        "get_device_properties": lambda _=None: SimpleNamespace(
+            name="a pretended GPU", total_memory=memory, major=capability[0], minor=capability[1]
+        ),
     }
     with contextlib.ExitStack() as stack:
         for name, value in replacements.items():

@@ -163,3 +163,6 @@ def test_every_chip_and_engine_has_its_row():
     for row in result["cpu"]["rows"]:
         for engine in ("reference", "fused, fp32", "fused, bf16"):
             assert row[engine]["ratio"] == pytest.approx(row[engine]["measured"] / row[engine]["predicted"])
+    found = {(row["engine"], row["estimator"], row["B"]) for row in result["cpu"]["estimators"]}
+    assert len(found) == len(result["cpu"]["estimators"]) == 3 * len(ESTIMATORS) * 2
+    assert all(row["predicted"] > 0.0 for row in result["cpu"]["estimators"])

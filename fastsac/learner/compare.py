@@ -120,7 +120,7 @@ def compare(kind: type[Learner], config: Config, obs_size: int, action_size: int
     assert isinstance(reference, SameNumbers)
     with _float64():
         exact = SameNumbers(config, obs_size, action_size, device, SEED)
-    replay = _random_replay(config, obs_size, action_size, device)
+    replay = random_replay(obs_size, action_size, device)
     with torch.no_grad():
         for weight in reference.target_critic.parameters():
             weight.mul_(0.5)  # else the targets hardly move
@@ -178,7 +178,8 @@ def _compare_acting(engine: GraphedLearner, reference: SameNumbers, exact: SameN
     return errors.problem()
 
 
-def _random_replay(config: Config, obs_size: int, action_size: int, device: torch.device) -> Replay:
+def random_replay(obs_size: int, action_size: int, device: torch.device) -> Replay:
+    """Return a replay of some thousand random transitions."""
     rng = np.random.default_rng(SEED)
     num_envs, steps = 64, 64
     replay = Replay(num_envs * steps, num_envs, obs_size, action_size, device)

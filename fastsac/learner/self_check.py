@@ -26,6 +26,7 @@ from fastsac.errors import UsageError
 from fastsac.learner.compare import compare
 from fastsac.learner.engines import ENGINES, make_learner
 from fastsac.learner.reference import Learner
+from fastsac.machine import nvidia_driver
 
 #: settings that decide which kernels run, with which shapes
 SETTINGS = (
@@ -87,8 +88,7 @@ def verdict(config: Config, obs_size: int, action_size: int, engine: str, again:
         return Verdict(problem, kept=True)
     request = {"config": dataclasses.asdict(config), "sizes": [obs_size, action_size], "engine": engine}
     problem, crashed = ask_child(request)
-    if not crashed:
-        _keep(place, case | {"problem": problem})
+    _keep(place, case | {"problem": problem, "crashed": crashed})
     return Verdict(problem)
 
 
@@ -128,11 +128,10 @@ def identity() -> dict[str, Any]:
     """Return what a verdict holds for: the GPU, the driver, versions, and the sources of kernels and engines."""
     import triton
 
-    driver = Path("/sys/module/nvidia/version")
     return {
         "gpu": torch.cuda.get_device_name(),
         "capability": list(torch.cuda.get_device_capability()),
-        "driver": driver.read_text().strip() if driver.exists() else None,
+        "driver": nvidia_driver(),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -158,12 +157,23 @@ def cache_folder() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fastsac" / "self_check"
 
 
+def kept() -> list[dict[str, Any]]:
+    """Return all that was found earlier, for a report."""
+    return [found for path in sorted(cache_folder().glob("*.json")) if (found := _load(path)) is not None]
+
+
 def _read(path: Path) -> str | None:
+    """Return what was found earlier; a crash may have had its reason at that time only."""
+    found = _load(path)
+    return None if found is None or found.get("crashed") else str(found["problem"])
+
+
+def _load(path: Path) -> dict[str, Any] | None:
     try:
-        problem = json.loads(path.read_text())["problem"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
         return None
-    return problem if isinstance(problem, str) else None
+    return found if isinstance(found, dict) and isinstance(found.get("problem"), str) else None
 
 
 def _keep(path: Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,83 @@
+"""What this machine is: processor, memory, GPU, versions; no host name and no path. None is what cannot be read."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# The instruction sets that decide how fast a small fp32 or bf16 matrix product is.
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16")
+
+
+def package_versions(packages: tuple[str, ...]) -> dict[str, str | None]:
+    """Return the installed version of each package, or None; nothing is imported."""
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    # The imported module knows more than the metadata, the build for instance (+cpu, +cu126).
+    loaded = {"torch": torch.__version__, "numpy": np.__version__}
+    return versions | {name: str(version) for name, version in loaded.items() if name in versions}
+
+
+def describe_cpu() -> dict[str, Any]:
+    """Return the model, the cores, and which instruction sets of interest there are."""
+    fields = _first_fields(Path("/proc/cpuinfo"))
+    present = set(fields.get("flags", fields.get("Features", "")).split())
+    # A container may be allowed fewer cores than the machine has.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "model": fields.get("model name") or platform.processor() or platform.machine(),
+        "family_and_model": [fields[key] for key in ("cpu family", "model") if key in fields],
+        "cores": os.cpu_count(),
+        "cores_allowed": allowed,
+        "flags": [flag for flag in CPU_FLAGS if flag in present],
+    }
+
+
+def memory_gib() -> float | None:
+    """Return the machine's memory."""
+    total = _first_fields(Path("/proc/meminfo")).get("MemTotal")
+    return round(int(total.split()[0]) / 2**20, 1) if total else None
+
+
+def describe_gpu() -> dict[str, Any] | None:
+    """Return the GPU that PyTorch takes, or None without one."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+    }
+
+
+def nvidia_driver() -> str | None:
+    """Return the version of NVIDIA's kernel driver."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return None
+
+
+def _first_fields(path: Path) -> dict[str, str]:
+    """`key: value` lines of a /proc file; the first value of a repeated key (one block per core) is kept."""
+    fields: dict[str, str] = {}
+    try:
+        text = path.read_text()
+    except OSError:
+        return fields
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    return fields
