@@ -42,7 +42,7 @@ train: install ## train a policy on Pendulum-v1 to a return of -180
 	$(BIN)/fastsac train --env-id Pendulum-v1 --total-steps 30000 --num-envs 4 --target-return -180 \
 	  --eval-every 2000 --eval-episodes 20 $(ARGS)
 
-test: install ## style, types, import floors, kernels compiled for three chips, and tests
+test: install ## style, types, import floors, kernels compiled for six chips, and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fastsac.config import Config
 from fastsac.estimators import ESTIMATORS
-from fastsac.learner import FusedLearner, Learner
+from fastsac.learner import FusedLearner, GraphedLearner, Learner
 from fastsac.learner.stack import ACTIVATIONS
 from fastsac.types import Batch, Draw, Sampler
-from tests.test_graphed import A, O, StandIn, assert_equal, filled, tensors_of
+from tests.pretend_cuda import pretended
+from tests.test_graphed import A, O, assert_equal, filled, tensors_of
 
 PAIRS = [(name, baseline) for name, entry in ESTIMATORS.items() for baseline in entry.baselines or ("auto",)]
 RATES = {"actor_lr": 1e-3, "critic_lr": 1e-3, "value_lr": 1e-3, "alpha_lr": 1e-3}
@@ -183,7 +184,7 @@ def test_two_hundred_updates_drift_as_reordered_sums_do(settings: dict[str, Any]
     learners = [kind(config, O, A) for kind in (Learner, Shuffled, FusedLearner)]
     start = parameters(learners[0])
     for learner in learners:
-        learner.update(filled(), 200)
+        learner.update(filled(device="cpu"), 200)
     expected, shuffled, found = map(parameters, learners)
     way = (expected - start).abs().mean()
     assert 0.0 < (shuffled - expected).abs().mean() < 0.01 * way
@@ -195,7 +196,7 @@ def test_two_hundred_updates_drift_as_reordered_sums_do(settings: dict[str, Any]
 def test_updates_in_one_call_equal_those_in_many(settings: dict[str, Any], precision: str) -> None:
     config = Config(batch_size=16, hidden_sizes=(32, 32), precision=precision, **settings)
     together, apart = FusedLearner(config, O, A), FusedLearner(config, O, A)
-    replays = filled(), filled()
+    replays = filled(device="cpu"), filled(device="cpu")
     together.update(replays[0], 13)
     for _ in range(13):
         apart.update(replays[1])
@@ -204,7 +205,7 @@ def test_updates_in_one_call_equal_those_in_many(settings: dict[str, Any], preci
 
 
 def test_many_large_batches_are_drawn_in_several_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, replay = [], filled()
+    sizes, replay = [], filled(device="cpu")
     sample = replay.sample
     monkeypatch.setattr(replay, "sample", lambda size: sizes.append(size) or sample(size))
     FusedLearner(Config(batch_size=3000, hidden_sizes=(4,)), O, A).update(replay, 5)
@@ -250,27 +251,37 @@ def test_bfloat16_products_stay_within_their_bound(name: str, baseline: str, act
 @pytest.mark.parametrize("settings", [{}, {"estimator": "score", "baseline": "value"}], ids=str)
 def test_checkpoints_go_from_any_engine_to_any_other(settings: dict[str, Any], precision: str) -> None:
     config = Config(batch_size=16, hidden_sizes=(8, 8), precision=precision, **settings)
-    kinds = (Learner, FusedLearner, StandIn)
-    for first, second in itertools.permutations(kinds, 2):
-        made, taken = first(config, O, A, "cpu", 0), second(config, O, A, "cpu", 1)
-        made.update(filled(), 3)
-        taken.load_state(*made.state())
-        before, after = tensors_of(made), tensors_of(taken)
-        assert_equal({k: v for k, v in before.items() if k in after}, {k: v for k, v in after.items() if k in before})
-        assert before.keys() ^ after.keys() <= {"philox"}
-        again = first(config, O, A, "cpu", 2)
-        again.load_state(*taken.state())
-        taken.update(filled(), 2)
-        again.update(filled(), 2)
-        assert (taken.updates, again.updates) == (5, 5)
-        if precision == "fp32" and StandIn not in (first, second):  # which draws other random numbers
-            torch.testing.assert_close(parameters(again), parameters(taken), rtol=0.0, atol=1e-5)
+    devices = {Learner: "cpu", FusedLearner: "cpu", GraphedLearner: "cuda"}
+
+    def state_of(learner: Learner) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """As it comes from a checkpoint."""
+        tensors, counters = learner.state()
+        return {name: tensor.cpu() for name, tensor in tensors.items()}, counters
+
+    with pretended():
+        for first, second in itertools.permutations(devices, 2):
+            made, taken = first(config, O, A, devices[first], 0), second(config, O, A, devices[second], 1)
+            replays = {device: filled(device=device) for device in ("cpu", "cuda")}
+            made.update(replays[devices[first]], 3)
+            taken.load_state(*state_of(made))
+            before, after = tensors_of(made), tensors_of(taken)
+            both = before.keys() & after.keys()
+            assert_equal({name: before[name] for name in both}, {name: after[name] for name in both})
+            assert before.keys() ^ after.keys() <= {"philox"}
+            again = first(config, O, A, devices[first], 2)
+            again.load_state(*state_of(taken))
+            replays = {device: filled(device=device) for device in ("cpu", "cuda")}
+            taken.update(replays[devices[second]], 2)
+            again.update(filled(device=devices[first]), 2)
+            assert (taken.updates, again.updates) == (5, 5)
+            if precision == "fp32" and GraphedLearner not in (first, second):  # which draws other random numbers
+                torch.testing.assert_close(parameters(again), parameters(taken), rtol=0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [Learner, FusedLearner])
 def test_a_learners_own_state_changes_nothing(kind: type[Learner]) -> None:
     learner = kind(Config(batch_size=16, hidden_sizes=(8, 8), precision="fp32"), O, A)
-    learner.update(filled(), 3)
+    learner.update(filled(device="cpu"), 3)
     before = {name: tensor.clone() for name, tensor in tensors_of(learner).items()}
     learner.load_state(*learner.state())
     assert_equal(before, tensors_of(learner))
@@ -307,7 +318,7 @@ def test_what_is_not_finite_does_not_hide(where: str, precision: str) -> None:
 def test_it_acts_as_the_reference_engine_does(precision: str) -> None:
     config = Config(hidden_sizes=(32, 32), num_envs=4, batch_size=16, precision=precision)
     learners, obs = [kind(config, O, A) for kind in (FusedLearner, Learner)], torch.randn(4, O)
-    learners[0].update(filled(), 5)
+    learners[0].update(filled(device="cpu"), 5)
     learners[1].load_state(*learners[0].state())
     for rows in (4, 4, 3):  # as many as there are environments, and another number
         actions = [learner.act(obs[:rows]) for learner in learners]

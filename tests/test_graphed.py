@@ -62,8 +62,8 @@ def make(kind: type[Learner] = GraphedLearner, seed: int = 0, **settings: Any) -
     return kind(Config(**{"hidden_sizes": HIDDEN, "batch_size": B, **rates, **settings}), O, A, "cuda", seed)
 
 
-def filled(steps: int = 20) -> Replay:
-    replay = Replay(100, N, O, A, "cuda", torch.Generator("cuda").manual_seed(0))
+def filled(steps: int = 20, device: str = "cuda") -> Replay:
+    replay = Replay(100, N, O, A, device, torch.Generator(device).manual_seed(0))
     rng = torch.Generator().manual_seed(1)
     replay.begin(torch.randn(N, O, generator=rng))
     for _ in range(steps):

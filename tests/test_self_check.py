@@ -129,6 +129,10 @@ def test_an_engine_that_is_wrong_is_found_out(kind: type[Learner], named: str) -
     assert named in compared(kind, Config(**SMALL), 5, 3, CUDA)
 
 
+def test_a_wrong_graph_of_several_updates_is_found_out_with_turns_too() -> None:
+    assert "in mean" in compared(WrongLongGraph, Config(**SMALL, actor_every=2), 5, 3, CUDA)
+
+
 def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr(self_check, "COMMAND", [sys.executable, "-c", code])
 

@@ -24,6 +24,8 @@ from fastsac.types import Batch, Draw, Sampler
 from fastsac_kernels import PhiloxState, philox_normal
 
 SEED, AGE = 1, 4
+#: without a graph, and with one of each kind; even, so that the long graphs begin with the actor's turn
+SINGLE_UPDATES = 8
 EPS = torch.finfo(torch.float32).eps
 #: relative, of means over a batch
 TOLERANCE = 1e-5
@@ -127,7 +129,7 @@ def compare(kind: type[Learner], config: Config, obs_size: int, action_size: int
     reference.update(replay, AGE)
     engine.load_state(*reference.state())
     one, many = Errors(), Errors()
-    for number in [1] * (WARM_UPS + 2 * config.actor_every) + [UPDATES_PER_GRAPH] * 3:
+    for number in [1] * SINGLE_UPDATES + [UPDATES_PER_GRAPH] * 3:
         tensors, counters = reference.state()
         exact.load_state(tensors, counters)
         _put(engine, tensors)
