@@ -48,7 +48,7 @@ test: install ## style, types, import floors, kernels compiled for six chips, an
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m benchmarks.compile_kernels
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 test-slow: install ## the longer checks
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
