@@ -25,7 +25,7 @@ def to_device(arrays: Sequence[HostArray], device: torch.device) -> list[Tensor]
     On a CPU the tensors share the arrays' memory.
     """
     if device.type == "cpu":
-        return [torch.as_tensor(array) for array in arrays]
+        return [array if isinstance(array, Tensor) else torch.from_numpy(array) for array in arrays]
     numbers = [np.asarray(array) for array in arrays]
     starts, size = [], 0
     for array in numbers:
