@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import equivalence, step_time, update_sizes
+from benchmarks import equivalence, paper_cpu, paper_model, step_time, update_sizes
 from benchmarks.bench_table import draw, table
 
 README = Path("README.md")
@@ -174,6 +174,14 @@ PERFORMANCE_TABLES: dict[str, Callable[[], str]] = {
     "step_time": lambda: step_time.table(read("step_time.json")),
     "update_sizes": lambda: update_sizes.table(read("update_sizes.json")),
     "equivalence": equivalence.table,
+    "paper_updates": lambda: paper_model.gpu_table(read("paper_model.json")),
+    "paper_chips": lambda: paper_model.chips_table(read("paper_model.json")),
+    "paper_assumed": lambda: paper_model.assumed_table(read("paper_model.json")),
+    "paper_steps": lambda: paper_model.step_table(read("paper_model.json")),
+    "paper_peaks": lambda: paper_cpu.peaks_table(read("paper_model.json")),
+    "paper_sizes": lambda: paper_cpu.table(read("paper_model.json")),
+    "paper_estimators": lambda: paper_cpu.estimators_table(read("paper_model.json")),
+    "paper_parts": lambda: paper_cpu.parts_table(read("paper_model.json")),
 }
 KERNELS_TABLES: dict[str, Callable[[], str]] = {
     "launches": launches_table,
