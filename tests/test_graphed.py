@@ -13,6 +13,7 @@ from torch import Tensor
 from fastsac.config import Config
 from fastsac.learner import GraphedLearner, Learner
 from fastsac.learner import graphed as engine
+from fastsac.learner.compare import compare
 from fastsac.learner.graphed import Graph
 from fastsac.learner.reference import Metrics
 from fastsac.replay import Replay
@@ -356,6 +357,34 @@ def test_nothing_waits_for_the_device(settings: dict[str, Any]) -> None:
         learner.update(replay, 30)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_neither_acting_nor_adding_waits_for_the_device() -> None:
+    learner, replay, obs = make(), filled(), torch.zeros(N, O, device="cuda")
+    reward, ends, valid = np.zeros(N, np.float32), np.zeros(N, np.bool_), np.ones(N, np.bool_)
+
+    def step(obs: Tensor) -> Tensor:
+        action = learner.act(obs)
+        return replay.add(action, reward, ends, np.ones((N, O), np.float32), valid)
+
+    for _ in range(5):
+        obs = step(obs)
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(10):
+            obs = step(obs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert obs.tolist() == [[1.0] * O] * N
+
+
+@pytest.mark.gpu
+@every_setting
+def test_it_passes_its_check(settings: dict[str, Any]) -> None:
+    assert compare(GraphedLearner, Config(**settings), 17, 6, torch.device("cuda")) == ""
 
 
 @pytest.mark.gpu
