@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.compile_kernels import Launch, recorded
+from benchmarks.kernel_launches import Launch, recorded
 from fastsac.config import Config
 from fastsac.learner import GraphedLearner
 from fastsac.learner import graphed as engine

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.compile_kernels import CHIPS, CORNER_CHIPS, Launch, corners, disorder, faults, launches, recorded
+from benchmarks.compile_kernels import CHIPS, CORNER_CHIPS, disorder, faults
+from benchmarks.kernel_launches import Launch, corners, launches, recorded
 from fastsac_kernels import PhiloxState, sample_squashed_gaussian
 
 
