@@ -69,7 +69,8 @@ class Config:
     """`auto` takes CUDA where there is a GPU."""
     engine: Literal["auto", "reference", "graphed", "fused"] = "auto"
     """`reference`: PyTorch with autograd. `fused`: gradients written out by hand, on a CPU. `graphed`: Triton kernels
-    in CUDA graphs. `auto` takes `graphed` on CUDA, else `fused`."""
+    in CUDA graphs. `auto` takes `fused` on a CPU; on CUDA it takes `graphed` if that passes its check there, else
+    `reference`."""
     precision: Literal["auto", "fp32", "bf16", "tf32"] = "auto"
     """Precision of matrix products: `fp32`; `bf16` with engine `fused`, on CPUs that have it in hardware; `tf32` on
     CUDA. `auto` takes `bf16` where a measurement at start-up finds it faster, else `fp32`."""
