@@ -67,12 +67,17 @@ def examine() -> Report:
     facts = report.facts
     facts["python"], facts["system"] = platform.python_version(), f"{platform.system()} {platform.release()}"
     facts["versions"] = package_versions(PACKAGES)
-    facts["gpu"] = _gpu(report)
+    try:
+        facts["gpu"] = _gpu(report)
+    except RuntimeError as error:  # CUDA's own
+        facts["gpu"] = None
+        what = f"the GPU cannot be used: {error}".splitlines()[0]
+        report.problem(what, "`nvidia-smi` shows whether it works; --device cpu does without", stops_training=True)
     cpu = describe_cpu()
     facts["cpu"] = cpu | {"memory_gib": memory_gib(), "bfloat16_products": has_bfloat16_products()}
     facts["environments"] = _environments(report)
     facts["rendering"] = _rendering(report)
-    facts["engine"] = _engine(report)
+    facts["engine"] = _engine(report, resolve_device("auto" if report.works else "cpu"))
     return report
 
 
@@ -125,8 +130,8 @@ def _rendering(report: Report) -> bool:
     return not wrong
 
 
-def _engine(report: Report) -> dict[str, Any]:
-    config, device = Config(), resolve_device("auto")
+def _engine(report: Report, device: torch.device) -> dict[str, Any]:
+    config = Config()
     engine, reason = choose_engine(config, device)
     found: dict[str, Any] = {"device": device.type, "name": engine, "reason": reason, "self_check": None}
     if device.type == "cuda" and engine == "reference":

@@ -93,6 +93,19 @@ def test_what_is_missing_is_named_with_what_mends_it(
 
 
 @pytest.mark.usefixtures("_quick")
+def test_a_gpu_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> None:
+        raise RuntimeError("CUDA error: out of memory\nand more")
+
+    monkeypatch.setattr(doctor, "describe_gpu", broken)
+    status, out = told(capsys)
+    assert status == 1
+    assert "the GPU cannot be used: CUDA error: out of memory (training does not work)" in out
+    assert "--device cpu" in out
+    assert "fused (no CUDA GPU)" in out  # what would run without it
+
+
+@pytest.mark.usefixtures("_quick")
 def test_a_gpu_that_pytorch_does_not_see(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     status, out = told(capsys)
