@@ -100,12 +100,11 @@ def seconds(steps: list[tuple[Case, str]]) -> float:
 @lru_cache(1)
 def filled_replay(action_size: int, device: torch.device) -> Replay:
     ring = Replay(TRANSITIONS, WRITERS, OBS_SIZE, action_size, device, torch.Generator(device).manual_seed(0))
-    ring.begin(torch.randn(WRITERS, OBS_SIZE, device=device))
+    ring.begin(torch.randn(WRITERS, OBS_SIZE))
     valid, terminated = torch.ones(WRITERS, dtype=torch.bool).numpy(), torch.zeros(WRITERS, dtype=torch.bool)
     for _ in range(TRANSITIONS // WRITERS):
         action = torch.rand(WRITERS, action_size, device=device) * 2.0 - 1.0
-        reward, next_obs = torch.randn(WRITERS, device=device), torch.randn(WRITERS, OBS_SIZE, device=device)
-        ring.add(action, reward, terminated.to(device), next_obs, valid)
+        ring.add(action, torch.randn(WRITERS), terminated, torch.randn(WRITERS, OBS_SIZE), valid)
     return ring
 
 

@@ -34,6 +34,7 @@ def environment(work: Path, **more: str) -> dict[str, str]:
     """
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), "TRITON_CACHE_DIR": str(work / "triton")}
+    caches["XDG_CACHE_HOME"] = str(work / "cache")  # of the engine's check, which is to run here
     settings = {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | caches
     return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | settings | more
 

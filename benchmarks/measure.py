@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastsac.learner.graphed import recording
+
 Call = Callable[[], Any]
 MEANING = {
     "wall_us": "p20, p50, p80 of a call in microseconds, back to back; on CUDA synchronised within the timed call",
@@ -78,7 +80,7 @@ def capture(call: Call, calls: int = 1, warm_ups: int = 3) -> Call:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with recording(graph, stream):
         for _ in range(calls):
             call()
     replay: Call = graph.replay

@@ -94,6 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail("out of memory: smaller --hidden-sizes, --batch-size or --num-envs need less")
 
 
+def _tell(message: str) -> None:
+    print(f"fastsac: {message}", file=sys.stderr, flush=True)
+
+
 def _fail(message: str, status: int = 1) -> NoReturn:
     print(f"fastsac: {message}", file=sys.stderr)
     sys.exit(status)
@@ -197,7 +201,7 @@ def _train_here(command: Train, heartbeat: Heartbeat) -> None:
             raise UsageError(f"{run_dir} has reached its target return already: another --target-return goes on")
     if heartbeat.tries > 1:  # what failed more than once may fail for ever
         agent.new_episodes(heartbeat.tries)
-    agent.prepare()  # before anything is announced or written
+    agent.prepare(_tell)  # before anything is written
     print(f"fastsac: {_describe(agent)}; run directory {run_dir}", file=sys.stderr)
     agent.learn(config.total_steps, run_dir, progress=True)
     if agent.stopped_by_signal:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -47,9 +49,9 @@ class Report:
         self.facts: dict[str, Any] = {}
         self.problems: list[dict[str, Any]] = []
 
-    def problem(self, what: str, mend: str, stops_training: bool = False) -> None:
+    def problem(self, what: str, fix: str, stops_training: bool = False) -> None:
         """Add a problem, and what the user can do about it."""
-        self.problems.append({"what": what, "mend": mend, "stops_training": stops_training})
+        self.problems.append({"what": what, "fix": fix, "stops_training": stops_training})
 
     @property
     def works(self) -> bool:
@@ -67,17 +69,18 @@ def examine() -> Report:
     facts = report.facts
     facts["python"], facts["system"] = platform.python_version(), f"{platform.system()} {platform.release()}"
     facts["versions"] = package_versions(PACKAGES)
+    usable = True
     try:
         facts["gpu"] = _gpu(report)
     except RuntimeError as error:  # CUDA's own
-        facts["gpu"] = None
+        facts["gpu"], usable = None, False
         what = f"the GPU cannot be used: {error}".splitlines()[0]
         report.problem(what, "`nvidia-smi` shows whether it works; --device cpu does without", stops_training=True)
     cpu = describe_cpu()
     facts["cpu"] = cpu | {"memory_gib": memory_gib(), "bfloat16_products": has_bfloat16_products()}
     facts["environments"] = _environments(report)
-    facts["rendering"] = _rendering(report)
-    facts["engine"] = _engine(report, resolve_device("auto" if report.works else "cpu"))
+    facts["rendering"] = facts["environments"]["stepped_with"] is not None and _rendering(report)
+    facts["engine"] = _engine(report, resolve_device("auto" if usable else "cpu"))
     return report
 
 
@@ -86,20 +89,22 @@ def _gpu(report: Report) -> dict[str, Any] | None:
     if gpu is not None:
         free = torch.cuda.mem_get_info()[0]
         return gpu | {"driver": driver, "free_gib": round(free / 2**30, 1)}
-    if torch.version.cuda is not None:
-        mend = "`nvidia-smi` shows whether the driver works; the driver must be new enough for this CUDA"
-        report.problem(f"PyTorch is built for CUDA {torch.version.cuda}, but sees no GPU", mend)
+    if torch.version.cuda is not None and (driver is not None or shutil.which("nvidia-smi")):
+        fix = "`nvidia-smi` shows whether the driver works; the driver must be new enough for this CUDA"
+        report.problem(f"PyTorch is built for CUDA {torch.version.cuda}, but sees no GPU", fix)
     elif driver is not None:
-        mend = "install a build of PyTorch for CUDA (its page Get Started has the command)"
-        report.problem(f"there is an NVIDIA driver, {driver}, but this build of PyTorch has no CUDA", mend)
+        fix = "install a build of PyTorch for CUDA (its page Get Started has the command)"
+        report.problem(f"there is an NVIDIA driver, {driver}, but this build of PyTorch has no CUDA", fix)
     return None
 
 
 def _child(env_id: str, what: str) -> tuple[str, str]:
     """Step or draw an environment in a process of its own; return the backend's name, and what went wrong."""
-    command = [sys.executable, "-c", STEP, env_id, what]
+    command = [sys.executable, "-P", "-c", STEP, env_id, what]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_SECONDS)
+        paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+        environment = {**os.environ, "PYTHONPATH": paths}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS)
     except subprocess.TimeoutExpired:
         return "", f"no answer within {CHILD_SECONDS:g} s"
     if done.returncode == 0 and done.stdout.strip():
@@ -115,7 +120,8 @@ def _environments(report: Report) -> dict[str, Any]:
 
         tasks = len(envpool.list_all_envs())
     except Exception as error:  # whatever a broken installation raises
-        report.problem(f"EnvPool cannot be imported ({error})", "pip install envpool; until then Gymnasium serves")
+        report.problem(f"EnvPool cannot be imported: {error}", "pip install --force-reinstall envpool", True)
+        return {"envpool_tasks": 0, "stepped_with": None}
     backend, wrong = _child("Pendulum-v1", "step")
     if wrong:
         report.problem(f"no environment can be stepped: {wrong}", "pip install envpool gymnasium", stops_training=True)
@@ -125,8 +131,8 @@ def _environments(report: Report) -> dict[str, Any]:
 def _rendering(report: Report) -> bool:
     _, wrong = _child("HalfCheetah-v5", "render")
     if wrong:
-        mend = "install EGL or OSMesa (Debian and Ubuntu: apt install libegl1 libosmesa6); training needs neither"
-        report.problem(f"no videos of MuJoCo tasks: {wrong}", mend)
+        fix = "install EGL or OSMesa (Debian and Ubuntu: apt install libegl1 libosmesa6); training needs neither"
+        report.problem(f"no videos of MuJoCo tasks: {wrong}", fix)
     return not wrong
 
 
@@ -135,16 +141,17 @@ def _engine(report: Report, device: torch.device) -> dict[str, Any]:
     engine, reason = choose_engine(config, device)
     found: dict[str, Any] = {"device": device.type, "name": engine, "reason": reason, "self_check": None}
     if device.type == "cuda" and engine == "reference":
-        report.problem(reason, "see there; until then the reference engine, which is slower, makes the updates")
+        fix = "install what is named there; until then the reference engine, which is slower, makes the updates"
+        report.problem(reason, fix)
     if device.type == "cuda" and engine != "reference":
         verdict = self_check.verdict(config, OBS_SIZE, ACTION_SIZE, engine)
-        if verdict.problem and verdict.kept:
-            verdict = self_check.verdict(config, OBS_SIZE, ACTION_SIZE, engine, again=True)
         found["self_check"] = verdict.problem or "passed"
         if verdict.problem:
-            mend = "please send the output of `fastsac doctor --json`; until then the reference engine is used"
-            report.problem(f"engine {engine} does not compute what the reference engine does: {verdict.problem}", mend)
-            engine = "reference"
+            fix = "please send the output of `fastsac doctor --json`; until then the reference engine is used"
+            what = "could not be checked" if verdict.crashed else "does not compute what the reference engine does"
+            report.problem(f"engine {engine} {what}: {verdict.problem}", fix)
+            found["reason"], engine = f"the check of {engine} failed", "reference"
+            found["name"] = engine
     found |= {"earlier_checks": self_check.kept(), "updates_per_s": None}
     try:
         config = dataclasses.replace(config, engine=engine)  # type: ignore[arg-type]
@@ -154,7 +161,7 @@ def _engine(report: Report, device: torch.device) -> dict[str, Any]:
         found["updates_per_s"] = round(_cuda_rate(config, device) if device.type == "cuda" else _cpu_rate(config))
     except Exception as error:  # it would end training as well
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        report.problem(f"no update can be made: {what}", "reinstall PyTorch, or see the message", stops_training=True)
+        report.problem(f"no update can be made: {what}", "reinstall PyTorch", stops_training=True)
     return found
 
 
@@ -199,7 +206,7 @@ def describe(report: Report) -> str:
     lines += ["", "Problems"]
     for problem in report.problems:
         mark = "training does not work" if problem["stops_training"] else "training works"
-        lines += [f"  - {problem['what']} ({mark})", f"    {problem['mend']}"]
+        lines += [f"  - {problem['what']} ({mark})", f"    {problem['fix']}"]
     return "\n".join(lines)
 
 
@@ -223,7 +230,7 @@ def run(as_json: bool, say: Callable[[str], None] = print) -> bool:
         report = examine()
     except UsageError as error:
         report = Report()
-        report.problem(str(error), "see there", stops_training=True)
+        report.problem(str(error), "change what is named there", stops_training=True)
         say(json.dumps(report.to_json(), indent=1) if as_json else f"fastsac: {error}")
         return False
     say(json.dumps(report.to_json(), indent=1) if as_json else describe(report))

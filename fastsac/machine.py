@@ -53,7 +53,7 @@ def describe_gpu() -> dict[str, Any] | None:
     """Return the GPU that PyTorch takes, or None without one."""
     if not torch.cuda.is_available():
         return None
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "name": properties.name,
         "memory_gib": round(properties.total_memory / 2**30, 1),

@@ -124,11 +124,14 @@ class SAC:
         """PyTorch's threads on the CPU."""
         return self.setup.num_threads
 
-    def prepare(self) -> None:
+    def prepare(self, say: Callable[[str], None] | None = None) -> None:
         """Take what training needs: the replay's memory and, on a GPU, an engine that is right there; `learn` calls it.
 
         An engine for GPUs is compared with the reference engine, once for each GPU, driver and version, which may take
-        a minute (see `fastsac.learner.self_check`). If they differ, `--engine auto` takes the reference engine.
+        minutes (see `fastsac.learner.self_check`). If they differ, `--engine auto` takes the reference engine.
+
+        Args:
+            say: tells the user; by default the logger "fastsac" does, and only what is wrong.
 
         Raises:
             UsageError: if the replay does not fit, or the engines differ and this one was asked for.
@@ -137,8 +140,11 @@ class SAC:
             self._heartbeat.send(BUSY)
             asked = self.config.engine != "auto"
             sizes = self.spaces.obs_size, self.spaces.action_size
-            self.learner, problem = self_check.right_engine(self.learner, asked, *sizes)
-            self.engine_reason = problem or self.engine_reason
+            self.learner, problem = self_check.right_engine(self.learner, asked, *sizes, say)
+            if problem:
+                self.engine_reason = problem
+                reason = self.setup.precision_reason.replace("graphed", self.engine)
+                self.setup = self.setup._replace(precision_reason=reason)
             self._prepared = True
         _ = self.replay
 

@@ -26,6 +26,8 @@ def to_device(arrays: Sequence[HostArray], device: torch.device) -> list[Tensor]
     """
     if device.type == "cpu":
         return [array if isinstance(array, Tensor) else torch.from_numpy(array) for array in arrays]
+    if any(isinstance(array, Tensor) and array.device.type != "cpu" for array in arrays):
+        raise TypeError("what goes to the device must be on the host, and a tensor is on the device already")
     numbers = [np.asarray(array) for array in arrays]
     starts, size = [], 0
     for array in numbers:

@@ -329,6 +329,7 @@ def pretended(memory: int = 80 * 2**30, capability: tuple[int, int] = (9, 0)) ->
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "set_device": lambda _: None,
         "Stream": Stream,
         "Event": Event,
         "CUDAGraph": CUDAGraph,

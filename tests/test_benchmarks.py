@@ -313,3 +313,18 @@ def test_an_engine_is_compared_at_its_own_number_of_threads():
     row = update_sizes.row_of((17, 6, 256, 64), times)
     assert row["fused, fp32"] == {"ms": 2.0, "threads": 1, "of_reference": 0.45}
     assert "| 17, 6 | 256, 256 | 64 | 4.5 | 2 (0.45) | not measured |" in update_sizes.table({"rows": [row]})
+
+
+@pytest.mark.parametrize("engine", ["reference", "graphed"])
+def test_updates_can_be_measured_on_a_gpu(engine):
+    from benchmarks import bench_update
+    from tests.pretend_cuda import pretended
+
+    case = next(case for case in bench_update.CASES if (case.engine, case.B, case.A) == (engine, 256, 6))
+    bench_update.filled_replay.cache_clear()
+    with pretended():
+        ring = bench_update.filled_replay(case.A, torch.device("cuda"))
+        assert ring.size > 1000
+        assert bench_update.learner(case._replace(B=8), torch.device("cuda")).engine == engine
+    bench_update.filled_replay.cache_clear()
+    bench_update.learner.cache_clear()

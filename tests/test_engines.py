@@ -3,9 +3,11 @@
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,7 +83,8 @@ def lacking(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5) if what == "capability" else (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(shutil, "which", lambda name: None if what == "compiler" else f"/{name}")
-    monkeypatch.setattr(Path, "exists", lambda path: what != "headers")
+    done = SimpleNamespace(returncode=int(what == "headers"))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
     if what == "triton":
         monkeypatch.setitem(sys.modules, "triton", None)
     engines.graphed_obstacle.cache_clear()
@@ -120,8 +123,10 @@ def test_what_the_graphed_engine_needs_is_looked_for(what: str, reason: str, mon
 @pytest.mark.usefixtures("_known_anew")
 def test_a_compiler_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     lacking("compiler", monkeypatch)
-    monkeypatch.setenv("CC", "my-cc")
-    assert "there is no my-cc" in choose_engine(Config(), CUDA)[1]
+    for compiler in ("my-cc", ""):  # Triton takes an empty name, too
+        monkeypatch.setenv("CC", compiler)
+        engines.graphed_obstacle.cache_clear()
+        assert "Triton needs a C compiler, and there is no" in choose_engine(Config(), CUDA)[1]
 
 
 @pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16", "bf16"])

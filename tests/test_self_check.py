@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,41 @@ class WrongLongGraph(GraphedLearner):
         return super()._run(replay, length, with_actor)
 
 
+class LongGraphs(GraphedLearner):
+    """Does something else after each graph of several updates."""
+
+    def _record(self, replay: Sampler, length: int, with_actor: bool) -> Graph:
+        graph = super()._record(replay, length, with_actor)
+        if length == 1:
+            return graph
+
+        def replay_() -> None:
+            graph.replay()
+            with torch.no_grad():
+                self.spoil(graph)
+
+        return graph._replace(replay=replay_)
+
+    def spoil(self, graph: Graph) -> None:
+        raise NotImplementedError
+
+
+class WrongAlphaLater(LongGraphs):
+    def spoil(self, graph: Graph) -> None:
+        self.log_alpha.add_(0.01)
+
+
+class WrongMetricsLater(LongGraphs):
+    def spoil(self, graph: Graph) -> None:
+        graph.measured[1].mul_(1.01)
+
+
+class WrongMomentsLater(LongGraphs):
+    def spoil(self, graph: Graph) -> None:
+        for state in self.optimizers["actor"].state.values():
+            state["exp_avg"].neg_()
+
+
 class EmptyGraph(GraphedLearner):
     def _record(self, replay: Sampler, length: int, with_actor: bool) -> Graph:
         return super()._record(replay, length, with_actor)._replace(replay=lambda: None)
@@ -120,7 +157,10 @@ class WrongActing(GraphedLearner):
         (WrongMetrics, "is off by"),
         (NotFinite, "inf"),
         (StuckNumbers, "is off by"),
-        (WrongLongGraph, "in mean"),
+        (WrongLongGraph, "is off by"),
+        (WrongAlphaLater, "log_alpha"),
+        (WrongMetricsLater, "is off by"),
+        (WrongMomentsLater, "mean of optimizer.actor.exp_avg"),
         (EmptyGraph, "is off by"),
         (WrongActing, "the action"),
     ],
@@ -130,7 +170,7 @@ def test_an_engine_that_is_wrong_is_found_out(kind: type[Learner], named: str) -
 
 
 def test_a_wrong_graph_of_several_updates_is_found_out_with_turns_too() -> None:
-    assert "in mean" in compared(WrongLongGraph, Config(**SMALL, actor_every=2), 5, 3, CUDA)
+    assert "is off by" in compared(WrongLongGraph, Config(**SMALL, actor_every=2), 5, 3, CUDA)
 
 
 def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
@@ -147,6 +187,11 @@ PRETEND = "from tests.pretend_cuda import pretended\nfrom fastsac.learner.self_c
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "the check was ended by SIGSEGV"),
         ("raise SystemExit(3)", "the check failed: it said nothing"),
         (
+            "raise RuntimeError('CUDA error: misaligned address\\nCompile with `TORCH_USE_CUDA_DSA` to enable it.')",
+            "the check failed: RuntimeError: CUDA error: misaligned address",
+        ),
+        ('print(\'{"problem": "AcceleratorError: x", "crashed": true}\')', "AcceleratorError: x"),
+        (
             "raise RuntimeError('ptxas fatal')",
             "the check failed: RuntimeError: ptxas fatal",
         ),
@@ -160,7 +205,7 @@ def test_a_child_that_fails_counts_as_a_difference(code: str, problem: str, monk
     child(monkeypatch, code)
     found, crashed = self_check.ask_child({}, timeout=0.5 if "sleep" in code else 30.0)
     assert found == problem
-    assert crashed == ("problem" not in code or ("noise" not in code and problem != ""))
+    assert crashed == (problem not in ("", "q is off"))
 
 
 def test_the_check_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,18 +221,19 @@ def test_what_was_found_is_kept_for_the_same_machine_versions_and_shapes(monkeyp
     asked: list[Any] = []
     answers = [("", False), ("a is off", False), ("the check was ended by SIGSEGV", True)] + [("", False)] * 9
     monkeypatch.setattr(self_check, "ask_child", lambda request: asked.append(request) or answers[len(asked) - 1])
-    config = Config(**SMALL)
 
     def verdict(*sizes: int, **settings: Any) -> tuple[str, bool]:
-        again = settings.pop("again", False)
-        return self_check.verdict(Config(**SMALL | settings), *(sizes or (5, 3)), "graphed", again)
+        found = self_check.verdict(Config(**SMALL | settings), *(sizes or (5, 3)), "graphed", said.append)
+        return found.problem, found.kept
+
+    said: list[str] = []
 
     assert verdict() == ("", False)
     assert verdict(seed=7, actor_lr=1.0) == ("", True)  # of no consequence
-    assert verdict(again=True) == ("a is off", False)
-    assert verdict() == ("a is off", True)  # a difference is kept
-    assert verdict(batch_size=17) == ("the check was ended by SIGSEGV", False)
-    assert verdict(batch_size=17) == ("", False)  # a crash is not
+    assert verdict(batch_size=17) == ("a is off", False)
+    assert verdict(batch_size=17) == ("the check was ended by SIGSEGV", False)  # only what was right is believed
+    assert verdict(batch_size=17) == ("", False)
+    assert verdict(batch_size=17) == ("", True)
     for sizes, settings in [((6, 3), {}), ((5, 4), {}), ((), {"estimator": "score"}), ((), {"actor_every": 2})]:
         assert not verdict(*sizes, **settings)[1]
     asked.clear()
@@ -202,7 +248,9 @@ def test_what_was_found_is_kept_for_the_same_machine_versions_and_shapes(monkeyp
     for path in self_check.cache_folder().glob("*.json"):
         path.write_text("[")
     assert not verdict()[1]  # a damaged file is none
-    assert config.batch_size == 16
+    assert len(set(said)) == 1
+    assert "checking engine graphed on this GPU" in said[0]
+    assert [found["problem"] for found in self_check.kept()] == [""]
 
 
 def test_the_hash_follows_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,8 +286,13 @@ def test_a_run_whose_engine_is_wrong_takes_the_reference_engine(
     agent.prepare()
     assert agent.engine == "reference"
     assert agent.engine_reason == "the check of graphed failed"
+    assert agent.setup.precision_reason == "the default of engine reference"
     assert len(caplog.messages) == 1
-    for words in ("SIGABRT", "the reference engine is used", "`fastsac doctor --json`"):
+    for words in (
+        "could not be checked on this GPU: the check was ended by SIGABRT;",
+        "the reference engine is used",
+        "`fastsac doctor --json`",
+    ):
         assert words in caplog.text
     assert "\n" not in caplog.messages[0]
     for name, tensor in agent.learner.actor.state_dict().items():
@@ -252,7 +305,10 @@ def test_a_run_whose_engine_is_wrong_takes_the_reference_engine(
 def test_an_engine_that_was_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     child(monkeypatch, 'print(\'{"problem": "q is off by 1e-2, where 1e-6 is allowed"}\')')
     agent = of_engine("graphed", monkeypatch)
-    with pytest.raises(UsageError, match="q is off by 1e-2, where 1e-6 is allowed; --engine auto or reference works"):
+    with pytest.raises(
+        UsageError,
+        match="on this GPU: q is off by 1e-2, where 1e-6 is allowed; --engine auto or reference works",
+    ):
         agent.learn(40, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert agent.steps == 0
@@ -269,3 +325,43 @@ def test_an_engine_that_is_right_trains(monkeypatch: pytest.MonkeyPatch) -> None
     reference = of_engine("reference", monkeypatch)
     reference.prepare()  # nothing to compare with itself
     assert reference.engine == "reference"
+
+
+def test_where_one_process_has_the_gpu_for_itself_it_is_checked_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    child(monkeypatch, "raise RuntimeError('CUDA error: CUDA-capable device(s) is/are busy or unavailable')")
+    assert self_check.verdict(Config(**SMALL), 5, 3, "graphed") == ("", False, False)
+
+
+def test_a_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
+    """It sees the end of its input, and ends."""
+    code = f"{PRETEND}import fastsac.learner.self_check as s, time, pathlib\n"
+    code += f"s.compare = lambda *a: pathlib.Path({str(tmp_path / 'began')!r}).touch() or time.sleep(60)\n"
+    code += "import torch; torch.cuda.set_device = lambda _: None\nmain()"
+    request = {"config": {}, "sizes": [5, 3], "engine": "graphed", "device": 0}
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    while not (tmp_path / "began").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.stdin.close()
+    assert process.wait(30) == 1
+
+
+def test_a_stray_module_in_the_current_folder_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "json.py").write_text("raise RuntimeError('not mine')")
+    monkeypatch.chdir(tmp_path)
+    assert "-P" in self_check.COMMAND
+    monkeypatch.setattr(
+        self_check, "COMMAND", [*self_check.COMMAND[:-1], "import json; print(json.dumps({'problem': ''}))"]
+    )
+    assert self_check.ask_child({}) == ("", False)
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.setattr(self_check, "ask_child", lambda request: ("", False))
+    assert [self_check.verdict(Config(**SMALL), 5, 3, "graphed").kept for _ in range(2)] == [False, False]
+    assert self_check.kept() == []

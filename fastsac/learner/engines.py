@@ -6,8 +6,8 @@ import functools
 import importlib
 import os
 import shutil
+import subprocess
 import sysconfig
-from pathlib import Path
 
 import torch
 
@@ -18,6 +18,8 @@ from fastsac.learner.fused import FusedLearner
 from fastsac.learner.graphed import GraphedLearner
 from fastsac.learner.reference import Learner
 
+#: the least compute capability that the kernels are compiled for
+CAPABILITY = (8, 0)
 ENGINES: dict[str, type[Learner]] = {"reference": Learner, "graphed": GraphedLearner, "fused": FusedLearner}
 
 
@@ -27,10 +29,6 @@ def make_learner(
     """Return a learner of the engine that the configuration asks for; see `choose_engine`."""
     engine, _ = choose_engine(config, torch.device(device))
     return ENGINES[engine](config, obs_size, action_size, device, seed)
-
-
-#: what Triton and the kernels need
-CAPABILITY = (8, 0)
 
 
 @functools.cache
@@ -44,14 +42,20 @@ def graphed_obstacle() -> str:
         importlib.import_module("triton")
     except (ImportError, OSError) as error:
         return f"it needs Triton, which cannot be imported ({error}): pip install triton"
-    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
-    if not any(shutil.which(compiler) for compiler in compilers):
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    compiler = next(filter(None, map(shutil.which, compilers)), None)
+    if compiler is None:
         return (
-            f"Triton needs a C compiler, and there is no {' or '.join(compilers)}: "
+            f"Triton needs a C compiler, and there is no {' or '.join(compilers) or 'name in CC'}: "
             "install gcc (Debian and Ubuntu: apt install gcc), or name one in CC"
         )
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
-    if not Path(sysconfig.get_path("include", scheme), "Python.h").exists():
+    command = [compiler, "-fsyntax-only", "-x", "c", f"-I{sysconfig.get_path('include', scheme)}", "-"]
+    try:
+        compiled = subprocess.run(command, input="#include <Python.h>\n", capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"Triton needs a C compiler, and {compiler} does not run: {error}"
+    if compiled.returncode:
         return "Triton needs Python's header files: install them (Debian and Ubuntu: apt install python3-dev)"
     return ""
 

@@ -11,10 +11,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,93 +39,168 @@ SETTINGS = (
 )
 #: seconds: the first time, Triton compiles all kernels
 TIMEOUT = 300.0
-COMMAND = [sys.executable, "-c", "from fastsac.learner.self_check import main; main()"]
+#: what CUDA says where only one process may use a GPU
+BUSY = "busy or unavailable"
+#: without the current folder, where anything may lie
+COMMAND = [sys.executable, "-P", "-c", "from fastsac.learner.self_check import main; main()"]
+
+
+Say = Callable[[str], None]
 
 
 class Verdict(NamedTuple):
     """What was found; the engine may run if there is no problem."""
 
     problem: str
+    crashed: bool = False  # it could not be compared
     kept: bool = False  # it was found earlier
 
 
-def right_engine(learner: Learner, asked: bool, obs_size: int, action_size: int) -> tuple[Learner, str]:
+def right_engine(
+    learner: Learner, asked: bool, obs_size: int, action_size: int, say: Say | None = None
+) -> tuple[Learner, str]:
     """Return the learner if its engine is right here, else one of the reference engine with its state, and why.
 
     Only an engine for GPUs is checked.
 
+    Args:
+        learner: has made no update yet, or its state is to be gone on with.
+        asked: whether the engine was asked for by name.
+        obs_size: O.
+        action_size: A.
+        say: tells the user; by default the logger "fastsac" does, and only what is wrong.
+
     Raises:
-        UsageError: if it is not right, but was asked for.
+        UsageError: if the engine is not right, but was asked for.
     """
     if learner.device.type != "cuda" or learner.engine == "reference":
         return learner, ""
-    problem = verdict(learner.config, obs_size, action_size, learner.engine).problem
-    if not problem:
+    found = verdict(learner.config, obs_size, action_size, learner.engine, say)
+    if not found.problem:
         return learner, ""
-    told = f"engine {learner.engine} does not compute what the reference engine does on this GPU: {problem}"
+    what = "could not be checked" if found.crashed else "does not compute what the reference engine does"
+    told = f"engine {learner.engine} {what} on this GPU: {found.problem.rstrip('.')}"
     report = "`fastsac doctor --json` makes a report"
     if asked:
         raise UsageError(f"{told}; --engine auto or reference works; {report}")
-    logging.getLogger("fastsac").warning("%s; the reference engine is used; %s", told, report)
+    (say or logging.getLogger("fastsac").warning)(f"{told}; the reference engine is used; {report}")
     config = dataclasses.replace(learner.config, engine="reference")
     reference = make_learner(config, obs_size, action_size, learner.device)
     reference.load_state(*learner.state())
     return reference, f"the check of {learner.engine} failed"
 
 
-def verdict(config: Config, obs_size: int, action_size: int, engine: str, again: bool = False) -> Verdict:
-    """Return whether the engine may run on the current GPU: what was found earlier, or what a child process finds now.
+def verdict(config: Config, obs_size: int, action_size: int, engine: str, say: Say | None = None) -> Verdict:
+    """Return whether the engine may run on the current GPU.
+
+    That it was right is believed, if it was found earlier; else a child process finds out now.
 
     Args:
         config: its settings of the update are used.
         obs_size: O.
         action_size: A.
         engine: its name.
-        again: do not believe what was found earlier.
+        say: is told before it takes time.
     """
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name in SETTINGS}
     settings["actor_every"] = min(2, config.actor_every)
     settings["alpha"] = config.alpha == "auto"
     case = {"engine": engine, "obs_size": obs_size, "action_size": action_size, **settings, **identity()}
     place = cache_folder() / f"{hashlib.sha256(json.dumps(case, sort_keys=True).encode()).hexdigest()[:32]}.json"
-    if not again and (problem := _read(place)) is not None:
-        return Verdict(problem, kept=True)
+    earlier = _load(place)
+    if earlier is not None and not earlier["problem"]:
+        return Verdict("", kept=True)
+    if say is not None:
+        say(f"checking engine {engine} on this GPU, once; when kernels are compiled first, this takes minutes")
     request = {"config": dataclasses.asdict(config), "sizes": [obs_size, action_size], "engine": engine}
-    problem, crashed = ask_child(request)
+    problem, crashed = ask_child(request | {"device": torch.cuda.current_device()})
+    if crashed and BUSY in problem:  # one process at a time may use this GPU, and that is this one
+        problem, crashed = _answer(request)
     _keep(place, case | {"problem": problem, "crashed": crashed})
-    return Verdict(problem)
+    return Verdict(problem, crashed)
 
 
 def ask_child(request: dict[str, Any], timeout: float = TIMEOUT) -> tuple[str, bool]:
     """Return what a process of its own finds, and whether it came to no end."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    paths = [os.path.abspath(path) for path in sys.path]  # an empty one is the current folder
     try:
-        done = subprocess.run(
-            COMMAND, input=json.dumps(request), env=environment, capture_output=True, text=True, timeout=timeout
+        child = subprocess.Popen(
+            COMMAND,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        return f"the check did not end within {timeout:g} s", True
     except OSError as error:
         return f"the check could not be started: {error}", True
-    lines = done.stdout.strip().splitlines()
     try:
-        return str(json.loads(lines[-1])["problem"]), False
-    except (IndexError, ValueError, KeyError, TypeError):
+        output, errors = _talk(child, json.dumps(request), timeout)
+    except subprocess.TimeoutExpired:
+        return f"the check did not end within {timeout:g} s", True
+    finally:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)  # compilers that it has started, too
+        child.wait()
+        for pipe in filter(None, (child.stdout, child.stderr)):
+            pipe.close()
+    try:
+        answer = json.loads(output.strip().splitlines()[-1])
+        return str(answer["problem"]), bool(answer.get("crashed"))
+    except (IndexError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name if -done.returncode in list(signal.Signals) else -done.returncode
-        return f"the check was ended by {name}", True
-    return f"the check failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1][:300]}", True
+    if child.returncode < 0:
+        names = {int(each): each.name for each in signal.Signals}
+        return f"the check was ended by {names.get(-child.returncode, -child.returncode)}", True
+    lines = errors.strip().splitlines() or ["it said nothing"]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
+    return f"the check failed: {(named or lines)[-1][:300]}", True
+
+
+def _talk(child: subprocess.Popen[str], request: str, timeout: float) -> tuple[str, str]:
+    """Send the request, and return what the child answers. Its input stays open: it ends itself when we are gone."""
+    assert child.stdin is not None
+    with suppress(BrokenPipeError):
+        child.stdin.write(request + "\n")
+        child.stdin.flush()
+    stdin, child.stdin = child.stdin, None  # or `communicate` closes it
+    try:
+        return child.communicate(timeout=timeout)
+    finally:
+        with suppress(BrokenPipeError):
+            stdin.close()
 
 
 def main() -> None:
     """Answer a request on standard input, as the child process."""
-    request = json.load(sys.stdin)
-    config = Config(**request["config"])
-    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-    obs_size, action_size = request["sizes"]
-    problem = compare(ENGINES[request["engine"]], config, obs_size, action_size, torch.device("cuda"))
-    print(json.dumps({"problem": problem}))
+    request = json.loads(sys.stdin.readline())
+
+    def end_with_the_parent() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
+    torch.cuda.set_device(request["device"])
+    problem, crashed = _answer(request)
+    print(json.dumps({"problem": problem, "crashed": crashed}), flush=True)
+
+
+def _answer(request: dict[str, Any]) -> tuple[str, bool]:
+    config, (obs_size, action_size) = Config(**request["config"]), request["sizes"]
+    before = torch.get_float32_matmul_precision()
+    # products in TF32 would hide what a kernel does, so it is looked at in float32 first
+    for precision in ("fp32", "tf32") if config.precision == "tf32" else ("fp32",):
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        try:
+            problem = compare(ENGINES[request["engine"]], config, obs_size, action_size, torch.device("cuda"))
+        except Exception as error:  # of a compiler, a launch, or for want of memory
+            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}", True
+        finally:
+            torch.set_float32_matmul_precision(before)
+        if problem:
+            return problem, False
+    return "", False
 
 
 def identity() -> dict[str, Any]:
@@ -143,7 +222,7 @@ def source_hash() -> str:
     """Return a hash of all files of the kernels, and of what the updates are made of here."""
     package = Path(__file__).resolve().parents[1]
     names = sorted([*package.glob("learner/*.py"), *package.glob("estimators/*.py")])
-    names += [package / "networks.py", package / "replay.py", package / "transfer.py"]
+    names += [package / f"{name}.py" for name in ("networks", "replay", "transfer", "types")]
     names += sorted(Path(fastsac_kernels.__file__).parent.glob("*.py"))
     digest = hashlib.sha256()
     for path in names:
@@ -154,18 +233,16 @@ def source_hash() -> str:
 def cache_folder() -> Path:
     """Return where verdicts are kept; nothing is lost with it but time."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fastsac" / "self_check"
+    try:
+        folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    except RuntimeError:  # no home: nothing is kept in a folder that cannot be
+        folder = Path(os.devnull)
+    return folder / "fastsac" / "self_check"
 
 
 def kept() -> list[dict[str, Any]]:
     """Return all that was found earlier, for a report."""
     return [found for path in sorted(cache_folder().glob("*.json")) if (found := _load(path)) is not None]
-
-
-def _read(path: Path) -> str | None:
-    """Return what was found earlier; a crash may have had its reason at that time only."""
-    found = _load(path)
-    return None if found is None or found.get("crashed") else str(found["problem"])
 
 
 def _load(path: Path) -> dict[str, Any] | None:
@@ -179,8 +256,9 @@ def _load(path: Path) -> dict[str, Any] | None:
 def _keep(path: Path, content: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(content, file, indent=1)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            temporary.write_text(json.dumps(content, indent=1))
+            os.replace(temporary, path)
     except OSError:  # it is checked again next time
         pass
