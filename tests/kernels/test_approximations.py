@@ -14,8 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from fastsac.config import Config
+from fastsac.learner import compare, graphed
 from fastsac_kernels.squashed_gaussian_triton import exp
 from tests.kernels.parity import BASELINES, SIZES, check, sampler, score
+from tests.pretend_cuda import pretended
 
 RNG = np.random.default_rng(0)
 SMALLEST_NORMAL = np.finfo(np.float32).tiny
@@ -85,3 +88,11 @@ def test_exp_at_the_ends_of_its_range() -> None:
     found = torch.empty_like(x)
     _exp_kernel[(1,)](x, found, len(x))
     torch.testing.assert_close(found, torch.exp(x.double()).float(), rtol=2e-7, atol=1e-44, equal_nan=True)
+
+
+def test_the_engines_check_gives_no_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (graphed, compare):
+        monkeypatch.setattr(module, "UPDATES_PER_GRAPH", 2)
+    config = Config(hidden_sizes=(16, 16), batch_size=64, num_envs=3, estimator="score", baseline="value")
+    with pretended():
+        assert compare.compare(graphed.GraphedLearner, config, 17, 6, torch.device("cuda")) == ""
