@@ -141,10 +141,7 @@ class SAC:
             asked = self.config.engine != "auto"
             sizes = self.spaces.obs_size, self.spaces.action_size
             self.learner, problem = self_check.right_engine(self.learner, asked, *sizes, say)
-            if problem:
-                self.engine_reason = problem
-                reason = self.setup.precision_reason.replace("graphed", self.engine)
-                self.setup = self.setup._replace(precision_reason=reason)
+            self.engine_reason = problem or self.engine_reason
             self._prepared = True
         _ = self.replay
 

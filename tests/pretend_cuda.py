@@ -258,23 +258,6 @@ class Stream:
         Gpu.current().wait("a stream")
 
 
-class Event:
-    """An event; the host waits for it unless it knows from a later one that it is over."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def record(self, _: Stream | None = None) -> None:
-        if Gpu.current().graph is not None:
-            raise CaptureError("an event")
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        Gpu.current().wait("an event")
-
-
 def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`Tensor.to`, which otherwise asks CUDA for its current device."""
     args = tuple("meta" if isinstance(arg, str | torch.device) and torch.device(arg) != CPU else arg for arg in args)
@@ -331,7 +314,6 @@ def pretended(memory: int = 80 * 2**30, capability: tuple[int, int] = (9, 0)) ->
         "current_device": lambda: 0,
         "set_device": lambda _: None,
         "Stream": Stream,
-        "Event": Event,
         "CUDAGraph": CUDAGraph,
         "graph": graph,
         "stream": stream,

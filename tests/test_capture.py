@@ -1,5 +1,6 @@
 """What a CUDA graph may hold and point at, and what a training step costs the host; on the pretended GPU."""
 
+import dataclasses
 import gc
 from collections import Counter
 from collections.abc import Iterator
@@ -11,24 +12,16 @@ import pytest
 import torch
 
 from fastsac import SAC
-from fastsac.config import Config
 from fastsac.learner import GraphedLearner
 from fastsac.learner import graphed as engine
 from fastsac.replay import Replay
 from fastsac.transfer import to_device, to_host
 from tests.pretend_cuda import CaptureError, Gpu, Stream, pretended, trust_engines
+from tests.runs import SMALL
 from tests.test_graphed import few_settings, filled, make
 
-CONFIG = Config(
-    "Pendulum-v1",
-    engine="graphed",
-    hidden_sizes=(8, 6),
-    batch_size=8,
-    learning_starts=16,
-    num_envs=4,
-    num_threads=1,
-    eval_every=0,
-    checkpoint_replay=True,
+CONFIG = dataclasses.replace(
+    SMALL, engine="graphed", hidden_sizes=(8, 6), batch_size=8, learning_starts=16, checkpoint_replay=True
 )
 
 

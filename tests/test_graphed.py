@@ -1,5 +1,6 @@
 """The graphed engine, on a GPU and on a pretended one, whose graphs are as a GPU's."""
 
+import dataclasses
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -319,19 +320,10 @@ def test_acting_draws_new_numbers_each_time_and_an_update_none_of_them() -> None
 def test_a_run_with_it_is_saved_and_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("envpool")
     from fastsac import SAC  # needs the environments, which a GPU host may not have
+    from tests.runs import SMALL
 
-    config = Config(
-        "Pendulum-v1",
-        engine="graphed",
-        hidden_sizes=HIDDEN,
-        batch_size=8,
-        learning_starts=8,
-        num_envs=4,
-        num_threads=1,
-        eval_every=0,
-        checkpoint_replay=True,
-    )
-    agent = SAC(config)
+    changes = {"hidden_sizes": HIDDEN, "batch_size": 8, "learning_starts": 8, "checkpoint_replay": True}
+    agent = SAC(dataclasses.replace(SMALL, engine="graphed", **changes))
     agent.learn(total_steps=20)
     assert agent.updates == 8
     agent.save(tmp_path / "run")

@@ -85,7 +85,7 @@ def set_up_torch(config: Config, device: torch.device, obs_size: int, action_siz
     torch.set_flush_denormal(True)  # Adam's moments of dead units decay into numbers that are slow to multiply
     counts = [config.num_threads] if config.num_threads else thread_counts()
     engine, _ = choose_engine(config, device)
-    reason = "no bfloat16 products on this CPU" if engine == "fused" else f"the default of engine {engine}"
+    reason = "no bfloat16 products on this CPU" if engine == "fused" else "the default"
     if config.precision != "auto":
         reason = "asked for"
     if device.type != "cpu":
