@@ -99,7 +99,8 @@ def test_a_gpu_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         raise RuntimeError("CUDA error: out of memory\nand more")
 
     monkeypatch.setattr(doctor, "describe_gpu", broken)
-    status, out = told(capsys)
+    with pretended():
+        status, out = told(capsys)
     assert status == 1
     assert "the GPU cannot be used: CUDA error: out of memory (training does not work)" in out
     assert "--device cpu" in out
@@ -148,6 +149,20 @@ def test_a_gpu(problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         assert "graphed (a CUDA GPU)" in out
         assert "Self-check    passed" in out
         assert "Problems      none" in out
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_gpu_is_looked_at_where_environments_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trust_engines(monkeypatch)
+    monkeypatch.setattr(doctor, "_child", lambda *_: ("", "ended by signal 6"))
+    monkeypatch.setattr(doctor, "_cuda_rate", lambda *_: 50.0)
+    with pretended():
+        status, out = told(capsys)
+    assert status == 1
+    assert "graphed (a CUDA GPU)" in out
+    assert "Self-check    passed" in out
 
 
 @pytest.mark.usefixtures("_quick")
