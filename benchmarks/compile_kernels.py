@@ -51,7 +51,7 @@ def measure(launched: Launch, chip: int) -> dict[str, Any]:
     warps, alone = launched.options["num_warps"], launched.constants.get("SINGLE", True)
     return {
         "kernel": launched.kernel,
-        "shape": launched.label,
+        "shape": variant(launched.constants) + launched.label,
         "baseline": launched.constants.get("BASELINE"),
         "chip": f"sm_{chip}",
         "warps": warps,
@@ -61,6 +61,12 @@ def measure(launched: Launch, chip: int) -> dict[str, Any]:
         "sass_bytes": int(size[0], 16),
         "disorder": None if alone else disorder(compiled.asm["ptx"], warps),
     }
+
+
+def variant(constants: dict[str, Any]) -> str:
+    """What n-step returns change in a kernel, in words; before the sizes, so that `paper_model.py` leaves it out."""
+    steps = constants.get("N_STEP", 1)
+    return f"n={steps} " if steps > 1 else "discounts " if constants.get("GAMMA_IS_TENSOR") else ""
 
 
 def disorder(ptx: str, num_warps: int) -> str | None:
@@ -133,10 +139,10 @@ def main() -> None:
         rows = list(pool.map(measure, *zip(*work, strict=True)))
     wrong = [fault for row in rows for fault in faults(row)]
     shown = sorted(rows[:number], key=lambda row: (row["kernel"], row["baseline"] or "", row["shape"], row["chip"]))
-    print(f"{'kernel, for sm_90':38}{'baseline':10}{'shape':24}warps  regs  stack  shared   SASS")
+    print(f"{'kernel, for sm_90':38}{'baseline':10}{'shape':34}warps  regs  stack  shared   SASS")
     for row in (row for row in shown if row["chip"] == "sm_90"):
         print(
-            f"{row['kernel']:38}{row['baseline'] or '':10}{row['shape']:24}{row['warps']:5}"
+            f"{row['kernel']:38}{row['baseline'] or '':10}{row['shape']:34}{row['warps']:5}"
             f"{row['registers']:6}{row['stack_bytes']:7}{row['shared_bytes']:8}{row['sass_bytes']:7}"
         )
     result = {"command": "python -m benchmarks.compile_kernels", "triton": triton.__version__}

@@ -180,9 +180,11 @@ def call_ops(
         loss = score_function_loss(mean, log_std, rng, q, temperature, baseline, "triton", given)
         torch.autograd.grad(loss, (mean, log_std))
     critics, reward, flag = zeros(e, b).requires_grad_(), zeros(b), torch.zeros(b, dtype=torch.bool)
-    loss = td_loss(critics, reward, flag, zeros(e, b), drawn.detach()[0], temperature, 0.99, "triton")
-    torch.autograd.grad(loss, critics)
+    for gamma in (0.99, zeros(b)):
+        loss = td_loss(critics, reward, flag, zeros(e, b), drawn.detach()[0], temperature, gamma, "triton")
+        torch.autograd.grad(loss, critics)
     ring = zeros(64, n, o), zeros(64, n, a), zeros(64, n), torch.zeros(64, n, dtype=torch.bool)
     draws = torch.zeros(b, dtype=torch.int64) if noise else PhiloxState(stream=2)
     queue, span = torch.arange(64 * n), torch.tensor([0, 64 * n])
-    replay_gather(*ring, queue, span, draws, b, "triton")
+    for n_step in (1, 3):
+        replay_gather(*ring, queue, span, draws, b, "triton", ring[3], n_step, 0.99)

@@ -27,6 +27,8 @@ RESULTS = Path("benchmarks/results")
 FINAL_EPISODES, FINAL_SEED = 20, 12345
 PATHWISE = "--estimator pathwise"
 SCORE = "--estimator score --baseline"
+#: sac-large at the size of a CPU: as many environments and as large a batch as the defaults have
+SMALLER = "--num-envs 16 --batch-size 256 --utd 0.5 --learning-starts 1000 --buffer-size 1000000"
 ENGINES = {
     "reference": "--engine reference --precision fp32",
     "fused, fp32": "--engine fused --precision fp32",
@@ -60,6 +62,16 @@ SUITES = {
     ),
     "hopper": Suite("--env-id Hopper-v5 --total-steps 200000 --eval-every 5000", {"pathwise": PATHWISE}, 1),
     "walker": Suite("--env-id WalkerWalk-v1 --total-steps 50000 --eval-every 5000", {"pathwise": PATHWISE}, 1),
+    "presets_humanoid": Suite(
+        "--env-id HumanoidStand-v1 --total-steps 150000 --eval-every 10000",
+        {"sac": "--preset sac", "sac-large, smaller": f"--preset sac-large {SMALLER}"},
+        3,
+    ),
+    "presets_halfcheetah": Suite(
+        "--env-id HalfCheetah-v5 --total-steps 100000 --eval-every 5000",
+        {"sac": "--preset sac", "sac-large, smaller": f"--preset sac-large {SMALLER} --v-min -100 --v-max 300"},
+        3,
+    ),
     "engines_pendulum": Suite("--env-id Pendulum-v1 --total-steps 20000 --eval-every 2000", ENGINES, 5),
     "engines_halfcheetah": Suite("--env-id HalfCheetah-v5 --total-steps 100000 --eval-every 5000", ENGINES, 18),
 }

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastsac.config import Config
 from fastsac.errors import FastsacError, UsageError
+from fastsac.presets import preset
 
 if TYPE_CHECKING:
+    from fastsac.callbacks import Callback
     from fastsac.train import SAC
 
 __version__ = "0.1.0"
-__all__ = ["SAC", "Config", "FastsacError", "UsageError"]
+__all__ = ["SAC", "Callback", "Config", "FastsacError", "UsageError", "preset"]
+
+_LATER = {"SAC": "fastsac.train", "Callback": "fastsac.callbacks"}
 
 
 def __getattr__(name: str) -> Any:
     """Import the agent, and with it PyTorch, only when it is asked for."""
-    if name == "SAC":
-        from fastsac.train import SAC
-
-        return SAC
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module 'fastsac' has no attribute {name!r}")

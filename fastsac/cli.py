@@ -1,81 +1,37 @@
-"""The command line: `fastsac train`, `fastsac eval` and `fastsac doctor`."""
+"""The command line: `fastsac train`, `fastsac eval`, `fastsac presets` and `fastsac doctor`."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
 import os
 import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
-import tyro
-
+from fastsac.arguments import Doctor, Eval, Presets, Train, parse
 from fastsac.config import Config
 from fastsac.errors import EnvironmentFailure, FastsacError, UsageError
+from fastsac.presets import AUTO, find, presets, table
 from fastsac.run_dir import newest_step, read_config, refuse_if_taken
 from fastsac.signals import ENVIRONMENT_FAILED, Heartbeat
 from fastsac.supervisor import Supervisor
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train an agent; the run directory gets its configuration, metrics, learning curve and checkpoints."""
-
-    config: tyro.conf.OmitArgPrefixes[Config]
-    run_dir: Path | None = None
-    """Where the run goes; by default a new directory below `runs/`."""
-    resume: Path | None = None
-    """Go on with this run directory's newest checkpoint; other options change its settings."""
-    restarts: int = 0
-    """Train in a process of its own, and start it again from the last checkpoint if it dies or hangs, or an environment
-    fails. Give up after so many restarts in a row without a further checkpoint; 0 does not supervise."""
-    step_timeout: float | None = None
-    """With --restarts: seconds without a step after which the process counts as hung (default 600); 0 waits for
-    ever."""
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Evaluate a trained agent's deterministic policy on environments of its own."""
-
-    run_dir: tyro.conf.Positional[Path]
-    """The run directory."""
-    episodes: int = 10
-    """Episodes to play."""
-    seed: int = 0
-    """Seeds the environments."""
-    best: bool = False
-    """Take the checkpoint with the highest evaluation during training instead of the newest."""
-    json: bool = False
-    """Print one JSON object instead of a sentence."""
-    video: Path | None = None
-    """Also record one episode to this file (.mp4 or .gif)."""
-
-
-@dataclass(frozen=True)
-class Doctor:
-    """Show what there is on this machine, which engine would run and how fast, and what is missing."""
-
-    json: bool = False
-    """Print one JSON object, for a report."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 on success, 2 on a usage error, 1 on a failed run."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        command = _parse(arguments)
+        command = parse(arguments)
         if isinstance(command, Train):
             _train(command, arguments)
         elif isinstance(command, Eval):
             _eval(command)
+        elif isinstance(command, Presets):
+            _presets(command)
         else:
             _doctor(command)
         sys.stdout.flush()
@@ -103,51 +59,6 @@ def _fail(message: str, status: int = 1) -> NoReturn:
     sys.exit(status)
 
 
-def _parse(arguments: list[str]) -> Train | Eval | Doctor:
-    default = Config()
-    names = [argument.partition("=")[0] for argument in arguments]
-    if "--resume" in names:
-        position = len(names) - 1 - names[::-1].index("--resume")
-        value = arguments[position].partition("=")[2] or "".join(arguments[position + 1 : position + 2])
-        if value:
-            default = read_config(Path(value))
-        if "--estimator" in names:  # another estimator does not inherit this one's choices
-            default = dataclasses.replace(default, baseline="auto", num_action_samples=None)
-    train = Annotated[Train, tyro.conf.subcommand("train", default=Train(config=default))]
-    refusal = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(refusal):
-            command: Train | Eval | Doctor = tyro.cli(
-                train
-                | Annotated[Eval, tyro.conf.subcommand("eval")]
-                | Annotated[Doctor, tyro.conf.subcommand("doctor")],
-                args=arguments,
-                prog="fastsac",
-                description="Soft Actor-Critic at speed, with the actor's gradient estimator as a choice.",
-            )
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        raise UsageError(_unframe(refusal.getvalue())) from None
-    return command
-
-
-def _unframe(box: str) -> str:
-    """Return the message of tyro's framed error on one line, with the nearest option if it suggests any."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    paragraphs: list[list[str]] = [[]]
-    for line in text.splitlines()[1:]:  # the first is a title
-        if re.search("[─-]{4}", line):
-            paragraphs.append([])
-        else:
-            paragraphs[-1].append(line.strip(" │|"))
-    message, *others = [" ".join(lines).rstrip(".") for lines in paragraphs if lines] or [text.strip()]
-    message = message.replace("invalid literal for int() with base 10:", "it must be a whole number, got")
-    message = message.replace("could not convert string to float:", "it must be a number, got")
-    near = [match[0] for other in others if other.startswith("Perhaps") and (match := re.search(r"--[\w-]+", other))]
-    return f"{message}; did you mean {near[0]}?" if near else f"{message}; see fastsac --help"
-
-
 def default_run_dir(config: Config) -> Path:
     """Return a new name one level below `runs/`, whatever the environment's id contains."""
     env = re.sub(r"[^A-Za-z0-9._-]+", "-", config.env_id).strip(".-")
@@ -165,6 +76,8 @@ def _train(command: Train, arguments: Sequence[str]) -> None:
         raise UsageError("--step-timeout needs --restarts: a process cannot tell that it hangs itself")
     if command.resume is not None and command.run_dir is not None and command.resume != command.run_dir:
         raise UsageError("--resume goes on in its own directory: leave --run-dir out")
+    if command.resume is not None and command.preset is not None and not heartbeat.supervised:  # else: a restart
+        raise UsageError("--resume goes on with the stored settings: leave --preset out, and give options to change")
     if command.restarts and not heartbeat.supervised:
         run_dir = command.resume or command.run_dir or default_run_dir(command.config)
         if command.resume is None:
@@ -182,10 +95,12 @@ def _train(command: Train, arguments: Sequence[str]) -> None:
 
 
 def _train_here(command: Train, heartbeat: Heartbeat) -> None:
+    from fastsac.callbacks import make_callback
     from fastsac.plot import plot_curves, read_metric
     from fastsac.train import SAC
 
     config = command.config
+    callbacks = [make_callback(place) for place in command.callback]
     if command.resume is None:
         run_dir = command.run_dir or default_run_dir(config)
         refuse_if_taken(run_dir)
@@ -202,8 +117,9 @@ def _train_here(command: Train, heartbeat: Heartbeat) -> None:
     if heartbeat.tries > 1:  # what failed more than once may fail for ever
         agent.new_episodes(heartbeat.tries)
     agent.prepare(_tell)  # before anything is written
-    print(f"fastsac: {_describe(agent)}; run directory {run_dir}", file=sys.stderr)
-    agent.learn(config.total_steps, run_dir, progress=True)
+    preset = None if command.resume is not None else command.preset
+    print(f"fastsac: {_describe(agent, preset)}; run directory {run_dir}", file=sys.stderr)
+    agent.learn(config.total_steps, run_dir, progress=True, callback=callbacks or None)
     if agent.stopped_by_signal:
         print(f"interrupted at step {agent.steps:,}; go on with: fastsac train --resume {run_dir}")
         return
@@ -222,15 +138,32 @@ def _train_here(command: Train, heartbeat: Heartbeat) -> None:
         print(f"learning curve: {curve}")
 
 
-def _describe(agent: Any) -> str:
+def _describe(agent: Any, preset: str | None) -> str:
     config, choice = agent.config, agent.learner.choice
+    named = _describe_preset(preset, config.env_id) if preset is not None else ""
+    special = ", categorical critics" if config.critic == "categorical" else ""
+    special += ", layer norm" if config.layer_norm else ""
+    special += f", {config.n_step}-step returns" if config.n_step > 1 else ""
     estimator = config.estimator if choice.baseline == "none" else f"{config.estimator} ({choice.baseline})"
     threads = f", threads {agent.num_threads}" if agent.device.type == "cpu" else ""
     return (
-        f"{config.env_id} ({agent.envs.backend_name}), {estimator}, K={choice.num_action_samples}, "
+        f"{config.env_id} ({agent.envs.backend_name}){named}, {estimator}, K={choice.num_action_samples}{special}, "
         f"{agent.device.type}{threads}, engine {agent.engine} ({agent.engine_reason}), "
         f"precision {agent.setup.precision} ({agent.setup.precision_reason})"
     )
+
+
+def _describe_preset(name: str, env_id: str) -> str:
+    found = find(name, env_id)
+    missing = "" if found.env_ids or name != AUTO else f" (there is none for {env_id})"
+    return f", preset {found.name}{missing}"
+
+
+def _presets(command: Presets) -> None:
+    if command.json:
+        print(json.dumps({name: preset._asdict() for name, preset in presets().items()}, indent=2))
+    else:
+        print(table())
 
 
 def _doctor(command: Doctor) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 from fastsac.errors import UsageError
 
@@ -29,10 +30,19 @@ class Config:
 
     num_envs: int = 16
     """Parallel environments."""
-    env_backend: Literal["auto", "envpool", "gymnasium"] = "auto"
-    """`auto` takes EnvPool where it has the id, else Gymnasium."""
+    env_backend: Literal["auto", "envpool", "gymnasium", "gymnasium-async", "python"] = "auto"
+    """`auto` takes EnvPool where it has the id, else Gymnasium. `gymnasium-async` steps each environment in a process
+    of its own, for slow simulators. `python` stands for environments that were handed to `SAC(config, envs=...)`."""
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the environment, as a JSON object: '{"frame_skip": 2}'."""
+    env_wrappers: tuple[str, ...] = ()
+    """Gymnasium wrappers, the innermost first, as `module:Wrapper`; they are called with the environment only."""
+    max_episode_steps: int | None = None
+    """Steps after which an episode is truncated, in place of the environment's own limit."""
     utd: float = 1.0
     """Gradient updates per environment step; below 1 they are spread evenly."""
+    utd_end: float | None = None
+    """Let the updates per step go linearly from --utd to this over --total-steps."""
     learning_starts: int = 1000
     """Steps with uniformly random actions before the first update."""
     buffer_size: int = 1_000_000
@@ -42,28 +52,60 @@ class Config:
 
     gamma: float = 0.99
     """Discount per step."""
+    n_step: int = 1
+    """Rewards that are summed before the target critics' value is added (n-step returns)."""
+    normalize_obs: bool = False
+    """Normalise observations by their running mean and standard deviation, and clip them to [-10, 10]."""
+    normalize_reward: bool = False
+    """Divide rewards by the running standard deviation of the discounted return."""
+    reward_scale: float = 1.0
+    """Multiply rewards by this."""
     tau: float = 0.005
     """Fraction of the new weights in each update of the target critics."""
     alpha: float | Literal["auto"] = "auto"
     """Entropy temperature: a number keeps it fixed, `auto` learns it."""
+    initial_alpha: float = 1.0
+    """Where an automatic alpha begins."""
     target_entropy: float | Literal["auto"] = "auto"
     """Entropy that an automatic alpha aims at, in nats; `auto` is minus the action size."""
     actor_lr: float = 3e-4
-    """Learning rate of the actor (Adam)."""
+    """Learning rate of the actor."""
     critic_lr: float = 3e-4
     """Learning rate of the critics."""
     value_lr: float = 1e-3
     """Learning rate of the value network of `--baseline value`, which has to follow the critics."""
     alpha_lr: float = 3e-4
     """Learning rate of an automatic alpha."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What becomes of all learning rates over --total-steps: `linear` and `cosine` go down to 0."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """`adamw` also lets the weights of actor, critics and value network decay."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the means of gradients and of their squares."""
+    weight_decay: float | None = None
+    """Weight decay of `--optimizer adamw`, times the learning rate in each update. Default: 0.01."""
+    max_grad_norm: float | None = None
+    """Scale a network's gradient down if its norm is larger; the norm is over all critics."""
     actor_every: int = 1
-    """Critic updates per actor and alpha update."""
+    """Critic updates per actor and alpha update (policy delay)."""
     hidden_sizes: tuple[int, ...] = (256, 256)
     """Hidden layers of every network."""
     activation: Literal["relu", "elu", "silu", "tanh"] = "relu"
     """Activation of every hidden layer."""
+    layer_norm: bool = False
+    """Layer normalisation before every activation of actor and critics."""
     num_critics: int = 2
-    """Critics, of which the smallest value counts (E)."""
+    """Critics (E)."""
+    critic_reduction: Literal["min", "mean"] = "min"
+    """Which value of the critics counts, for their targets and for the actor: the smallest, or the mean."""
+    critic: Literal["scalar", "categorical"] = "scalar"
+    """`categorical` critics learn the distribution of the return over --num-atoms values from --v-min to --v-max."""
+    num_atoms: int = 101
+    """Values of the return that a categorical critic tells apart."""
+    v_min: float | None = None
+    """Lowest discounted return, entropy included, of a categorical critic, in the units of scaled rewards."""
+    v_max: float | None = None
+    """Highest discounted return of a categorical critic."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is a GPU."""
@@ -96,11 +138,12 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise UsageError(f"{_flag(name)} must be a name, got {value!r}")
-        if not isinstance(self.checkpoint_replay, bool):
-            raise UsageError(f"--checkpoint-replay must be true or false, got {self.checkpoint_replay!r}")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{_flag(name)} must be true or false, got {getattr(self, name)!r}")
         for name, least in _INTEGERS.items():
             value = getattr(self, name)
-            if value is None and name == "num_action_samples":
+            if value is None and name in _OPTIONAL:
                 continue
             if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
                 raise UsageError(f"{_flag(name)} must be a whole number of at least {least}, got {value}")
@@ -109,7 +152,7 @@ class Config:
             raise UsageError(f"--num-threads must be at most 1024, got {self.num_threads}")
         for name, (low, high, meaning) in _REALS.items():
             value = getattr(self, name)
-            if (value == "auto" and name in _AUTOMATIC) or (value is None and name == "target_return"):
+            if (value == "auto" and name in _AUTOMATIC) or (value is None and name in _OPTIONAL):
                 continue
             if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
                 raise UsageError(f"{_flag(name)} must be {meaning}, got {value}")
@@ -123,6 +166,54 @@ class Config:
         object.__setattr__(self, "hidden_sizes", tuple(sizes))
         if self.buffer_size < self.num_envs:
             raise UsageError(f"--buffer-size must be at least --num-envs ({self.num_envs}), got {self.buffer_size}")
+        self._check_environment()
+        self._check_optimizer()
+        self._check_critic()
+
+    def _check_environment(self) -> None:
+        kwargs: object = self.env_kwargs
+        try:
+            if not isinstance(kwargs, dict) or any(not isinstance(key, str) for key in kwargs):
+                raise ValueError
+            object.__setattr__(self, "env_kwargs", json.loads(json.dumps(kwargs, allow_nan=False)))  # a copy of its own
+        except (TypeError, ValueError):
+            raise UsageError(
+                f"--env-kwargs must be a JSON object such as '{{\"frame_skip\": 2}}', got {kwargs!r}"
+            ) from None
+        wrappers: object = self.env_wrappers
+        if not isinstance(wrappers, list | tuple) or any(not _is_place(each) for each in wrappers):
+            raise UsageError(f"--env-wrappers must be given as module:Wrapper, got {wrappers!r}")
+        object.__setattr__(self, "env_wrappers", tuple(wrappers))
+
+    def _check_optimizer(self) -> None:
+        betas: object = self.adam_betas
+        if not isinstance(betas, list | tuple) or len(betas) != 2 or any(not _is_beta(beta) for beta in betas):
+            raise UsageError(f"--adam-betas must be two numbers in [0, 1), got {betas}")
+        object.__setattr__(self, "adam_betas", (float(betas[0]), float(betas[1])))
+        if self.weight_decay is not None and self.optimizer != "adamw":
+            raise UsageError("--weight-decay needs --optimizer adamw")
+        if self.initial_alpha != 1.0 and self.alpha != "auto":
+            raise UsageError(f"--initial-alpha needs --alpha auto, and --alpha {self.alpha:g} is fixed")
+
+    def _check_critic(self) -> None:
+        given = {"v_min": self.v_min, "v_max": self.v_max}
+        if self.critic == "scalar":
+            for name, value in given.items():
+                if value is not None:
+                    raise UsageError(f"{_flag(name)} needs --critic categorical")
+            return
+        if self.v_min is None or self.v_max is None:
+            raise UsageError("--critic categorical needs --v-min and --v-max, between which all discounted returns lie")
+        if self.v_min >= self.v_max:
+            raise UsageError(f"--v-min must be below --v-max, got {self.v_min:g} and {self.v_max:g}")
+
+
+def _is_place(value: object) -> bool:
+    return isinstance(value, str) and all(value.partition(":")[::2])
+
+
+def _is_beta(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0.0 <= float(value) < 1.0
 
 
 def _flag(name: str) -> str:
@@ -133,6 +224,9 @@ def _flag(name: str) -> str:
 _INTEGERS = {
     "total_steps": 1,
     "num_action_samples": 1,
+    "max_episode_steps": 1,
+    "n_step": 1,
+    "num_atoms": 2,
     "seed": 0,
     "num_envs": 1,
     "learning_starts": 0,
@@ -146,11 +240,21 @@ _INTEGERS = {
     "log_every": 1,
     "checkpoint_every": 0,
 }
+_FLAGS = ("checkpoint_replay", "normalize_obs", "normalize_reward", "layer_norm")
+#: the numbers that may be left out
+_OPTIONAL = (
+    *("num_action_samples", "max_episode_steps", "target_return", "utd_end", "weight_decay", "max_grad_norm"),
+    *("v_min", "v_max"),
+)
 #: the real numbers that may be left to the program
 _AUTOMATIC = ("alpha", "target_entropy")
 #: the values of each choice, for those who come by way of Python
 _CHOICES = {
-    "env_backend": ("auto", "envpool", "gymnasium"),
+    "env_backend": ("auto", "envpool", "gymnasium", "gymnasium-async", "python"),
+    "lr_schedule": ("constant", "linear", "cosine"),
+    "optimizer": ("adam", "adamw"),
+    "critic_reduction": ("min", "mean"),
+    "critic": ("scalar", "categorical"),
     "activation": ("relu", "elu", "silu", "tanh"),
     "device": ("auto", "cpu", "cuda"),
     "engine": ("auto", "reference", "graphed", "fused"),
@@ -160,6 +264,13 @@ _TINY, _HUGE = sys.float_info.min, sys.float_info.max
 #: the range of each real number, which also refuses NaN and infinities
 _REALS = {
     "utd": (_TINY, 1e6, "above 0 and at most a million"),
+    "utd_end": (0.0, 1e6, "at least 0 and at most a million"),
+    "reward_scale": (_TINY, _HUGE, "above 0"),
+    "initial_alpha": (_TINY, _HUGE, "above 0"),
+    "weight_decay": (0.0, _HUGE, "at least 0"),
+    "max_grad_norm": (_TINY, _HUGE, "above 0"),
+    "v_min": (-_HUGE, _HUGE, "a finite number"),
+    "v_max": (-_HUGE, _HUGE, "a finite number"),
     "gamma": (0.0, 1.0, "in [0, 1]"),
     "tau": (_TINY, 1.0, "in (0, 1]"),
     "alpha": (0.0, _HUGE, "`auto` or a finite number of at least 0"),

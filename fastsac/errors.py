@@ -21,7 +21,7 @@ class Divergence(FastsacError):
 
 
 class UsageError(FastsacError):
-    """A request that cannot be served, found before anything was started or written."""
+    """A request that cannot be served, found before anything was started or written; or a callback that failed."""
 
     exit_status = 2
 

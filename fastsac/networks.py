@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsac.config import Config
+
 LOG_STD_MIN = -5.0
 LOG_STD_MAX = 2.0
 LOG_STD_HALF_RANGE = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
@@ -26,10 +28,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class StackedLayerNorm(nn.Module):
+    """Layer normalisation (arXiv 1607.06450) of E networks' activations [E, B, H], each with a scale and a shift."""
+
+    def __init__(self, num_networks: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_networks, 1, size))
+        self.bias = nn.Parameter(torch.zeros(num_networks, 1, size))
+
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """Return the normalised x [E, B, H]; `frozen` keeps scale and shift out of autograd."""
+        weight, bias = (self.weight.detach(), self.bias.detach()) if frozen else (self.weight, self.bias)
+        return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:]), weight)
+
+
 class StackedMLP(nn.Module):
     """E independent networks of equal shape, each layer one batched product."""
 
-    def __init__(self, num_networks: int, sizes: Sequence[int], activation: str) -> None:
+    def __init__(self, num_networks: int, sizes: Sequence[int], activation: str, layer_norm: bool = False) -> None:
         """Initialise like `torch.nn.Linear`: uniform within 1 / sqrt(fan-in), weights and biases."""
         super().__init__()
         self.activation = ACTIVATIONS[activation]
@@ -39,6 +55,7 @@ class StackedMLP(nn.Module):
             bound = 1.0 / math.sqrt(fan_in)
             self.weights.append(nn.Parameter(torch.empty(num_networks, fan_in, fan_out).uniform_(-bound, bound)))
             self.biases.append(nn.Parameter(torch.empty(num_networks, 1, fan_out).uniform_(-bound, bound)))
+        self.norms = nn.ModuleList(StackedLayerNorm(num_networks, size) for size in sizes[1:-1]) if layer_norm else None
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
         """Map x [B, I] to [E, B, last size]. `frozen` lets gradients through to x, but not to the weights."""
@@ -49,7 +66,7 @@ class StackedMLP(nn.Module):
                 weight, bias = weight.detach(), bias.detach()
             x = torch.baddbmm(bias, x, weight)
             if layer < last:
-                x = self.activation(x)
+                x = self.activation(x if self.norms is None else self.norms[layer](x, frozen))
         return x
 
     def stack(self) -> list[StackLayer]:
@@ -65,17 +82,26 @@ class StackedMLP(nn.Module):
 class Actor(nn.Module):
     """The policy's network: obs [B, O] -> mean and log_std of a Gaussian before squashing, each [B, A]."""
 
-    def __init__(self, obs_size: int, action_size: int, hidden_sizes: Sequence[int], activation: str) -> None:
+    def __init__(
+        self,
+        obs_size: int,
+        action_size: int,
+        hidden_sizes: Sequence[int],
+        activation: str,
+        layer_norm: bool = False,
+    ) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         sizes = [obs_size, *hidden_sizes, 2 * action_size]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in hidden_sizes) if layer_norm else None
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log_std; the latter within [-5, 2] by tanh, since a clamp has no gradient outside."""
         x = obs
-        for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
+        for index, layer in enumerate(self.layers[:-1]):
+            x = layer(x)
+            x = self.activation(x if self.norms is None else self.norms[index](x))
         mean, raw = self.layers[-1](x).chunk(2, dim=-1)
         return mean, LOG_STD_MIN + LOG_STD_HALF_RANGE * (1.0 + torch.tanh(raw))
 
@@ -97,19 +123,57 @@ class Critic(StackedMLP):
     """E critics (twins by default): obs and action -> q."""
 
     def __init__(
-        self, num_critics: int, obs_size: int, action_size: int, hidden_sizes: Sequence[int], activation: str
+        self,
+        num_critics: int,
+        obs_size: int,
+        action_size: int,
+        hidden_sizes: Sequence[int],
+        activation: str,
+        layer_norm: bool = False,
+        num_outputs: int = 1,
     ) -> None:
-        super().__init__(num_critics, [obs_size + action_size, *hidden_sizes, 1], activation)
+        super().__init__(num_critics, [obs_size + action_size, *hidden_sizes, num_outputs], activation, layer_norm)
 
     def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:  # type: ignore[override]
         """Return q [E, B] for obs [B, O] and action [B, A]; `frozen` keeps the weights out of autograd."""
         return super().forward(torch.cat([obs, action], dim=-1), frozen).squeeze(-1)
 
-    def of_samples(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Return q [K, E, B] for obs [B, O] and K actions per state [K, B, A], with the weights frozen."""
-        num_samples, batch, _ = action.shape
-        q: Tensor = self(obs.repeat(num_samples, 1), action.flatten(0, 1), frozen=True)
-        return q.view(-1, num_samples, batch).transpose(0, 1)
+
+class CategoricalCritic(Critic):
+    """E critics that each give a distribution of the return over M fixed values, the atoms (arXiv 1707.06887)."""
+
+    def __init__(
+        self,
+        num_critics: int,
+        obs_size: int,
+        action_size: int,
+        hidden_sizes: Sequence[int],
+        activation: str,
+        layer_norm: bool,
+        v_min: float,
+        v_max: float,
+        num_atoms: int,
+    ) -> None:
+        """Take the lowest and the highest atom and their number M beside what a `Critic` takes."""
+        super().__init__(num_critics, obs_size, action_size, hidden_sizes, activation, layer_norm, num_atoms)
+        self.v_min, self.v_max = v_min, v_max
+        self.register_buffer("atoms", torch.linspace(v_min, v_max, num_atoms), persistent=False)
+        self.atoms: Tensor
+
+    def logits(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
+        """Return the distributions before the softmax, [E, B, M]."""
+        return super().forward(obs, action, frozen)
+
+    def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:  # type: ignore[override]
+        """Return the distributions' means q [E, B] for obs [B, O] and action [B, A]."""
+        return torch.softmax(self.logits(obs, action, frozen), -1) @ self.atoms
+
+
+def q_of_samples(critic: nn.Module, obs: Tensor, action: Tensor) -> Tensor:
+    """Return a critic's q [K, E, B] for obs [B, O] and K actions per state [K, B, A], with the weights frozen."""
+    num_samples, batch, _ = action.shape
+    q: Tensor = critic(obs.repeat(num_samples, 1), action.flatten(0, 1), frozen=True)
+    return q.view(-1, num_samples, batch).transpose(0, 1)
 
 
 class ValueNetwork(StackedMLP):
@@ -121,3 +185,18 @@ class ValueNetwork(StackedMLP):
     def forward(self, obs: Tensor, frozen: bool = False) -> Tensor:
         """Return V [B] for obs [B, O]; `frozen` keeps the weights out of autograd."""
         return super().forward(obs, frozen).view(-1)
+
+
+def make_actor(config: Config, obs_size: int, action_size: int) -> Actor:
+    """Return the actor that the configuration describes, with random weights."""
+    return Actor(obs_size, action_size, config.hidden_sizes, config.activation, config.layer_norm)
+
+
+def make_critic(config: Config, obs_size: int, action_size: int) -> Critic:
+    """Return the critics that the configuration describes, with random weights."""
+    shape = config.num_critics, obs_size, action_size, config.hidden_sizes, config.activation, config.layer_norm
+    if config.critic == "scalar":
+        return Critic(*shape)
+    assert config.v_min is not None
+    assert config.v_max is not None
+    return CategoricalCritic(*shape, config.v_min, config.v_max, config.num_atoms)

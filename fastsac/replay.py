@@ -5,6 +5,10 @@ after the newest holds an observation only; writing it is what puts the oldest t
 
 Rows at which an environment was reset are no transitions. They are kept out by a queue of the indices of those that
 are: sampling draws positions in the queue, on the device, so it is exactly uniform and never waits for the host.
+
+With n-step returns a drawn transition goes on from row to row: for n steps, until it has terminated, or until the next
+row holds no transition. The row after a truncation holds none, since it is a reset; nor does the newest row, nor the
+last one before a `begin`. So the device, too, has to know which rows hold a transition.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from fastsac.transfer import HostArray, to_device
 from fastsac.types import Batch
 from fastsac_kernels import PhiloxState, replay_gather
 from fastsac_kernels.launch import Backend
+from fastsac_kernels.replay_gather import transitions_at
 
 OTHER_SIZES = (
     "the stored replay has another --num-envs, --buffer-size, observation or action size; "
@@ -29,7 +34,13 @@ OTHER_SIZES = (
 
 
 class Replay:
-    """A ring of transitions from `num_envs` environments; only `begin` and `add` write it."""
+    """A ring of transitions from `num_envs` environments; only `begin` and `add` write it.
+
+    ``len(replay)`` is the number of transitions that can be drawn, and `transitions` returns all of them::
+
+        batch = agent.replay.transitions()  # batch.obs [len(replay), O], batch.action, batch.reward, ...
+        batch.reward.mean(), batch.obs.cpu().numpy()
+    """
 
     def __init__(
         self,
@@ -39,6 +50,8 @@ class Replay:
         action_size: int,
         device: torch.device | str = "cpu",
         generator: torch.Generator | None = None,
+        n_step: int = 1,
+        gamma: float = 0.99,
     ) -> None:
         """Take the memory.
 
@@ -50,6 +63,8 @@ class Replay:
             action_size: A.
             device: where the ring lives.
             generator: draws the samples; on the same device.
+            n_step: the most steps whose rewards `sample` sums up.
+            gamma: discount per step, for n-step returns.
 
         Raises:
             UsageError: if it does not fit, with what is needed, what there is, and what would fit.
@@ -58,7 +73,8 @@ class Replay:
         self.num_rows = -(-capacity // num_envs) + 1
         self.device = torch.device(device)
         self.generator = generator
-        _check_memory(self.num_rows, num_envs, obs_size, action_size, self.device)
+        self.n_step, self.gamma = n_step, gamma
+        _check_memory(self.num_rows, num_envs, obs_size, action_size, self.device, n_step)
         shape = (self.num_rows, num_envs)
         self._obs = torch.zeros(*shape, obs_size, device=self.device)
         self._action = torch.zeros(*shape, action_size, device=self.device)
@@ -66,6 +82,7 @@ class Replay:
         self._terminated = torch.zeros(*shape, dtype=torch.bool, device=self.device)
         self._queue = torch.zeros(self.num_rows * num_envs, dtype=torch.int64, device=self.device)
         self._valid = np.zeros(shape, dtype=np.bool_)  # whether there is a transition
+        self._valid_on_device = torch.zeros(*shape, dtype=torch.bool, device=self.device) if n_step > 1 else None
         self.newest = 0  # of all rows ever written, the last: an observation without a transition yet
         self._first = 0  # the queue's oldest entry
         self._begun = False
@@ -120,11 +137,15 @@ class Replay:
         start = (self._first + self.size) % len(self._queue)
         indices = self._enqueue(row * self.num_envs + np.flatnonzero(valid))
         arrays: list[HostArray] = [indices, next_obs, reward, terminated]
+        rings = [self._reward, self._terminated]
+        if self._valid_on_device is not None:
+            arrays.append(valid)
+            rings.append(self._valid_on_device)
         if isinstance(action, Tensor) and action.device.type == self.device.type:
             queued, on_device, *parts = [*to_device(arrays, self.device), action]
         else:
             queued, on_device, *parts = to_device([*arrays, action], self.device)
-        for ring, part in zip((self._reward, self._terminated, self._action), parts, strict=True):
+        for ring, part in zip((*rings, self._action), parts, strict=True):
             ring[row] = part
         self._write(queued, start, on_device)
         return on_device
@@ -146,7 +167,10 @@ class Replay:
     def _write(self, indices: Tensor, start: int, obs: Tensor | None) -> None:
         """Write on the device what `_enqueue` returned, from that place of the queue on, and the newest row."""
         if obs is not None:
-            self._obs[self.newest % self.num_rows] = obs
+            row = self.newest % self.num_rows
+            self._obs[row] = obs
+            if self._valid_on_device is not None:
+                self._valid_on_device[row].zero_()  # or the row before would go on with the oldest transition
         number = len(indices) - 2
         head = min(number, len(self._queue) - start)
         if head:
@@ -157,6 +181,8 @@ class Replay:
 
     def sample(self, batch_size: int, rng: PhiloxState | None = None, backend: Backend = "reference") -> Batch:
         """Draw `batch_size` transitions, uniformly and with replacement; nothing waits for the device.
+
+        With n-step returns each of them spans up to n steps, and has its own `discount`.
 
         Args:
             batch_size: B.
@@ -170,8 +196,18 @@ class Replay:
         if self.size == 0:
             raise ValueError("the replay is empty: add transitions before sampling")
         draws = rng or torch.randint(self.size, (batch_size,), device=self.device, generator=self.generator)
-        ring = self._obs, self._action, self._reward, self._terminated
-        return Batch(*replay_gather(*ring, self._queue, self._span, draws, batch_size, backend))
+        n_step = self._valid_on_device, self.n_step, self.gamma
+        return Batch(*replay_gather(*self._ring(), self._queue, self._span, draws, batch_size, backend, *n_step))
+
+    def __len__(self) -> int:
+        """Return the number of transitions that can be drawn."""
+        return self.size
+
+    def transitions(self) -> Batch:
+        """Return a copy of all transitions that can be drawn, the oldest first; single steps, whatever `n_step` is."""
+        place = torch.arange(self._first, self._first + self.size, device=self.device)
+        index = self._queue[place % len(self._queue)]
+        return Batch(*transitions_at(*self._ring(), index, index))
 
     @property
     def oldest(self) -> int:
@@ -232,6 +268,8 @@ class Replay:
         self.newest = counters["newest"]
         row = self.newest % self.num_rows
         self._obs[row], self._valid[row] = tensors["obs"].to(self.device), False
+        if self._valid_on_device is not None:
+            self._valid_on_device.copy_(torch.from_numpy(self._valid))
         index = np.arange(self.oldest, self.newest) % self.num_rows
         self._first, self.size = counters["first"] % len(self._queue), 0
         indices = self._enqueue((index[:, None] * self.num_envs + np.arange(self.num_envs))[self._valid[index]])
@@ -242,8 +280,11 @@ class Replay:
             restore_generator(self.generator, tensors["generator"])
         self._begun = True
 
+    def _ring(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self._obs, self._action, self._reward, self._terminated
+
     def _rings(self) -> dict[str, Tensor]:
-        return {"obs": self._obs, "action": self._action, "reward": self._reward, "terminated": self._terminated}
+        return dict(zip(("obs", "action", "reward", "terminated"), self._ring(), strict=True))
 
 
 def restore_generator(generator: torch.Generator, state: Tensor) -> None:
@@ -252,13 +293,16 @@ def restore_generator(generator: torch.Generator, state: Tensor) -> None:
         generator.set_state(state.cpu())
 
 
-def bytes_needed(num_rows: int, num_envs: int, obs_size: int, action_size: int) -> int:
-    """Return the ring's size: float32 numbers, a byte for the flag, eight for the queue's entry."""
-    return num_rows * num_envs * (4 * (obs_size + action_size + 1) + 1 + 8)
+def bytes_needed(num_rows: int, num_envs: int, obs_size: int, action_size: int, n_step: int = 1) -> int:
+    """Return the ring's size: float32 numbers, a byte for each flag, eight for the queue's entry."""
+    flags = 1 if n_step == 1 else 2
+    return num_rows * num_envs * (4 * (obs_size + action_size + 1) + flags + 8)
 
 
-def _check_memory(num_rows: int, num_envs: int, obs_size: int, action_size: int, device: torch.device) -> None:
-    needed = bytes_needed(num_rows, num_envs, obs_size, action_size)
+def _check_memory(
+    num_rows: int, num_envs: int, obs_size: int, action_size: int, device: torch.device, n_step: int
+) -> None:
+    needed = bytes_needed(num_rows, num_envs, obs_size, action_size, n_step)
     available = available_bytes(device)
     if needed <= available:
         return

@@ -12,9 +12,11 @@ from fastsac.config import Config
 from fastsac.envs import VectorEnv, make_envs
 from fastsac.errors import EnvironmentFailure, UsageError
 from fastsac.logger import EpisodeStatistics, Logger
+from fastsac.normalize import Normalizer
 from fastsac.progress import Progress
 from fastsac.replay import Replay
 from fastsac.spaces import Floats, Spaces
+from fastsac.transfer import to_device
 
 #: children of the one seed; new episodes of a resumed run and evaluations need streams of their own
 ENVS, LEARNER, REPLAY, EXPLORATION, EVALUATION = range(5)
@@ -45,6 +47,7 @@ class Rollout:
         )
         self._envs: VectorEnv | None = None
         self._replay: Replay | None = None
+        self.normalizer: Normalizer | None = None  # the learner's, which sees every step
         self._obs: Tensor | None = None  # [N, O] to go on from; None while a step is made and where one was cut
         self.stored_envs: dict[str, Any] | None = None  # the environments' state in the checkpoint that was loaded
         self.spaces: Spaces = spaces  # type: ignore[assignment]
@@ -71,7 +74,9 @@ class Rollout:
                 child_seed(self.config.seed, REPLAY, self.progress.steps)
             )
             sizes = self.spaces.obs_size, self.spaces.action_size
-            self._replay = Replay(self.config.buffer_size, self.config.num_envs, *sizes, self.device, generator)
+            config = self.config
+            shape = config.buffer_size, config.num_envs, *sizes
+            self._replay = Replay(*shape, self.device, generator, config.n_step, config.gamma)
         return self._replay
 
     def begin(self, updates: int, logger: Logger) -> Tensor:
@@ -96,7 +101,10 @@ class Rollout:
             steps = self.progress.warm_up_left = self.config.learning_starts
             if updates and steps:
                 logger.say(f"the replay buffer is empty: {steps} steps refill it before updates go on, in new episodes")
-        return self.replay.begin(self.envs.reset())
+        obs = self.replay.begin(self.envs.reset())
+        if self.normalizer is not None and self.normalizer.active:
+            self.normalizer.begin(obs)
+        return obs
 
     def _restore(self, stored: dict[str, Any]) -> str:
         """Bring the environments to where the checkpoint left them; return why that cannot be done."""
@@ -144,8 +152,18 @@ class Rollout:
         progress.steps += new_steps
         warming_up = min(new_steps, progress.warm_up_left)
         progress.warm_up_left -= warming_up
-        progress.updates_due += self.config.utd * (new_steps - warming_up)
+        progress.updates_due += self._utd() * (new_steps - warming_up)
+        if self.normalizer is not None and self.normalizer.active:
+            outcome = [step.reward, step.terminated | step.truncated, step.valid]
+            self.normalizer.add(next_obs, *to_device(outcome, self.device))
         return next_obs
+
+    def _utd(self) -> float:
+        """Return the updates per step, which may go linearly from one number to another."""
+        first, last = self.config.utd, self.config.utd_end
+        if last is None:
+            return first
+        return first + (last - first) * min(self.progress.steps / self.config.total_steps, 1.0)
 
     def pause(self, obs: Tensor) -> None:
         """Keep the observations for the next `begin`."""

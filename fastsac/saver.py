@@ -78,6 +78,7 @@ class Saver:
         self._config, self._ours = config, ours
         self.newest: Path | None = None  # checkpoint of this run
         self._saved: int | None = None  # the step of the last one that was written
+        self._written: list[Path] = []  # since the last call of `take_written`
         self._blocks: frozenset[str] = frozenset()
         self._lock: RunLock | None = None
         self._lost = ""  # why the run directory cannot be made anew
@@ -172,6 +173,12 @@ class Saver:
         if self._pending is not None:
             self._pending.exception()
 
+    def take_written(self) -> list[Path]:
+        """Return the checkpoints that have been written whole since the last call, without waiting."""
+        written = self._written[:]
+        del self._written[: len(written)]  # the thread may have added one meanwhile
+        return written
+
     def warn(self) -> None:
         """Tell of a write that has failed since, without waiting."""
         if self._pending is not None and self._pending.done():
@@ -226,6 +233,7 @@ class Saver:
             raise
         self._ours, self._saved = Ours(path, checkpoint.identity(path)), snapshot.state["steps"]
         self._remember(path)
+        self._written.append(path)
         checkpoint.prune_checkpoints(self.run_dir, KEEP)
 
     def _remember(self, path: Path | None) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsac import checkpoint
+from fastsac.callbacks import Callback, Hooks
 from fastsac.config import Config
 from fastsac.divergence import read_finite
 from fastsac.envs import VectorEnv
-from fastsac.errors import FastsacError
+from fastsac.errors import FastsacError, UsageError
 from fastsac.estimators import choose
 from fastsac.evaluate import Evaluation, Evaluator
 from fastsac.learner import (
@@ -34,6 +35,8 @@ from fastsac.learner import (
     set_up_torch,
 )
 from fastsac.logger import Logger
+from fastsac.metrics import read_scalars
+from fastsac.own_networks import OwnNetworks
 from fastsac.progress import Progress
 from fastsac.replay import Replay
 from fastsac.rollout import EVALUATION, LEARNER, Rollout, child_seed
@@ -48,23 +51,43 @@ from fastsac.transfer import to_device, to_host
 class SAC:
     """Soft Actor-Critic: an environment, a replay and a learner."""
 
-    def __init__(self, config: Config, spaces: Spaces | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        spaces: Spaces | None = None,
+        *,
+        actor: nn.Module | None = None,
+        critic: nn.Module | None = None,
+    ) -> None:
         """Create the learner and, unless `spaces` are known from a checkpoint, the environments.
 
+        Args:
+            config: of the run.
+            spaces: of a checkpoint.
+            actor: a module of your own, obs [B, O] -> mean and log_std of a Gaussian before squashing, each [B, A]. It
+                is trained where it is, after a move to the device.
+            critic: a module of your own, obs [B, O] and action [B, A] in [-1, 1] -> q [E, B], E being
+                `config.num_critics`. The target critics are a copy of it.
+
         Raises:
-            UsageError: if the configuration cannot be served on this machine.
+            UsageError: if the configuration cannot be served on this machine, or a network does not fit.
         """
         choose(config)  # refuses what does not go together before anything is started
+        self._own = own = OwnNetworks(actor, critic)
+        if critic is not None and config.critic != "scalar":
+            raise UsageError(f"a critic of your own gives one value, and --critic is {config.critic}: use scalar")
         self.config = config
         self.device = resolve_device(config.device)
-        _, self.engine_reason = choose_engine(config, self.device)
-        precisions(config, self.device)
+        _, self.engine_reason = choose_engine(config, self.device, own)
+        precisions(config, self.device, own)
         self._rollout = Rollout(config, self.device, spaces)
         self._evaluator = Evaluator(config.env_id, config.env_backend)
         sizes = self.spaces.obs_size, self.spaces.action_size
-        self.setup = set_up_torch(config, self.device, *sizes)
+        own.refuse_misfits(*sizes, config.num_critics)
+        self.setup = set_up_torch(config, self.device, *sizes, own)
         resolved = dataclasses.replace(config, precision=self.setup.precision)
-        self.learner = make_learner(resolved, *sizes, self.device, seed=child_seed(config.seed, LEARNER))
+        self.learner = make_learner(resolved, *sizes, self.device, child_seed(config.seed, LEARNER), own)
+        self._rollout.normalizer = self.learner.normalizer
         measures = self.device.type == "cpu" and config.num_threads == 0
         self._trial = ThreadTrial(config.num_envs, config.utd) if measures else None
         self.stopped_by_signal = False
@@ -115,6 +138,23 @@ class SAC:
         return self.learner.updates
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """The latest `critic_loss`, `q`, `actor_loss`, `alpha`, `entropy` and the like, read from the device now.
+
+        Empty before the first update. A value that is not finite ends training with the next line of metrics.jsonl.
+        """
+        return read_scalars({**self._progress.metrics, **self.learner.metrics()})
+
+    @property
+    def actor(self) -> nn.Module:
+        """The policy's network, an ordinary `torch.nn.Module` on `device`: obs [N, O] -> mean and log_std, each [N, A].
+
+        The action is tanh(mean + exp(log_std) * eps), scaled from [-1, 1] to the environment's bounds; `predict` does
+        all of it. With `normalize_obs` the network takes normalised observations.
+        """
+        return self.learner.actor
+
+    @property
     def engine(self) -> str:
         """The engine that carries out the updates."""
         return self.learner.engine
@@ -140,13 +180,18 @@ class SAC:
             self._heartbeat.send(BUSY)
             asked = self.config.engine != "auto"
             sizes = self.spaces.obs_size, self.spaces.action_size
-            self.learner, problem = self_check.right_engine(self.learner, asked, *sizes, say)
+            self.learner, problem = self_check.right_engine(self.learner, asked, *sizes, say, self._own)
+            self._rollout.normalizer = self.learner.normalizer
             self.engine_reason = problem or self.engine_reason
             self._prepared = True
         _ = self.replay
 
     def learn(
-        self, total_steps: int | None = None, run_dir: str | os.PathLike[str] | None = None, progress: bool = False
+        self,
+        total_steps: int | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
+        progress: bool = False,
+        callback: Callback | Sequence[Callback] | None = None,
     ) -> None:
         """Train until `steps` reaches `total_steps`; a later call with a larger number goes on.
 
@@ -157,14 +202,17 @@ class SAC:
                 number by default.
             run_dir: a new directory for configuration, metrics and checkpoints; None writes nothing.
             progress: whether a progress display goes to standard error.
+            callback: called while it trains, and may end it (see `fastsac.Callback`); or several, called in this order.
 
         Raises:
-            UsageError: if the replay does not fit, or `run_dir` holds another run or is written by another process.
+            UsageError: if the replay does not fit, `run_dir` holds another run or is written by another process, or a
+                callback raises an exception.
             FastsacError: if an environment fails, training diverges or the last checkpoint cannot be written.
         """
         if total_steps is not None:
-            self.config = dataclasses.replace(self.config, total_steps=total_steps)
+            self.config = self._rollout.config = dataclasses.replace(self.config, total_steps=total_steps)
         directory = None if run_dir is None else Path(run_dir)
+        hooks = None if callback is None else Hooks(self, callback)
         self.prepare()  # before anything is written
         with (
             stop_signals() as stop,  # before anything is written
@@ -173,9 +221,9 @@ class SAC:
         ):
             if saver is not None:
                 saver.warn_user = logger.warn
-            self._learn(logger, stop, saver)
+            self._learn(logger, stop, saver, hooks)
 
-    def _learn(self, logger: Logger, stop: list[int], saver: Saver | None) -> None:
+    def _learn(self, logger: Logger, stop: list[int], saver: Saver | None, hooks: Hooks | None) -> None:
         config, total_steps, progress = self.config, self.config.total_steps, self._progress
         obs = self._rollout.begin(self.updates, logger)
         logger.start_rates(self.steps, self.updates)
@@ -183,7 +231,7 @@ class SAC:
             self._trial.begin_turn()
         reached = config.target_return is not None and progress.reached == config.target_return
         if progress.evaluation_due and not stop:
-            reached = self._evaluate_and_log(logger, stop, saver)
+            reached = self._evaluate_and_log(logger, stop, saver, hooks)
         while self.steps < total_steps and not stop and not reached:
             before, started = self.steps, time.perf_counter()
             obs = self._step(obs, saver)
@@ -193,21 +241,28 @@ class SAC:
             if done or self._crossed(config.log_every, before):
                 logger.log(self.steps, self.updates, {**self._read_metrics(saver), **progress.episodes.take()})
             if config.eval_every and (done or self._crossed(config.eval_every, before)):
-                reached = self._evaluate_and_log(logger, stop, saver)
+                reached = self._evaluate_and_log(logger, stop, saver, hooks)
             progress.time_s = logger.time_s
             if saver is not None:
                 if self._crossed(config.checkpoint_every, before):
                     self._heartbeat.send(BUSY)
                     saver.save(lambda: self._state(saver))
                 saver.warn()
+            if hooks is not None:
+                hooks.checkpoints([] if saver is None else saver.take_written())
+                reached |= hooks.call("on_step")
             self._heartbeat.beat(stop)
         self._rollout.pause(obs)
         if self._trial is not None:  # it goes on with the next call
             torch.set_num_threads(self.num_threads)
         self.stopped_by_signal = progress.evaluation_due or (self.steps < total_steps and not reached)
         self._heartbeat.send(BUSY)
+        if hooks is not None and hooks.ended_by:
+            logger.say(f"{hooks.ended_by} ends training at step {self.steps:,}")
         if saver is not None:
             saver.finish(lambda: self._state(saver), self.steps)
+            if hooks is not None:
+                hooks.checkpoints(saver.take_written())
 
     def new_episodes(self, tries: int = 0) -> None:
         """Let the next call of `learn` begin new episodes, in environments made anew.
@@ -231,6 +286,8 @@ class SAC:
         # the environments step while the learner updates
         due = int(progress.updates_due) if progress.warm_up_left == 0 and self.replay.size else 0
         progress.updates_due -= due
+        if self.config.lr_schedule != "constant":
+            self.learner.set_progress(self.steps / self.config.total_steps)
         self.learner.update(self.replay, due)
         return self._rollout.recv(action)
 
@@ -259,8 +316,8 @@ class SAC:
     def _crossed(self, interval: int, before: int) -> bool:
         return interval > 0 and self.steps // interval > before // interval
 
-    def _evaluate_and_log(self, logger: Logger, stop: list[int], saver: Saver | None) -> bool:
-        """Evaluate the deterministic policy, unless a signal stops it; return whether it reached the target."""
+    def _evaluate_and_log(self, logger: Logger, stop: list[int], saver: Saver | None, hooks: Hooks | None) -> bool:
+        """Evaluate the deterministic policy, unless a signal stops it; return whether training is to end."""
         self.last_evaluation = None
         self._read_metrics(saver)  # a policy that has diverged cannot play
         evaluation = self.evaluate(self.config.eval_episodes, should_stop=lambda: self._heartbeat.beat(stop))
@@ -279,7 +336,7 @@ class SAC:
             self._progress.reached = target
         if saver is not None and mean > saver.best_return:
             saver.save_best(lambda: self._state(saver), mean)
-        return reached
+        return reached if hooks is None else hooks.call("on_evaluation", evaluation) or reached
 
     def evaluate(
         self, episodes: int, seed: int | None = None, should_stop: Callable[[], bool] | None = None
@@ -365,13 +422,23 @@ class SAC:
         return checkpoint.step_directory(directory, self.steps)
 
     @classmethod
-    def load(cls, run_dir: str | os.PathLike[str], config: Config | None = None, best: bool = False) -> SAC:
+    def load(
+        cls,
+        run_dir: str | os.PathLike[str],
+        config: Config | None = None,
+        best: bool = False,
+        *,
+        actor: nn.Module | None = None,
+        critic: nn.Module | None = None,
+    ) -> SAC:
         """Load the newest checkpoint of a run.
 
         Args:
             run_dir: what `save` or a training run wrote.
             config: takes the place of the stored configuration, where its networks still fit.
             best: take the policy with the highest evaluation instead, to play with; its run cannot be resumed from it.
+            actor: of the same structure, if the run was trained with one of your own; it takes the stored weights.
+            critic: likewise.
 
         Raises:
             FastsacError: if there is none, or it is damaged.
@@ -384,7 +451,7 @@ class SAC:
         identity = checkpoint.identity(path)
         _, state = checkpoint.load_checkpoint(path, groups=())
         try:
-            agent = cls._of_state(path, state, config)
+            agent = cls._of_state(path, state, config, OwnNetworks(actor, critic))
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
             if "memory" in str(error):
                 raise
@@ -409,7 +476,7 @@ class SAC:
         return agent
 
     @classmethod
-    def _of_state(cls, path: Path, state: dict[str, Any], config: Config | None) -> SAC:
+    def _of_state(cls, path: Path, state: dict[str, Any], config: Config | None, own: OwnNetworks) -> SAC:
         refuse_other_state(state)
         stored = config_from_dict(state["config"])
         if len(state["episodes"]["returns"]) != stored.num_envs:
@@ -421,14 +488,15 @@ class SAC:
         if not (spaces.obs_size and spaces.action_size):
             raise ValueError("it has no observations or no actions")
         # before any memory is taken for them
-        refuse_other_networks(config, spaces.obs_size, spaces.action_size, checkpoint.tensor_shapes(path, "learner"))
-        choices = precisions(config, resolve_device(config.device))
+        sizes = spaces.obs_size, spaces.action_size
+        refuse_other_networks(config, *sizes, checkpoint.tensor_shapes(path, "learner"), own)
+        choices = precisions(config, resolve_device(config.device), own)
         if config.precision == "auto" and state["precision"] in choices:  # another measurement could choose another one
-            agent = cls(dataclasses.replace(config, precision=state["precision"]), spaces)
+            agent = cls(dataclasses.replace(config, precision=state["precision"]), spaces, **own._asdict())
             agent.config = config
             agent.setup = agent.setup._replace(precision_reason="as the run began")
         else:
-            agent = cls(config, spaces)
+            agent = cls(config, spaces, **own._asdict())
         agent._progress.load_state(state, state["metrics"])
         if (config.estimator, config.baseline) != (stored.estimator, stored.baseline):
             agent._progress.metrics.clear()  # another estimator may have other ones

@@ -25,6 +25,9 @@ class Batch(NamedTuple):
     reward: Tensor  # [B] float32
     next_obs: Tensor  # [B, O] float32; at an episode's end the true last observation
     terminated: Tensor  # [B] bool
+    #: [B] float32, of the value at next_obs; None: gamma. With n-step returns `reward` is the discounted sum of up to n
+    #: rewards, next_obs the observation after the last of them, and `terminated` says whether the episode ended there
+    discount: Tensor | None = None
 
 
 class Sampler(Protocol):

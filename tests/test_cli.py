@@ -1,13 +1,16 @@
 """The command line: what it prints, what it leaves, and what it answers to bad input."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
 
+from fastsac.arguments import parse
 from fastsac.cli import default_run_dir, main
 from fastsac.config import Config
 from fastsac.run_dir import write_config
@@ -50,6 +53,13 @@ def test_train_then_eval(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == result
 
 
+def test_the_first_line_names_what_is_special(tmp_path, capsys):
+    special = "--critic categorical --v-min -2000 --v-max 10 --layer-norm --n-step 3 --total-steps 30 --eval-every 0"
+    assert run("train", *TINY, *special.split(), "--run-dir", tmp_path / "run") == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    assert "Pendulum-v1 (envpool), pathwise, K=1, categorical critics, layer norm, 3-step returns, cpu, " in first
+
+
 def test_no_baseline_is_a_baseline(tmp_path):
     run_dir = tmp_path / "run"
     arguments = [*TINY, "--estimator", "score", "--baseline", "none", "--total-steps", "30", "--run-dir", run_dir]
@@ -64,6 +74,46 @@ def test_resume_with_another_setting(trained, capsys):
     assert (stored["total_steps"], stored["actor_lr"], stored["hidden_sizes"]) == (140, 1e-3, [8])
     assert run("train", "--resume", trained) == 2
     assert "has reached step 140 already" in capsys.readouterr().err
+
+
+def test_every_kind_of_value_is_understood(tmp_path):
+    typed = (
+        'train --env-kwargs {"a":[1,{"b":null}]} --env-wrappers a:B c.d:E --normalize-obs --no-layer-norm '
+        "--adam-betas 0.5 0.75 --critic categorical --v-min -20 --v-max=-.5 --utd-end 0.5 --weight-decay None "
+        "--target-entropy -1e1 --max-episode-steps 7 --num-action-samples None --alpha auto"
+    )
+    command = parse(typed.split())
+    expected = Config(
+        env_kwargs={"a": [1, {"b": None}]},
+        env_wrappers=("a:B", "c.d:E"),
+        normalize_obs=True,
+        adam_betas=(0.5, 0.75),
+        critic="categorical",
+        v_min=-20.0,
+        v_max=-0.5,
+        utd_end=0.5,
+        target_entropy=-10.0,
+        max_episode_steps=7,
+    )
+    assert command.config == expected
+    write_config(tmp_path, expected)
+    resumed = ["train", "--resume", str(tmp_path)]
+    assert parse(resumed).config == expected
+    changes = ["--utd-end", "None", "--no-normalize-obs", "--critic", "scalar", "--env-kwargs", "{}", "--env-wrappers"]
+    assert parse([*resumed, *changes]).config == Config(
+        adam_betas=(0.5, 0.75), target_entropy=-10.0, max_episode_steps=7
+    )
+
+
+def test_help_shows_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name.replace('_', '-')}" in shown
+    assert "--env-kwargs JSON" in shown
+    assert re.search(r"--adam-betas FLOAT FLOAT.*?\(default:\s+0.9 0.999\)", shown.replace("│", ""), re.DOTALL)
+    assert re.search(r"--v-min {None}\|FLOAT", shown)
 
 
 @pytest.mark.parametrize("name", ["film.gif", "film.mp4"])
@@ -112,6 +162,22 @@ def test_video_of_a_mujoco_task_from_envpool(tmp_path):
         ("--hidden-sizes 0", "--hidden-sizes must be"),
         ("--activation swish", "invalid choice 'swish' for argument '--activation'"),
         ("--seed", "Missing value for argument '--seed'"),
+        ("--env-kwargs abc", "--env-kwargs must be a JSON object such as '{\"frame_skip\": 2}', got 'abc'"),
+        ("--env-kwargs [1]", "--env-kwargs must be a JSON object such as '{\"frame_skip\": 2}', got [1]"),
+        ('--env-kwargs {"a":NaN}', "--env-kwargs must be a JSON object such as"),
+        ("--env-kwargs", "Missing value for argument '--env-kwargs'"),
+        ("--env-wrappers Wrapper", "--env-wrappers must be given as module:Wrapper, got ('Wrapper',)"),
+        ("--adam-betas 0.9", "Missing value for argument '--adam-betas'. Expected 2 values"),
+        ("--adam-betas 0.9 x", "--adam-betas: they must be numbers, got ['0.9', 'x']"),
+        ("--adam-betas 0.9 1", "--adam-betas must be two numbers in [0, 1), got (0.9, 1.0)"),
+        ("--hidden-sizes 8 x", "--hidden-sizes: they must be whole numbers, got ['8', 'x']"),
+        ("--utd-end x", "--utd-end: it must be None or a number, got 'x'"),
+        ("--max-episode-steps 1.5", "--max-episode-steps: it must be None or a whole number, got '1.5'"),
+        ("--target-entropy x", "--target-entropy: it must be a number or auto, got 'x'"),
+        ("--v-min -20", "--v-min needs --critic categorical"),
+        ("--critic categorical --v-min -20 --v-max -3e1", "--v-min must be below --v-max, got -20 and -30"),
+        ("--normalize-obs yes", "Unrecognized options: yes"),
+        ("--normalise-obs", "did you mean --normalize-obs?"),
         ("--env-id CarRacing-v3", "pixels are not supported"),
         ("--num-env 3", "did you mean --num-envs?"),
         ("--xyzzy 3", "Unrecognized options: --xyzzy, 3"),

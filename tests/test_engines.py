@@ -177,14 +177,14 @@ def test_the_faster_precision_is_taken_if_it_pays(
     has_products(monkeypatch, "amx_bf16")
     monkeypatch.setattr(device, "thread_counts", lambda: [1, 2])
     pairs = [("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]
-    monkeypatch.setattr(device, "measure_updates", lambda *_: dict(zip(pairs, times, strict=True)))
+    monkeypatch.setattr(device, "measure_updates", lambda *_, **__: dict(zip(pairs, times, strict=True)))
     precision, reason, threads = expected
     assert set_up_torch(Config(), CPU, 3, 1) == Setup(precision, f"{reason} ms an update", threads)
     assert torch.get_num_threads() == threads
 
 
 def test_what_is_given_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "measure_updates", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(device, "measure_updates", lambda *_, **__: pytest.fail("measured"))
     assert set_up_torch(Config(precision="fp32", num_threads=1), CPU, 3, 1) == Setup("fp32", "asked for", 1)
 
 
@@ -194,7 +194,7 @@ def test_no_batch_is_made_while_updates_are_timed() -> None:
         first = source.sample(8), source.sample(16)
         again = source.sample(8), source.sample(16)
     assert all(one is other for one, other in zip(first, again, strict=True))
-    assert not any(tensor.is_inference() for batch in first for tensor in batch)
+    assert not any(tensor.is_inference() for batch in first for tensor in batch[:5])
 
 
 def test_measuring_leaves_the_number_of_threads_alone() -> None:

@@ -167,7 +167,7 @@ class Shuffled(Learner):
         return torch.randperm(self.config.batch_size, generator=torch.Generator().manual_seed(self.updates))
 
     def _sample_batch(self, replay: Sampler) -> Batch:
-        return Batch(*(part[self._order()] for part in super()._sample_batch(replay)))
+        return Batch(*(part[self._order()] for part in super()._sample_batch(replay)[:5]))
 
     def _draw(self, purpose: int, num_samples: int, mean: Tensor) -> Draw:
         draw = super()._draw(purpose, num_samples, mean)

@@ -12,13 +12,42 @@ from fastsac import Config
 from fastsac.cli import main
 
 FIELDS = {field.name.replace("_", "-"): getattr(Config(), field.name) for field in dataclasses.fields(Config)}
-OPTIONS = [*FIELDS, "run-dir", "resume", "restarts", "step-timeout", "episodes", "best", "json", "video", "no-best"]
+OPTIONS = [
+    *FIELDS,
+    "run-dir",
+    "resume",
+    "preset",
+    "callback",
+    "restarts",
+    "step-timeout",
+    "episodes",
+    "best",
+    "json",
+    "video",
+    "no-best",
+]
 
 words = st.one_of(
     st.integers(-(2**70), 2**70).map(str),
     st.floats(allow_subnormal=False).map(str),
     st.sampled_from(
-        ["auto", "none", "None", "score", "pathwise", "loo", "value", "cpu", "cuda", "bf16", "true", "--", "-"]
+        [
+            "auto",
+            "none",
+            "None",
+            "score",
+            "pathwise",
+            "loo",
+            "value",
+            "cpu",
+            "cuda",
+            "bf16",
+            "true",
+            "--",
+            "-",
+            "sac",
+            "{}",
+        ]
     ),
     st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8),
 )
@@ -47,7 +76,7 @@ def _no_training(tmp_path_factory):
 
 
 @settings(max_examples=120, deadline=None, derandomize=True, database=None)
-@given(st.sampled_from(["train", "eval", "tra"]), arguments)
+@given(st.sampled_from(["train", "eval", "presets", "tra"]), arguments)
 def test_any_command_line_is_understood_or_refused_in_one_line(command, rest):
     if "--help" in rest or "-h" in rest:
         return

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.learner import FusedLearner, Learner
+from fastsac.networks import q_of_samples
 from fastsac.replay import Replay
 from fastsac.types import Batch
 from tests.test_networks import unstack
@@ -46,7 +47,7 @@ def make(seed: int = 0, obs_size: int = O, **settings: Any) -> Learner:
 class Fixed:
     """The same random batch every time."""
 
-    def __init__(self, size: int = B, seed: int = 0) -> None:
+    def __init__(self, size: int = B, seed: int = 0, discounts: bool = False) -> None:
         g = torch.Generator().manual_seed(seed)
         self.batch = Batch(
             obs=torch.randn(size, O, generator=g),
@@ -54,12 +55,13 @@ class Fixed:
             reward=torch.randn(size, generator=g),
             next_obs=torch.randn(size, O, generator=g),
             terminated=torch.rand(size, generator=g) < 0.3,
+            discount=torch.rand(size, generator=g) if discounts else None,
         )
 
     def sample(self, batch_size: int, rng: Any = None, backend: str = "reference") -> Batch:
         copies, rest = divmod(batch_size, len(self.batch.obs))
         assert rest == 0
-        return Batch(*(torch.cat([part] * copies) for part in self.batch))
+        return Batch(*(part if part is None else torch.cat([part] * copies) for part in self.batch))
 
 
 def tensors_of(learner: Learner) -> dict[str, Tensor]:
@@ -101,9 +103,11 @@ class Textbook:
         log_prob = (normal.log_prob(u) - torch.log(1.0 - torch.tanh(u) ** 2)).sum(-1)
         return torch.tanh(u), log_prob, normal.log_prob(u.detach()).sum(-1)
 
+    def q(self, critic: nn.Sequential, obs: Tensor, action: Tensor) -> Tensor:
+        return critic(torch.cat([obs, action], -1))[:, 0]
+
     def smallest(self, critics: list[nn.Sequential], obs: Tensor, action: Tensor) -> Tensor:
-        values = [critic(torch.cat([obs, action], -1))[:, 0] for critic in critics]
-        return torch.stack(values).min(0).values
+        return torch.stack([self.q(critic, obs, action) for critic in critics]).min(0).values
 
     def noise(self, num_samples: int, batch: int) -> Tensor:
         return torch.randn(num_samples, batch, A, generator=self.generator)
@@ -113,14 +117,18 @@ class Textbook:
         loss.backward()
         adam.step()
 
-    def update(self, batch: Batch, with_actor: bool = True) -> dict[str, float]:
-        config, size, alpha = self.config, len(batch.obs), self.log_alpha.exp().item()
+    def critic_loss(self, batch: Batch, alpha: float) -> Tensor:
         with torch.no_grad():
-            action, log_prob, _ = self.sample(batch.next_obs, self.noise(1, size)[0])
+            action, log_prob, _ = self.sample(batch.next_obs, self.noise(1, len(batch.obs))[0])
             soft = self.smallest(self.targets, batch.next_obs, action) - alpha * log_prob
-            target = batch.reward + config.gamma * (~batch.terminated) * soft
-        errors = [critic(torch.cat([batch.obs, batch.action], -1))[:, 0] - target for critic in self.critics]
-        critic_loss = sum((error**2).mean() for error in errors)
+            discount = self.config.gamma if batch.discount is None else batch.discount
+            target = batch.reward + discount * (~batch.terminated) * soft
+        errors = [self.q(critic, batch.obs, batch.action) - target for critic in self.critics]
+        return sum((error**2).mean() for error in errors)
+
+    def update(self, batch: Batch, with_actor: bool = True) -> dict[str, float]:
+        config, alpha = self.config, self.log_alpha.exp().item()
+        critic_loss = self.critic_loss(batch, alpha)
         self.descend(self.critic_adam, critic_loss)
         metrics = {"critic_loss": critic_loss.item()}
         if with_actor:
@@ -349,7 +357,7 @@ def test_the_value_network_learns_the_soft_value() -> None:
         mean, log_std = learner.actor(data.batch.obs)
         normal = torch.distributions.Normal(mean, log_std.exp())
         u = normal.sample((1000,))
-        q = learner.critic.of_samples(data.batch.obs, torch.tanh(u)).amin(1)
+        q = q_of_samples(learner.critic, data.batch.obs, torch.tanh(u)).amin(1)
         log_prob = (normal.log_prob(u) - torch.log(1.0 - torch.tanh(u.double()) ** 2)).sum(-1)
         soft_value = (q - 0.3 * log_prob).mean(0)
         error = (learner.value(data.batch.obs) - soft_value).square().mean().sqrt()

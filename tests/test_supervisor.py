@@ -68,7 +68,7 @@ SLOW = pytest.mark.slow
 )
 def test_a_run_survives_what_happens_to_it(tmp_path, untroubled, kind, message):
     fault = f"{kind}:100:{tmp_path / 'marker'}"
-    process = start(tmp_path / "run", "--restarts", "2", "--step-timeout", "6", fault=fault)
+    process = start(tmp_path / "run", "--restarts", "2", "--step-timeout", "6", "--preset", "sac", fault=fault)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert told(stderr)[-1] == f"fastsac: {message}; going on from step 150 (restart 1 of 2)"

@@ -30,6 +30,43 @@ def test_updates_per_step(utd, updates):
     assert agent.updates == updates
 
 
+def test_updates_per_step_may_go_linearly_from_one_number_to_another():
+    agent = SAC(small(utd=2.0, utd_end=0.5, total_steps=200))
+    agent.learn()
+    # four environments, from the end of the warm-up to the last step but one
+    assert agent.updates == int(sum(4 * (2.0 - 1.5 * steps / 200) for steps in range(44, 200, 4)))
+    agent.learn(400)
+    assert agent.config.utd_end == 0.5
+
+
+def test_learning_rates_go_down_with_the_steps():
+    agent = SAC(small(lr_schedule="linear", engine="reference", critic_lr=4e-4, total_steps=200))
+    agent.learn()
+    rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in agent.learner.optimizers.items()}
+    assert rates["critic"] == pytest.approx(4e-4 * (1.0 - 196 / 200))
+    assert rates["alpha"] == pytest.approx(3e-4 * (1.0 - 196 / 200))
+
+
+@pytest.mark.parametrize("engine", ["reference", "fused"])
+def test_normalisation_sees_each_observation_once_and_none_of_evaluations(engine):
+    settings = {"normalize_obs": True, "normalize_reward": True, "reward_scale": 3.0, "engine": engine}
+    agent = SAC(small(**settings, eval_every=100, total_steps=1000))
+    agent.learn()
+    replay, state = agent.replay, agent.learner.normalizer.state()
+    seen = replay._obs[1 : replay.newest + 1].flatten(0, 1).double()
+    assert replay.newest > 200  # episodes have ended
+    torch.testing.assert_close(state["obs_mean"], seen.mean(0), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(state["obs_var"], seen.var(0, correction=0), rtol=1e-5, atol=1e-6)
+    assert replay.transitions().reward.min() < -5.0  # raw
+    obs = agent.envs.reset()
+    normalised = ((torch.from_numpy(obs) - seen.mean(0)) / seen.std(0, correction=0)).float().clamp(-10.0, 10.0)
+    expected = 2.0 * torch.tanh(agent.actor(normalised)[0])
+    np.testing.assert_allclose(agent.predict(obs), expected.detach(), rtol=1e-4, atol=1e-5)
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    agent.evaluate(2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in agent.learner.normalizer.state().items())
+
+
 def test_reset_rows_are_no_steps():
     agent = SAC(small())
     agent.learn(total_steps=4 * 205)

@@ -19,7 +19,9 @@ from torch import Tensor
 from fastsac.config import Config
 from fastsac.learner.graphed import UPDATES_PER_GRAPH, WARM_UPS, GraphedLearner
 from fastsac.learner.reference import ACTING, BATCH, Learner, Metrics
+from fastsac.normalize import Normalizer
 from fastsac.replay import Replay
+from fastsac.transfer import to_device
 from fastsac.types import Batch, Draw, Sampler
 from fastsac_kernels import PhiloxState, philox_normal
 
@@ -53,7 +55,8 @@ class SameNumbers(Learner):
 
     def _sample_batch(self, replay: Sampler) -> Batch:
         batch = replay.sample(self.config.batch_size, self.rng.of_stream(BATCH))
-        return Batch._make(part if part.dtype == torch.bool else part.to(self.log_alpha.dtype) for part in batch)
+        dtype = self.log_alpha.dtype
+        return Batch._make(part if part is None or part.dtype == torch.bool else part.to(dtype) for part in batch)
 
     def _draw(self, purpose: int, num_samples: int, mean: Tensor) -> Draw:
         rng = self.acting_rng if purpose == ACTING else self.rng.of_stream(purpose)
@@ -121,7 +124,9 @@ def compare(kind: type[Learner], config: Config, obs_size: int, action_size: int
     assert isinstance(reference, SameNumbers)
     with _float64():
         exact = SameNumbers(config, obs_size, action_size, device, SEED)
-    replay = random_replay(obs_size, action_size, device)
+    replay = random_replay(obs_size, action_size, device, config.n_step)
+    for learner in (engine, reference, exact):
+        _show_some(learner.normalizer, obs_size, config.num_envs)
     with torch.no_grad():
         for weight in reference.target_critic.parameters():
             weight.mul_(0.5)  # else the targets hardly move
@@ -187,11 +192,22 @@ def _compare_acting(engine: GraphedLearner, reference: SameNumbers, exact: SameN
     return errors.problem()
 
 
-def random_replay(obs_size: int, action_size: int, device: torch.device) -> Replay:
+def _show_some(normalizer: Normalizer, obs_size: int, num_envs: int) -> None:
+    """Let it see some random steps."""
+    if not normalizer.active:
+        return
+    rng = np.random.default_rng(SEED)
+    for _ in range(3):
+        obs, reward = rng.normal(0.5, 2.0, (num_envs, obs_size)), rng.normal(0.5, 2.0, num_envs)
+        step = (obs.astype(np.float32), reward.astype(np.float32), np.zeros(num_envs, bool), np.ones(num_envs, bool))
+        normalizer.add(*to_device(step, normalizer.device))
+
+
+def random_replay(obs_size: int, action_size: int, device: torch.device, n_step: int = 1) -> Replay:
     """Return a replay of some thousand random transitions."""
     rng = np.random.default_rng(SEED)
     num_envs, steps = 64, 64
-    replay = Replay(num_envs * steps, num_envs, obs_size, action_size, device)
+    replay = Replay(num_envs * steps, num_envs, obs_size, action_size, device, n_step=n_step)
     replay.begin(rng.standard_normal((num_envs, obs_size), np.float32))
     for _ in range(steps):
         replay.add(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -14,6 +15,7 @@ import torch
 from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.learner.engines import choose_engine, make_learner
+from fastsac.own_networks import STANDARD, OwnNetworks
 from fastsac.types import Batch
 from fastsac_kernels import PhiloxState
 from fastsac_kernels.launch import Backend
@@ -52,13 +54,17 @@ def has_bfloat16_products() -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def precisions(config: Config, device: torch.device) -> list[Precision]:
+def precisions(
+    config: Config,
+    device: torch.device,
+    own: OwnNetworks = STANDARD,
+) -> list[Precision]:
     """Return what `--precision` leaves to choose from.
 
     Raises:
         UsageError: if what it asks for cannot be had here.
     """
-    engine, _ = choose_engine(config, device)
+    engine, _ = choose_engine(config, device, own)
     asked = config.precision
     if asked == "tf32" and device.type != "cuda":
         raise UsageError("--precision tf32 needs a CUDA GPU: use --precision fp32")
@@ -74,17 +80,23 @@ def precisions(config: Config, device: torch.device) -> list[Precision]:
     return ["fp32", "bf16"] if engine == "fused" and has_bfloat16_products() else ["fp32"]
 
 
-def set_up_torch(config: Config, device: torch.device, obs_size: int, action_size: int) -> Setup:
+def set_up_torch(
+    config: Config,
+    device: torch.device,
+    obs_size: int,
+    action_size: int,
+    own: OwnNetworks = STANDARD,
+) -> Setup:
     """Set PyTorch's threads and precision for this process, by measuring what the configuration leaves open.
 
     Raises:
         UsageError: if the precision cannot be had here.
     """
-    choices = precisions(config, device)
+    choices = precisions(config, device, own)
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     torch.set_flush_denormal(True)  # Adam's moments of dead units decay into numbers that are slow to multiply
     counts = [config.num_threads] if config.num_threads else thread_counts()
-    engine, _ = choose_engine(config, device)
+    engine, _ = choose_engine(config, device, own)
     reason = "no bfloat16 products on this CPU" if engine == "fused" else "the default"
     if config.precision != "auto":
         reason = "asked for"
@@ -92,7 +104,7 @@ def set_up_torch(config: Config, device: torch.device, obs_size: int, action_siz
         return Setup(choices[0], reason, torch.get_num_threads())
     chosen, num_threads = choices[0], counts[0]
     if len(choices) * len(counts) > 1:
-        times = measure_updates(config, obs_size, action_size, choices, counts)
+        times = measure_updates(config, obs_size, action_size, choices, counts, own=own)
         fastest = {choice: min(counts, key=lambda count: times[choice, count]) for choice in choices}
         best = {choice: times[choice, count] for choice, count in fastest.items()}
         if len(choices) > 1:
@@ -139,6 +151,7 @@ def measure_updates(
     choices: Sequence[Precision],
     counts: Sequence[int],
     rounds: int = 8,
+    own: OwnNetworks = STANDARD,
 ) -> dict[tuple[Precision, int], float]:
     """Return the seconds of an update for each precision and number of threads, the least over some rounds.
 
@@ -147,7 +160,10 @@ def measure_updates(
     """
     before, batch = torch.get_num_threads(), FixedBatch(obs_size, action_size)
     learners = {
-        choice: make_learner(dataclasses.replace(config, precision=choice), obs_size, action_size) for choice in choices
+        choice: make_learner(
+            dataclasses.replace(config, precision=choice), obs_size, action_size, own=copy.deepcopy(own)
+        )
+        for choice in choices
     }
     times = {(choice, count): float("inf") for choice in choices for count in counts}
     started = time.perf_counter()

@@ -13,10 +13,10 @@ import torch
 
 from fastsac.config import Config
 from fastsac.errors import UsageError
-from fastsac.estimators import choose
-from fastsac.learner.fused import FusedLearner
+from fastsac.learner.fused import FusedLearner, fused_obstacle
 from fastsac.learner.graphed import GraphedLearner
 from fastsac.learner.reference import Learner
+from fastsac.own_networks import STANDARD, OwnNetworks
 
 #: the least compute capability that the kernels are compiled for
 CAPABILITY = (8, 0)
@@ -24,11 +24,16 @@ ENGINES: dict[str, type[Learner]] = {"reference": Learner, "graphed": GraphedLea
 
 
 def make_learner(
-    config: Config, obs_size: int, action_size: int, device: torch.device | str = "cpu", seed: int = 0
+    config: Config,
+    obs_size: int,
+    action_size: int,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    own: OwnNetworks = STANDARD,
 ) -> Learner:
     """Return a learner of the engine that the configuration asks for; see `choose_engine`."""
-    engine, _ = choose_engine(config, torch.device(device))
-    return ENGINES[engine](config, obs_size, action_size, device, seed)
+    engine, _ = choose_engine(config, torch.device(device), own)
+    return ENGINES[engine](config, obs_size, action_size, device, seed, own)
 
 
 @functools.cache
@@ -60,13 +65,22 @@ def graphed_obstacle() -> str:
     return ""
 
 
-def choose_engine(config: Config, device: torch.device) -> tuple[str, str]:
+def choose_engine(
+    config: Config,
+    device: torch.device,
+    own: OwnNetworks = STANDARD,
+) -> tuple[str, str]:
     """Return the engine's name, and in a few words why.
 
+    Args:
+        config: of the run.
+        device: where the learner lives.
+        own: networks of the user's own.
+
     Raises:
-        UsageError: if it cannot run on the device.
+        UsageError: if it cannot run on the device, or does not serve the configuration.
     """
-    written_out = choose(config).gradient is not None
+    not_written_out = fused_obstacle(config, own)
     if config.engine == "graphed" and device.type != "cuda":
         raise UsageError(
             f"--engine graphed records CUDA graphs, which needs a GPU, and this runs on the {device.type}: "
@@ -76,13 +90,13 @@ def choose_engine(config: Config, device: torch.device) -> tuple[str, str]:
         raise UsageError(f"--engine graphed: {obstacle}; or use --engine auto")
     if config.engine == "fused" and device.type != "cpu":
         raise UsageError(f"--engine fused runs on a CPU so far, and this runs on {device.type}: use --engine graphed")
-    if config.engine == "fused" and not written_out:
-        raise UsageError(f"--engine fused: --estimator {config.estimator} has no written-out gradient")
+    if config.engine == "fused" and not_written_out:
+        raise UsageError(f"--engine fused: {not_written_out}: use --engine auto")
     if config.engine != "auto":
         return config.engine, "asked for"
     if device.type == "cuda":
         obstacle = graphed_obstacle()
         return ("reference", f"not graphed: {obstacle}") if obstacle else ("graphed", "a CUDA GPU")
-    if not written_out:
-        return "reference", f"no CUDA GPU, and --estimator {config.estimator} has no written-out gradient"
+    if not_written_out:
+        return "reference", f"no CUDA GPU, and {not_written_out}"
     return "fused", "no CUDA GPU"

@@ -109,18 +109,31 @@ class FlatGradients:
 
 
 class FlatAdam:
-    """Adam (Kingma and Ba, arXiv 1412.6980) over one buffer, with the constants of `torch.optim.Adam`."""
+    """Adam (Kingma and Ba, arXiv 1412.6980) over one buffer, as `torch.optim.Adam` and `AdamW` compute it."""
 
-    def __init__(self, values: Tensor, parameters: Sequence[nn.Parameter], lr: float, memory: Memory) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        parameters: Sequence[nn.Parameter],
+        lr: float,
+        memory: Memory,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+    ) -> None:
         """Start with moments of zero.
 
         Args:
             values: [n], of which the parameters are views.
             parameters: in the order in which another engine's optimiser counts them.
-            lr: the learning rate.
+            lr: the learning rate, which may be set anew.
             memory: where the buffers come from.
+            betas: decay rates of the moments.
+            weight_decay: AdamW's, times the learning rate in each step (arXiv 1711.05101).
+            max_grad_norm: gradients of a larger norm are scaled down to it first.
         """
         self.values, self.lr = values, lr
+        self._betas, self._weight_decay, self._max_grad_norm = betas, weight_decay, max_grad_norm
         self.grads, self.exp_avg, self.exp_avg_sq = (memory.zeros(values.shape, values.dtype) for _ in range(3))
         self.step = torch.zeros((), device=values.device)
         self._parameters = list(parameters)
@@ -128,7 +141,11 @@ class FlatAdam:
     def descend(self) -> None:
         """Take one step along the gradients."""
         self.step += 1.0
-        torch._fused_adam_(
+        if self._max_grad_norm is not None:  # as `torch.nn.utils.clip_grad_norm_` does
+            self.grads *= (self._max_grad_norm / (self.grads.norm() + 1e-6)).clamp(max=1.0)
+        beta1, beta2 = self._betas
+        step = torch._fused_adamw_ if self._weight_decay else torch._fused_adam_
+        step(
             [self.values],
             [self.grads],
             [self.exp_avg],
@@ -136,9 +153,9 @@ class FlatAdam:
             [],
             [self.step],
             lr=self.lr,
-            beta1=0.9,
-            beta2=0.999,
-            weight_decay=0.0,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=self._weight_decay,
             eps=1e-8,
             amsgrad=False,
             maximize=False,

@@ -26,13 +26,16 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsac.config import Config
+from fastsac.estimators import choose
 from fastsac.learner.flat import FlatAdam, FlatGradients, FlatNetwork, Memory
+from fastsac.learner.optimizers import Groups, weight_decay
 from fastsac.learner.reference import Learner, Metrics, Moments
 from fastsac.learner.stack import ACTIVATIONS, StackPass
-from fastsac.networks import LOG_STD_HALF_RANGE, LOG_STD_MAX, LOG_STD_MIN
+from fastsac.networks import LOG_STD_HALF_RANGE, LOG_STD_MAX, LOG_STD_MIN, Actor, StackedMLP
+from fastsac.own_networks import STANDARD, OwnNetworks
 from fastsac.types import Batch, Gradient, Sample, Sampler
 
 LOG_STD_MIDDLE = 0.5 * (LOG_STD_MIN + LOG_STD_MAX)
@@ -42,38 +45,61 @@ NARROW = 64
 TRANSITIONS_DRAWN = 8192
 
 
+def fused_obstacle(config: Config, own: OwnNetworks) -> str:
+    """Return what in a configuration has no written-out gradient, or nothing."""
+    if choose(config).gradient is None:
+        return f"--estimator {config.estimator} has no written-out gradient"
+    special = {"--layer-norm": config.layer_norm, "--critic categorical": config.critic == "categorical"}
+    for what, there in {**special, "a network of your own": bool(own)}.items():
+        if there:
+            return f"{what} has no written-out gradient"
+    return ""
+
+
 class FusedLearner(Learner):
     """A learner whose parameters, gradients and moments lie in flat buffers; the modules' tensors are views of them."""
 
     engine = "fused"
 
     def __init__(
-        self, config: Config, obs_size: int, action_size: int, device: torch.device | str = "cpu", seed: int = 0
+        self,
+        config: Config,
+        obs_size: int,
+        action_size: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        own: OwnNetworks = STANDARD,
     ) -> None:
         """Initialise the networks, as the reference engine does from the same seed.
 
         Raises:
-            ValueError: if the estimator has no written-out gradient.
+            ValueError: if something has no written-out gradient (see `fused_obstacle`).
         """
-        super().__init__(config, obs_size, action_size, device, seed)
-        if self.choice.gradient is None:
-            raise ValueError(f"estimator {config.estimator!r} has no written-out gradient")
+        if obstacle := fused_obstacle(config, own):
+            raise ValueError(obstacle)
+        super().__init__(config, obs_size, action_size, device, seed, own)
+        assert self.choice.gradient is not None
         self._gradient: Gradient = self.choice.gradient
         self._grad_log_alpha = self._adams["alpha"].grads[0] if self.learns_alpha else None
         self._make_passes(obs_size, action_size)
 
-    def _make_optimizers(self, groups: dict[str, tuple[list[nn.Parameter], float]]) -> None:
+    def _make_optimizers(self, groups: Groups) -> None:
         self._memory = Memory(self.device)
+        assert isinstance(self.critic, StackedMLP)
         weight, _ = self.critic.stack()[0]
         rounded_from = int(weight.shape[1] <= NARROW) if self.config.precision == "bf16" else None
         self._flat = {
-            name: FlatNetwork(network, self._memory, rounded_from) for name, network in self._networks().items()
+            name: FlatNetwork(network, self._memory, rounded_from)
+            for name, network in self._networks().items()
+            if isinstance(network, Actor | StackedMLP)
         }
         self._adams: dict[str, FlatAdam] = {}
         self._grads: dict[str, FlatGradients] = {}
         for name, (parameters, lr) in groups.items():
             values = self._flat[name].values if name in self._flat else self.log_alpha.detach().view(1)
-            self._adams[name] = FlatAdam(values, parameters, lr, self._memory)
+            clip = None if name == "alpha" else self.config.max_grad_norm
+            settings = self.config.adam_betas, weight_decay(self.config, name), clip
+            self._adams[name] = FlatAdam(values, parameters, lr, self._memory, *settings)
             if name in self._flat:
                 self._grads[name] = FlatGradients(self._flat[name], self._adams[name].grads, self._memory)
 
@@ -111,12 +137,15 @@ class FusedLearner(Learner):
         activation = ACTIVATIONS[self.config.activation]
         self._acting_pass = StackPass(self._flat["actor"].exact, activation, acting_x, self._memory, "acting")
 
+    def _set_rate(self, name: str, lr: float) -> None:
+        self._adams[name].lr = lr
+
     @torch.no_grad()
     def act(self, obs: Tensor, deterministic: bool = False) -> Tensor:
         """Return actions [N, A] in [-1, 1] for obs [N, O]: a sample, or the squashed mean. No weight is rounded."""
         if deterministic or len(obs) != self.config.num_envs:
             return super().act(obs, deterministic)
-        self._acting_obs.copy_(obs)
+        self._acting_obs.copy_(self.normalizer.obs(obs))
         mean, raw = self._acting_pass.forward()[0].chunk(2, 1)
         self._acting_noise.normal_(generator=self.generator)
         sigma = torch.add(self._log_std_middle, torch.tanh(raw), alpha=LOG_STD_HALF_RANGE).exp_()
@@ -128,7 +157,10 @@ class FusedLearner(Learner):
         size, every = self.config.batch_size, self.config.actor_every
         while num_updates:
             drawn = min(num_updates, max(1, TRANSITIONS_DRAWN // size))
-            parts = [torch.split(part, size) for part in replay.sample(drawn * size)]
+            sampled = replay.sample(drawn * size)
+            if self.normalizer.active:
+                sampled = self.normalizer.batch(sampled)
+            parts = [[None] * drawn if part is None else torch.split(part, size) for part in sampled]
             for batch in zip(*parts, strict=True):
                 num_updates -= 1
                 metrics = self._measured if num_updates < every else None
@@ -176,10 +208,18 @@ class FusedLearner(Learner):
         log_prob = terms.sub_(log_std).addcmul_(noise, noise, value=-0.5).sum(-1)
         return Sample(noise, log_std, sigma, deviation, action, decay, log_prob), squashed[-1]
 
+    def _reduced(self, q: Tensor) -> Tensor:
+        """Return the critics' smallest value, or their mean, of q [E, ...]."""
+        return q.mean(0) if self.config.critic_reduction == "mean" else q.amin(0)
+
     def _descend_critic(self, batch: Batch, next_log_prob: Tensor, alpha: Tensor, metrics: Metrics | None) -> None:
         next_q = self._target_pass.forward().squeeze(2)  # [E, B]
-        next_value = torch.addcmul(next_q.amin(0), alpha, next_log_prob, value=-1.0)
-        target = torch.add(batch.reward, torch.where(batch.terminated, 0.0, next_value), alpha=self.config.gamma)  # [B]
+        next_value = torch.addcmul(self._reduced(next_q), alpha, next_log_prob, value=-1.0)
+        next_value = torch.where(batch.terminated, 0.0, next_value)
+        if batch.discount is None:
+            target = torch.add(batch.reward, next_value, alpha=self.config.gamma)  # [B]
+        else:
+            target = torch.addcmul(batch.reward, batch.discount, next_value)
         q = self._critic_pass.forward()  # [E, B, 1]
         errors = q - target.unsqueeze(1)
         torch.mul(errors, 2.0 / len(target), out=self._critic_pass.grad_output)
@@ -193,13 +233,18 @@ class FusedLearner(Learner):
         self, sample: Sample, squashed: Tensor, alpha: Tensor, metrics: Metrics | None
     ) -> None:
         samples, batch, _ = sample.action.shape
+        averages = self.config.critic_reduction == "mean"
         q = self._sampled_pass.forward()  # [E, K B, 1]
-        min_q = q.amin(0)
+        min_q = self._reduced(q)
         f = torch.mul(alpha, sample.log_prob).sub_(min_q.view(samples, batch))  # [K, B]
 
         def q_gradient() -> Tensor:
-            share = torch.eq(q, min_q, out=self._sampled_pass.grad_output)
-            share /= share.sum(0)
+            share = self._sampled_pass.grad_output
+            if averages:
+                share.fill_(1.0 / len(q))
+            else:
+                torch.eq(q, min_q, out=share)
+                share /= share.sum(0)
             d = self._sampled_pass.backward()  # [E, K B, H]
             return torch.bmm(d, self._action_weight).sum(0, dtype=q.dtype).view(sample.action.shape)
 

@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsac.config import Config
 from fastsac.errors import UsageError
+from fastsac.learner.optimizers import Groups, make_adam
 from fastsac.learner.reference import ACTING, BATCH, Learner, Metrics
+from fastsac.own_networks import STANDARD, OwnNetworks
 from fastsac.types import Batch, Draw, Sampler
 from fastsac_kernels import PhiloxState
 from fastsac_kernels.launch import Backend
@@ -75,16 +77,33 @@ class GraphedLearner(Learner):
     backend: Backend = "triton"
 
     def __init__(
-        self, config: Config, obs_size: int, action_size: int, device: torch.device | str = "cuda", seed: int = 0
+        self,
+        config: Config,
+        obs_size: int,
+        action_size: int,
+        device: torch.device | str = "cuda",
+        seed: int = 0,
+        own: OwnNetworks = STANDARD,
     ) -> None:
         """Initialise the networks, as the reference engine does from the same seed."""
-        super().__init__(config, obs_size, action_size, device, seed)
+        super().__init__(config, obs_size, action_size, device, seed, own)
         self.rng = PhiloxState(seed, self.device)
         self.acting_rng = PhiloxState(seed, self.device, ACTING)  # acting goes on where no update is made
         on_cuda = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if on_cuda else None  # type: ignore[no-untyped-call]
         self._latest: dict[bool, Measured] = {}  # by whether it was the actor's turn, too; the newest comes last
         self._forget(None)
+
+    def _make_optimizers(self, groups: Groups) -> None:
+        on_cuda = self.device.type == "cuda"
+        self.optimizers = {name: make_adam(self.config, name, *group, on_cuda) for name, group in groups.items()}
+
+    def _set_rate(self, name: str, lr: float) -> None:
+        rate = self.optimizers[name].param_groups[0]["lr"]
+        if isinstance(rate, Tensor):  # where recorded graphs find it
+            rate.fill_(lr)
+        else:
+            super()._set_rate(name, lr)
 
     def _forget(self, replay: Sampler | None) -> None:
         """Drop what was recorded: it holds the addresses of one replay and of the optimisers' state."""
@@ -192,9 +211,6 @@ class GraphedLearner(Learner):
     def _draw(self, purpose: int, num_samples: int, mean: Tensor) -> Draw:
         rng = self.acting_rng if purpose == ACTING else self.rng.of_stream(purpose)
         return Draw(rng, num_samples, self.backend)
-
-    def _adam(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Adam:
-        return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=self.device.type == "cuda")
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Return all that a resumed run needs: tensors by name, and counters for JSON."""

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.estimators import choose
-from fastsac.networks import Actor, Critic, StackedMLP, ValueNetwork
+from fastsac.learner.optimizers import Groups, make_adam, rate_factor
+from fastsac.networks import CategoricalCritic, ValueNetwork, make_actor, make_critic, q_of_samples
+from fastsac.normalize import Normalizer
+from fastsac.own_networks import STANDARD, OwnCritic, OwnNetworks
 from fastsac.replay import restore_generator
 from fastsac.types import Batch, Draw, Sampler
-from fastsac_kernels import td_loss
+from fastsac_kernels import categorical_loss, td_loss
 from fastsac_kernels.launch import Backend
 
 Metrics = dict[str, Tensor]
@@ -25,9 +28,13 @@ Moments = dict[int, dict[str, Tensor]]
 NEXT_ACTION, ACTION, BATCH, ACTING = range(4)
 
 
+OTHER_NETWORKS = (
+    "the checkpoint's networks do not fit this configuration; if it was trained with networks of your own, hand them "
+    "to SAC.load(..., actor=..., critic=...)"
+)
 #: names of the tensors of any engine's state
 _STORED = re.compile(
-    r"(actor|critic|target_critic|value)\.[a-z_.0-9]+|log_alpha|generator|philox"
+    r"(actor|critic|target_critic|value)\.[\w.]+|normalizer\.[a-z_]+|log_alpha|generator|philox"
     r"|optimizer\.(actor|critic|alpha|value)\.[0-9]{1,3}\.(step|exp_avg|exp_avg_sq)"
 )
 
@@ -39,7 +46,13 @@ class Learner:
     backend: Backend = "reference"
 
     def __init__(
-        self, config: Config, obs_size: int, action_size: int, device: torch.device | str = "cpu", seed: int = 0
+        self,
+        config: Config,
+        obs_size: int,
+        action_size: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        own: OwnNetworks = STANDARD,
     ) -> None:
         """Initialise the networks.
 
@@ -49,9 +62,10 @@ class Learner:
             action_size: A.
             device: where everything lives.
             seed: of the initial weights and of all noise.
+            own: networks of the user's own, which are moved to the device and trained.
 
         Raises:
-            UsageError: if the estimator, the baseline and K do not go together.
+            UsageError: if the estimator, the baseline and K do not go together, or the user's networks do not fit.
         """
         self.config = config
         self.choice = choose(config)
@@ -60,16 +74,20 @@ class Learner:
         self._measured: Metrics = {}
         self.target_entropy = -float(action_size) if config.target_entropy == "auto" else config.target_entropy
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        hidden, activation = config.hidden_sizes, config.activation
+        own.refuse_misfits(obs_size, action_size, config.num_critics)
         with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU: the same on every device
             torch.manual_seed(seed)
-            self.actor = Actor(obs_size, action_size, hidden, activation).to(self.device)
-            self.critic = Critic(config.num_critics, obs_size, action_size, hidden, activation).to(self.device)
-            self.value = ValueNetwork(obs_size, hidden, activation).to(self.device) if self.uses_value else None
+            actor = make_actor(config, obs_size, action_size) if own.actor is None else own.actor
+            critic = make_critic(config, obs_size, action_size) if own.critic is None else OwnCritic(own.critic)
+            value = ValueNetwork(obs_size, config.hidden_sizes, config.activation) if self.uses_value else None
+        self.actor: nn.Module = actor.to(self.device)
+        self.critic: nn.Module = critic.to(self.device)
+        self.value = value if value is None else value.to(self.device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        initial_alpha = 1.0 if config.alpha == "auto" else config.alpha
+        self.normalizer = Normalizer(config, obs_size, config.num_envs, self.device)
+        initial_alpha = config.initial_alpha if config.alpha == "auto" else config.alpha
         self.log_alpha = nn.Parameter(torch.tensor(float(initial_alpha), device=self.device).log())
-        groups: dict[str, tuple[list[nn.Parameter], float]] = {
+        groups: Groups = {
             "actor": (list(self.actor.parameters()), config.actor_lr),
             "critic": (list(self.critic.parameters()), config.critic_lr),
         }
@@ -78,11 +96,21 @@ class Learner:
         if self.value is not None:
             groups["value"] = list(self.value.parameters()), config.value_lr
         self._parameters = {name: parameters for name, (parameters, _) in groups.items()}
+        self._rates = {name: lr for name, (_, lr) in groups.items()}
         self._make_optimizers(groups)
 
-    def _make_optimizers(self, groups: dict[str, tuple[list[nn.Parameter], float]]) -> None:
+    def _make_optimizers(self, groups: Groups) -> None:
         """Take each group's parameters and learning rate."""
-        self.optimizers = {name: self._adam(*group) for name, group in groups.items()}
+        self.optimizers = {name: make_adam(self.config, name, *group) for name, group in groups.items()}
+
+    def set_progress(self, fraction: float) -> None:
+        """Set the learning rates for what of the training has been done, from 0 to 1, by `lr_schedule`."""
+        factor = rate_factor(self.config.lr_schedule, fraction)
+        for name, lr in self._rates.items():
+            self._set_rate(name, factor * lr)
+
+    def _set_rate(self, name: str, lr: float) -> None:
+        self.optimizers[name].param_groups[0]["lr"] = lr
 
     @property
     def learns_alpha(self) -> bool:
@@ -102,7 +130,7 @@ class Learner:
     @torch.no_grad()
     def act(self, obs: Tensor, deterministic: bool = False) -> Tensor:
         """Return actions [N, A] in [-1, 1] for obs [N, O]: a sample, or the squashed mean."""
-        mean, log_std = self.actor(obs)
+        mean, log_std = self.actor(self.normalizer.obs(obs))
         if deterministic:
             return torch.tanh(mean)
         return self._draw(ACTING, 1, mean).sample(mean, log_std)[0][0]
@@ -125,6 +153,8 @@ class Learner:
     def _update_once(self, replay: Sampler, with_actor: bool, measure: bool) -> Metrics:
         """Make one update; return its metrics if they are wanted, else perhaps some of them."""
         batch = self._sample_batch(replay)
+        if self.normalizer.active:
+            batch = self.normalizer.batch(batch)
         metrics = self._update_critic(batch, measure)
         if with_actor:
             metrics |= self._update_actor_and_alpha(batch.obs, measure)
@@ -138,12 +168,37 @@ class Learner:
         with torch.no_grad():
             mean, log_std = self.actor(batch.next_obs)
             next_action, next_log_prob = self._draw(NEXT_ACTION, 1, mean).sample(mean, log_std)
-            next_q = self.target_critic(batch.next_obs, next_action[0])
-        q = self.critic(batch.obs, batch.action)
-        target = batch.reward, batch.terminated, next_q, next_log_prob[0]
-        loss = td_loss(q, *target, self.alpha, self.config.gamma, self.backend)
+        loss, q = self._critic_loss(batch, next_action[0], next_log_prob[0])
         self._descend("critic", loss)
         return {"critic_loss": loss.detach(), "q": q.detach().mean()} if measure else {}
+
+    def _critic_loss(self, batch: Batch, next_action: Tensor, next_log_prob: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss, and q [E, B]."""
+        config, averages = self.config, self.config.critic_reduction == "mean"
+        discount = config.gamma if batch.discount is None else batch.discount
+        if isinstance(self.critic, CategoricalCritic) and isinstance(self.target_critic, CategoricalCritic):
+            with torch.no_grad():
+                next_logits = self.target_critic.logits(batch.next_obs, next_action)
+            logits = self.critic.logits(batch.obs, batch.action)
+            return categorical_loss(
+                *(logits, next_logits, batch.reward, batch.terminated, next_log_prob, self.alpha, discount),
+                v_min=self.critic.v_min,
+                v_max=self.critic.v_max,
+                target="own" if averages else "smallest",
+                backend=self.backend,
+            )
+        with torch.no_grad():
+            next_q = self.target_critic(batch.next_obs, next_action)
+            if averages:
+                next_q = next_q.mean(0, keepdim=True).expand_as(next_q)
+        q = self.critic(batch.obs, batch.action)
+        target = batch.reward, batch.terminated, next_q, next_log_prob
+        return td_loss(q, *target, self.alpha, discount, self.backend), q
+
+    def _q_of_samples(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Return q [K, E, B] of actions [K, B, A]; [K, 1, B] where the critics' mean counts."""
+        q = q_of_samples(self.critic, obs, action)
+        return q.mean(1, keepdim=True) if self.config.critic_reduction == "mean" else q
 
     def _update_actor_and_alpha(self, obs: Tensor, measure: bool) -> Metrics:
         mean, log_std = self.actor(obs)
@@ -153,7 +208,7 @@ class Learner:
         if self.value is not None:
             baseline = -self.value(obs, frozen=True)
         estimate = self.choice.estimator(
-            mean, log_std, draw, lambda action: self.critic.of_samples(obs, action), alpha, baseline
+            mean, log_std, draw, lambda action: self._q_of_samples(obs, action), alpha, baseline
         )
         self._descend("actor", estimate.loss)
         metrics: Metrics = {}
@@ -177,14 +232,13 @@ class Learner:
     def _descend(self, name: str, loss: Tensor) -> None:
         self.optimizers[name].zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        if self.config.max_grad_norm is not None and name != "alpha":
+            nn.utils.clip_grad_norm_(self._parameters[name], self.config.max_grad_norm)
         self.optimizers[name].step()
 
     def _draw(self, purpose: int, num_samples: int, mean: Tensor) -> Draw:
         noise = torch.randn((num_samples, *mean.shape), device=self.device, generator=self.generator)
         return Draw(noise, num_samples, self.backend)
-
-    def _adam(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Adam:
-        return torch.optim.Adam(parameters, lr=lr, fused=True)
 
     def _moments(self) -> dict[str, Moments]:
         """Return the state of each group's Adam."""
@@ -212,9 +266,8 @@ class Learner:
                 if shapes != {"step": (), "exp_avg": shape, "exp_avg_sq": shape} or not floats:
                     raise UsageError("the checkpoint's optimisers do not fit this configuration")
 
-    def _networks(self) -> dict[str, Actor | StackedMLP]:
-        networks: dict[str, Actor | StackedMLP] = {"actor": self.actor, "critic": self.critic}
-        networks["target_critic"] = self.target_critic
+    def _networks(self) -> dict[str, nn.Module]:
+        networks = {"actor": self.actor, "critic": self.critic, "target_critic": self.target_critic}
         if self.value is not None:
             networks["value"] = self.value
         return networks
@@ -224,6 +277,7 @@ class Learner:
         tensors = {
             f"{name}.{key}": value for name, net in self._networks().items() for key, value in net.state_dict().items()
         }
+        tensors |= {f"normalizer.{name}": value for name, value in self.normalizer.state().items()}
         tensors["log_alpha"] = self.log_alpha.detach()
         tensors["generator"] = self.generator.get_state()
         for name, moments in self._moments().items():
@@ -247,7 +301,9 @@ class Learner:
             if self.learns_alpha and tensors["log_alpha"].isfinite():
                 self.log_alpha.data.copy_(tensors["log_alpha"])
         except (RuntimeError, KeyError) as error:
-            raise UsageError("the checkpoint's networks do not fit this configuration") from error
+            raise UsageError(OTHER_NETWORKS) from error
+        prefix = "normalizer."
+        self.normalizer.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         moments: dict[str, Moments] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer."):
@@ -261,15 +317,20 @@ class Learner:
 
 
 def refuse_other_networks(
-    config: Config, obs_size: int, action_size: int, shapes: Mapping[str, tuple[int, ...]]
+    config: Config,
+    obs_size: int,
+    action_size: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    own: OwnNetworks = STANDARD,
 ) -> None:
     """Raise UsageError unless the actor and the critics of these shapes are the configuration's; takes no memory."""
     with torch.device("meta"):
-        networks = {
-            "actor": Actor(obs_size, action_size, config.hidden_sizes, config.activation),
-            "critic": Critic(config.num_critics, obs_size, action_size, config.hidden_sizes, config.activation),
-        }
-    for name, network in networks.items():
-        for key, value in network.state_dict().items():
-            if shapes.get(f"{name}.{key}") != tuple(value.shape):
-                raise UsageError("the checkpoint's networks do not fit this configuration")
+        actor = make_actor(config, obs_size, action_size) if own.actor is None else own.actor
+        critic = make_critic(config, obs_size, action_size) if own.critic is None else OwnCritic(own.critic)
+    expected = {
+        f"{name}.{key}": tuple(value.shape)
+        for name, network in (("actor", actor), ("critic", critic))
+        for key, value in network.state_dict().items()
+    }
+    if any(shapes.get(name) != shape for name, shape in expected.items()):
+        raise UsageError(OTHER_NETWORKS)

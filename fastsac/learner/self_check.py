@@ -31,11 +31,13 @@ from fastsac.learner.compare import compare
 from fastsac.learner.engines import ENGINES, make_learner
 from fastsac.learner.reference import Learner
 from fastsac.machine import nvidia_driver
+from fastsac.own_networks import STANDARD, OwnNetworks
 
 #: settings that decide which kernels run, with which shapes
 SETTINGS = (
     *("estimator", "baseline", "num_action_samples", "batch_size", "hidden_sizes", "activation"),
-    *("num_critics", "precision", "num_envs"),
+    *("num_critics", "precision", "num_envs", "n_step", "normalize_obs", "normalize_reward", "layer_norm", "critic"),
+    *("critic_reduction", "num_atoms", "optimizer"),
 )
 #: seconds: the first time, Triton compiles all kernels
 TIMEOUT = 300.0
@@ -57,7 +59,12 @@ class Verdict(NamedTuple):
 
 
 def right_engine(
-    learner: Learner, asked: bool, obs_size: int, action_size: int, say: Say | None = None
+    learner: Learner,
+    asked: bool,
+    obs_size: int,
+    action_size: int,
+    say: Say | None = None,
+    own: OwnNetworks = STANDARD,
 ) -> tuple[Learner, str]:
     """Return the learner if its engine is right here, else one of the reference engine with its state, and why.
 
@@ -69,6 +76,7 @@ def right_engine(
         obs_size: O.
         action_size: A.
         say: tells the user; by default the logger "fastsac" does, and only what is wrong.
+        own: networks of the user's own in the learner. What is checked is the engine with the configuration's networks.
 
     Raises:
         UsageError: if the engine is not right, but was asked for.
@@ -85,7 +93,7 @@ def right_engine(
         raise UsageError(f"{told}; --engine auto or reference works; {report}")
     (say or logging.getLogger("fastsac").warning)(f"{told}; the reference engine is used; {report}")
     config = dataclasses.replace(learner.config, engine="reference")
-    reference = make_learner(config, obs_size, action_size, learner.device)
+    reference = make_learner(config, obs_size, action_size, learner.device, own=own)
     reference.load_state(*learner.state())
     return reference, f"the check of {learner.engine} failed"
 
@@ -104,7 +112,8 @@ def verdict(config: Config, obs_size: int, action_size: int, engine: str, say: S
     """
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name in SETTINGS}
     settings["actor_every"] = min(2, config.actor_every)
-    settings["alpha"] = config.alpha == "auto"
+    settings |= {"alpha": config.alpha == "auto", "clips": config.max_grad_norm is not None}
+    settings["changes_lr"] = config.lr_schedule != "constant"
     case = {"engine": engine, "obs_size": obs_size, "action_size": action_size, **settings, **identity()}
     place = cache_folder() / f"{hashlib.sha256(json.dumps(case, sort_keys=True).encode()).hexdigest()[:32]}.json"
     earlier = _load(place)
@@ -222,7 +231,7 @@ def source_hash() -> str:
     """Return a hash of all files of the kernels, and of what the updates are made of here."""
     package = Path(__file__).resolve().parents[1]
     names = sorted([*package.glob("learner/*.py"), *package.glob("estimators/*.py")])
-    names += [package / f"{name}.py" for name in ("networks", "replay", "transfer", "types")]
+    names += [package / f"{name}.py" for name in ("networks", "normalize", "replay", "transfer", "types")]
     names += sorted(Path(fastsac_kernels.__file__).parent.glob("*.py"))
     digest = hashlib.sha256()
     for path in names:

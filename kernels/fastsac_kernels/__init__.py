@@ -1,5 +1,6 @@
 """The operations of Soft Actor-Critic with a tanh-squashed Gaussian policy: PyTorch everywhere, Triton on CUDA."""
 
+from fastsac_kernels.categorical_loss import categorical_loss
 from fastsac_kernels.pathwise_loss import pathwise_loss
 from fastsac_kernels.philox import PhiloxState, philox_normal
 from fastsac_kernels.replay_gather import replay_gather
@@ -9,6 +10,7 @@ from fastsac_kernels.td_loss import td_loss
 
 __all__ = [
     "PhiloxState",
+    "categorical_loss",
     "pathwise_loss",
     "philox_normal",
     "replay_gather",

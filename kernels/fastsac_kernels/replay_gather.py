@@ -7,6 +7,12 @@ The ring is laid out ``[rows, N, ...]``; the next observation of row t is row t 
     index      = queue[(first + position) mod length]
     next index = (index + N) mod length
 
+With n-step returns the transition goes on, row by row, up to n steps: m of them, until one has terminated or the row
+after it holds no transition::
+
+    reward     = r_0 + gamma r_1 + ... + gamma^(m-1) r_(m-1)         discount = gamma^m
+    next_obs, terminated: of the last of the m steps
+
 On CUDA one Triton kernel draws and copies everything. `first` and `size` are read on the device: a CUDA graph that was
 captured when the ring was nearly empty draws from all of it later.
 """
@@ -20,9 +26,10 @@ from torch import Tensor
 
 from fastsac_kernels.launch import Backend, use_triton
 from fastsac_kernels.philox import MASK, PhiloxState, philox_words
+from fastsac_kernels.squashed_gaussian import wide
 
-#: obs [B, O], action [B, A], reward [B], next_obs [B, O], terminated [B]
-Transitions = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+#: obs [B, O], action [B, A], reward [B], next_obs [B, O], terminated [B], and for n-step returns discount [B]
+Transitions = tuple[Tensor, ...]
 
 
 def replay_gather(
@@ -35,6 +42,9 @@ def replay_gather(
     rng: PhiloxState | Tensor,
     batch_size: int,
     backend: Backend = "auto",
+    valid: Tensor | None = None,
+    n_step: int = 1,
+    gamma: float = 1.0,
 ) -> Transitions:
     """Return B transitions, drawn uniformly and with replacement.
 
@@ -49,15 +59,52 @@ def replay_gather(
             0 and below the number of entries.
         batch_size: B.
         backend: "auto" takes the Triton kernel for CUDA tensors, PyTorch for others.
+        valid: [rows, N] bool, which rows hold a transition; the newest row, which an observation alone is in, must be
+            False, or else old rows would be taken for its continuation. Read for n-step returns only.
+        n_step: the most steps of a transition, n.
+        gamma: discount per step, for n-step returns.
 
     Returns:
-        obs [B, O], action [B, A], reward [B], next_obs [B, O] and terminated [B].
+        obs [B, O], action [B, A], reward [B], next_obs [B, O] and terminated [B]; with n above 1 also discount [B], and
+        reward is a sum in float32 (in float64 of a ring in float64, by PyTorch).
 
     Raises:
-        ValueError: if the shapes do not fit, or for another backend.
-        TypeError: for an `rng` of another kind.
+        ValueError: if the shapes do not fit, n is below 1, `valid` is missing, or for another backend.
+        TypeError: for an `rng` of another kind, or a dtype of rewards that the Triton kernel cannot add up.
         RuntimeError: if Triton cannot run here.
     """
+    _check(obs, action, reward, terminated, queue, span, rng, batch_size, valid, n_step)
+    if use_triton(backend, obs):
+        state, stream = (rng.state, rng.stream) if isinstance(rng, PhiloxState) else (rng, -1)
+        arguments = obs, action, reward, terminated, queue, span, state, stream, batch_size
+        batch: Transitions = (
+            replay_gather_n_step_op(*arguments, valid, n_step, gamma) if n_step > 1 else replay_gather_op(*arguments)
+        )
+        return batch
+    first, size = span.unbind()
+    position: Tensor = (
+        uniform_positions_op(rng.state, rng.stream, batch_size, size) if not isinstance(rng, Tensor) else rng
+    )
+    index = queue[(position + first) % len(queue)]
+    if valid is None or n_step == 1:
+        return transitions_at(obs, action, reward, terminated, index, index)
+    total, last, discount = n_step_return(reward, terminated, valid, index, n_step, gamma)
+    batch = transitions_at(obs, action, reward, terminated, index, last)
+    return (*batch[:2], total, *batch[3:], discount)
+
+
+def _check(
+    obs: Tensor,
+    action: Tensor,
+    reward: Tensor,
+    terminated: Tensor,
+    queue: Tensor,
+    span: Tensor,
+    rng: PhiloxState | Tensor,
+    batch_size: int,
+    valid: Tensor | None,
+    n_step: int,
+) -> None:
     ring = obs.shape[:2]
     if obs.dim() != 3 or action.dim() != 3 or {action.shape[:2], reward.shape, terminated.shape} != {ring}:
         shapes = [list(each.shape) for each in (obs, action, reward, terminated)]
@@ -73,25 +120,44 @@ def replay_gather(
         raise TypeError(f"rng must be a PhiloxState or positions [B], got {type(rng).__name__}")
     if isinstance(rng, Tensor) and rng.shape != (batch_size,):
         raise ValueError(f"positions must be [{batch_size}], got {list(rng.shape)}")
-    if use_triton(backend, obs):
-        state, stream = (rng.state, rng.stream) if isinstance(rng, PhiloxState) else (rng, -1)
-        ring_and_queue = obs, action, reward, terminated, queue, span
-        batch: Transitions = replay_gather_op(*ring_and_queue, state, stream, batch_size)
-        return batch
-    first, size = span.unbind()
-    position: Tensor = (
-        uniform_positions_op(rng.state, rng.stream, batch_size, size) if not isinstance(rng, Tensor) else rng
-    )
-    index = queue[(position + first) % len(queue)]
-    next_index = (index + ring[1]) % len(queue)
+    if n_step < 1 or (n_step > 1 and (valid is None or valid.shape != ring)):
+        found = None if valid is None else list(valid.shape)
+        raise ValueError(
+            f"n_step must be at least 1, and above 1 valid must be [rows, N] = {list(ring)}, got {n_step} and {found}"
+        )
+
+
+def transitions_at(
+    obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, index: Tensor, last: Tensor
+) -> Transitions:
+    """Return the ring's transitions from flat indices [B], with next_obs and terminated of the steps at `last` [B]."""
     observations = obs.flatten(0, 1)
+    next_index = (last + obs.shape[1]) % len(observations)
     return (
         observations.index_select(0, index),
         action.flatten(0, 1).index_select(0, index),
         reward.flatten().index_select(0, index),
         observations.index_select(0, next_index),
-        terminated.flatten().index_select(0, index),
+        terminated.flatten().index_select(0, last),
     )
+
+
+def n_step_return(
+    reward: Tensor, terminated: Tensor, valid: Tensor, index: Tensor, n_step: int, gamma: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the discounted sum of rewards from `index` on, the index of the last step, and the discount, each [B]."""
+    ring, num_envs = (reward.flatten(), terminated.flatten(), valid.flatten()), reward.shape[1]
+    total = wide(ring[0].index_select(0, index))
+    discount, going = torch.full_like(total, gamma), torch.ones_like(index, dtype=torch.bool)
+    here = last = index
+    for _ in range(1, n_step):
+        ended = ring[1].index_select(0, here)
+        here = (here + num_envs) % len(ring[0])
+        going = going & ~ended & ring[2].index_select(0, here)
+        last = torch.where(going, here, last)
+        total = total + torch.where(going, discount * wide(ring[0].index_select(0, here)), 0.0)
+        discount = torch.where(going, discount * gamma, discount)
+    return total, last, discount
 
 
 @torch.library.custom_op("fastsac_kernels::uniform_positions", mutates_args=())
@@ -121,12 +187,43 @@ def replay_gather_op(
     """One launch: the transitions, for a generator's state [2], or for positions [B] where stream is -1."""
     from fastsac_kernels import replay_gather_triton
 
-    return replay_gather_triton.forward(obs, action, reward, terminated, queue, span, rng, stream, batch_size)
+    drawn = queue, span, rng, stream, batch_size
+    batch: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = replay_gather_triton.forward(
+        obs, action, reward, terminated, *drawn
+    )
+    return batch
+
+
+@torch.library.custom_op("fastsac_kernels::replay_gather_n_step", mutates_args=(), device_types=("cuda", "cpu"))
+def replay_gather_n_step_op(
+    obs: Tensor,
+    action: Tensor,
+    reward: Tensor,
+    terminated: Tensor,
+    queue: Tensor,
+    span: Tensor,
+    rng: Tensor,
+    stream: int,
+    batch_size: int,
+    valid: Tensor,
+    n_step: int,
+    gamma: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One launch: the same with n-step returns, and each transition's discount."""
+    from fastsac_kernels import replay_gather_triton
+
+    drawn = queue, span, rng, stream, batch_size
+    batch: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = replay_gather_triton.forward(
+        obs, action, reward, terminated, *drawn, valid, n_step, gamma
+    )
+    return batch
 
 
 @replay_gather_op.register_fake
-def _(obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, *rest: Any) -> Transitions:
-    batch_size = rest[-1]
+def _fake(
+    obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch_size = rest[4]
     return (
         obs.new_empty((batch_size, obs.shape[2])),
         action.new_empty((batch_size, action.shape[2])),
@@ -134,3 +231,9 @@ def _(obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, *rest: An
         obs.new_empty((batch_size, obs.shape[2])),
         terminated.new_empty(batch_size),
     )
+
+
+@replay_gather_n_step_op.register_fake
+def _(obs: Tensor, action: Tensor, reward: Tensor, *rest: Any) -> Transitions:
+    batch, total = _fake(obs, action, reward, *rest), reward.new_empty(rest[5], dtype=torch.float32)
+    return (*batch[:2], total, *batch[3:], torch.empty_like(total))

@@ -28,6 +28,7 @@ def _td_loss_fwd_kernel(
     stride_next_log_prob,
     alpha,
     gamma,
+    stride_gamma,
     loss_ptr,
     partials_ptr,
     ticket_ptr,
@@ -35,6 +36,7 @@ def _td_loss_fwd_kernel(
     scale,
     B,
     ALPHA_IS_TENSOR: tl.constexpr,
+    GAMMA_IS_TENSOR: tl.constexpr,
     E: tl.constexpr,
     SINGLE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -49,7 +51,10 @@ def _td_loss_fwd_kernel(
         terminated = tl.load(terminated_ptr + b * stride_terminated, mask=live, other=0)
         log_prob = tl.load(next_log_prob_ptr + b * stride_next_log_prob, mask=live, other=0.0).to(tl.float32)
         lowest = smallest(next_q_ptr + b * stride_next_q_b, stride_next_q_e, live, E)[0]
-        target = reward + gamma * tl.where(terminated != 0, 0.0, lowest - alpha * log_prob)
+        discount = gamma
+        if GAMMA_IS_TENSOR:
+            discount = tl.load(gamma + b * stride_gamma, mask=live, other=0.0).to(tl.float32)
+        target = reward + discount * tl.where(terminated != 0, 0.0, lowest - alpha * log_prob)
         for e in tl.static_range(E):
             q = tl.load(q_ptr + tl.cast(stride_q_e, tl.int64) * e + b * stride_q_b, mask=live, other=0.0).to(tl.float32)
             error = tl.where(live, q - target, 0.0)
@@ -65,7 +70,7 @@ def forward(
     next_q: Tensor,
     next_log_prob: Tensor,
     alpha: Tensor | float,
-    gamma: float,
+    gamma: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss, and its gradient for q, [E * B] in float32."""
     check_dtypes(q=q, reward=reward, next_q=next_q, next_log_prob=next_log_prob)
@@ -74,6 +79,10 @@ def forward(
     gradient = torch.empty(critics * batch, dtype=torch.float32, device=q.device)
     programs, loss, partials, ticket = sum_buffers(triton.cdiv(batch, block), q)
     flag = as_bytes(terminated)
+    stride_gamma = None
+    if isinstance(gamma, Tensor):
+        check_dtypes(gamma=gamma)
+        stride_gamma = gamma.stride(0)
     launch(
         _td_loss_fwd_kernel,
         programs,
@@ -82,8 +91,9 @@ def forward(
         *(flag, *flag.stride()),
         *(next_q, *next_q.stride()),
         *(next_log_prob, *next_log_prob.stride()),
-        *(alpha, gamma, loss, partials, ticket, gradient, 1.0 / batch, batch),
+        *(alpha, gamma, stride_gamma, loss, partials, ticket, gradient, 1.0 / batch, batch),
         ALPHA_IS_TENSOR=isinstance(alpha, Tensor),
+        GAMMA_IS_TENSOR=isinstance(gamma, Tensor),
         E=critics,
         SINGLE=programs == 1,
         BLOCK=block,

@@ -6,6 +6,7 @@ oracle is the reference in float64.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import sys
@@ -148,22 +149,34 @@ def score(
     return Case("score_function_loss", floats, ("mean", "log_std"), rest)
 
 
-def td(critics: int = 2, batch: int = 33, alpha: Any = 0.37, flag: torch.dtype = torch.bool) -> Case:
+def td(
+    critics: int = 2, batch: int = 33, alpha: Any = 0.37, flag: torch.dtype = torch.bool, discounts: bool = False
+) -> Case:
     terminated = torch.arange(batch) % 3 == 0
     next_q, next_log_prob = 3.0 * normal(critics, batch, seed=3), normal(batch, seed=4)
     next_q[:, terminated], next_log_prob[terminated] = math.nan, math.inf  # behind the end there is nothing to read
     floats = {"q": normal(critics, batch, seed=1), "reward": 5.0 * normal(batch, seed=2)}
     floats |= {"next_q": next_q, "next_log_prob": next_log_prob}
-    return Case("td_loss", floats, ("q",), {"terminated": terminated.to(flag), "alpha": alpha, "gamma": 0.9})
+    rest: dict[str, Any] = {"terminated": terminated.to(flag), "alpha": alpha}
+    if discounts:
+        floats["gamma"] = normal(batch, seed=5).sigmoid()
+    else:
+        rest["gamma"] = 0.9
+    return Case("td_loss", floats, ("q",), rest)
 
 
-def gather(batch: int = 33, obs_size: int = 5, size: int = 3, rows: int = 20, positions: bool = False) -> Case:
+def gather(
+    batch: int = 33, obs_size: int = 5, size: int = 3, rows: int = 20, positions: bool = False, n_step: int = 1
+) -> Case:
     floats = {"obs": normal(rows, 3, obs_size), "action": normal(rows, 3, size), "reward": normal(rows, 3)}
     span = torch.tensor([3 * rows - 7, 3 * rows])  # all of the ring, the last row's next one is the first
     rest = {"terminated": normal(rows, 3, seed=2) > 0.0, "span": span, "batch_size": batch, "rng": state()}
     rest["queue"] = torch.randperm(3 * rows, generator=torch.Generator().manual_seed(0))
     if positions:
         rest["rng"] = torch.arange(batch) % (3 * rows)
+    if n_step > 1:
+        rest["terminated"] = normal(rows, 3, seed=2) > 1.0
+        rest |= {"valid": normal(rows, 3, seed=3) > -1.0, "n_step": n_step, "gamma": 0.9}
     return Case("replay_gather", floats, (), rest)
 
 
@@ -172,9 +185,15 @@ MODULES = {
     "pathwise": "pathwise_loss_triton",
     "score": "score_function_loss_triton",
     "td": "td_loss_triton",
+    "td_discounts": "td_loss_triton",
     "gather": "replay_gather_triton",
+    "gather_n_step": "replay_gather_triton",
 }
-CASES = {"sampler": sampler, "pathwise": pathwise, "score": score, "td": td, "gather": gather}
+CASES: dict[str, Callable[..., Case]] = {"sampler": sampler, "pathwise": pathwise, "score": score}
+CASES |= {"td": td, "td_discounts": functools.partial(td, discounts=True)}
+CASES |= {"gather": gather, "gather_n_step": functools.partial(gather, n_step=3)}
+#: sums over single elements, without an action size
+SUMS = ("pathwise", "td", "td_discounts")
 
 
 def check(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.compile_kernels import CHIPS, CORNER_CHIPS, disorder, faults
+from benchmarks.compile_kernels import CHIPS, CORNER_CHIPS, disorder, faults, variant
 from benchmarks.kernel_launches import Launch, corners, launches, recorded
 from fastsac_kernels import PhiloxState, sample_squashed_gaussian
 
@@ -119,6 +119,9 @@ def test_the_launchers_themselves_say_what_is_compiled() -> None:
     assert len({launched.kernel for launched in usual}) == 7
     assert {launched.constants.get("BASELINE") for launched in usual} >= {"none", "constant", "loo", "tensor"}
     sampler = next(each for each in usual if each.kernel == "_squashed_gaussian_fwd_kernel" and "A=6" in each.label)
+    variants = {(launched.kernel, variant(launched.constants)) for launched in usual}
+    assert len(variants) == 9
+    assert variants >= {("_replay_gather_fwd_kernel", "n=3 "), ("_td_loss_fwd_kernel", "discounts ")}
     assert sampler.signature["mean_ptr"] == "*fp32"
     assert sampler.signature["rng_ptr"] == "*i64"
     assert sampler.constants["BLOCK_A"] == 8
@@ -136,14 +139,16 @@ def test_corner_cases_are_compiled() -> None:
     ones = [{name for name in sizes if launched.constants.get(name) == 1} for launched in rare]
     assert all({name} in ones for name in sizes)
     small = [launched for launched in rare if "large" not in launched.label]
-    for kernel in {launched.kernel for launched in usual}:
-        types = [launched.signature for launched in small if launched.kernel == kernel]
+    for kernel, kind in {(launched.kernel, variant(launched.constants)) for launched in usual}:
+        of_kind = [launched for launched in small if (launched.kernel, variant(launched.constants)) == (kernel, kind)]
+        types = [launched.signature for launched in of_kind]
         assert any("*bf16" in each.values() for each in types), kernel
         if "alpha" in types[0]:
             assert {each["alpha"] for each in types} >= {"fp32", "*fp32"}, kernel
     noise = ("HAS_NOISE", "HAS_POSITIONS")
-    taken = {launched.kernel for launched in small for name in noise if launched.constants.get(name)}
-    assert len(taken) == 4  # the sampler forward and backward, the score-function loss, the gather
+    takers = [launched for launched in small for name in noise if launched.constants.get(name)]
+    assert len({launched.kernel for launched in takers}) == 4  # sampler forward, backward, score function, gather
+    assert {launched.constants["N_STEP"] for launched in takers if "N_STEP" in launched.constants} == {1, 3}
 
 
 def test_what_is_compiled_is_what_triton_looks_up_when_it_launches() -> None:

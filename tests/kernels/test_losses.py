@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -96,14 +97,15 @@ def test_score_function_takes_alpha_as_a_number_too() -> None:
 
 
 def td_by_hand(
-    q: Tensor, reward: Tensor, terminated: Tensor, next_q: Tensor, next_log_prob: Tensor, gamma: float
+    q: Tensor, reward: Tensor, terminated: Tensor, next_q: Tensor, next_log_prob: Tensor, gamma: float | Tensor
 ) -> tuple[float, Tensor]:
     critics, batch = q.shape
     total, d_q = 0.0, torch.zeros_like(q)
     for i in range(batch):
         y = reward[i].item()
         if not terminated[i]:
-            y += gamma * (min(next_q[:, i].tolist()) - ALPHA * next_log_prob[i].item())
+            discount = gamma[i].item() if isinstance(gamma, Tensor) else gamma
+            y += discount * (min(next_q[:, i].tolist()) - ALPHA * next_log_prob[i].item())
         for critic in range(critics):
             error = q[critic, i].item() - y
             total += error**2 / batch
@@ -125,21 +127,24 @@ def td_problem(critics: int, batch: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("flag", [torch.bool, torch.uint8])
 @pytest.mark.parametrize(("critics", "batch"), [(1, 1), (2, 1), (2, 33), (3, 33), (5, 4)])
-def test_td(critics: int, batch: int, flag: torch.dtype) -> None:
+@pytest.mark.parametrize("discounts", [False, True])
+def test_td(critics: int, batch: int, flag: torch.dtype, discounts: bool) -> None:
     problem = td_problem(critics, batch)
     problem[2] = problem[2].to(flag)
-    expected, gradient = td_by_hand(*problem, gamma=0.9)
+    gamma: Any = normal(batch, seed=5).sigmoid().requires_grad_() if discounts else 0.9
+    expected, gradient = td_by_hand(*problem, gamma=gamma)
     for leaves in (problem, [strided(each) if each.is_floating_point() else each for each in problem]):
         leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
         alpha = torch.tensor(ALPHA, dtype=torch.float64, requires_grad=True)
-        loss = td_loss(*leaves, alpha, 0.9)
+        loss = td_loss(*leaves, alpha, gamma)
         torch.testing.assert_close(loss.item(), expected)
         (-2.5 * loss).backward()
         torch.testing.assert_close(leaves[0].grad, -2.5 * gradient, check_stride=False)
         assert [leaf.grad for leaf in leaves[1:]] == [None] * 4
         assert alpha.grad is None
+        assert not discounts or gamma.grad is None
     q, *rest = leaves
-    assert torch.autograd.gradcheck(lambda x: td_loss(x, *rest, ALPHA, 0.9), (q,))
+    assert torch.autograd.gradcheck(lambda x: td_loss(x, *rest, ALPHA, gamma), (q,))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -173,13 +178,15 @@ def test_td_shows_a_bad_value_that_counts(bad: float) -> None:
         (3, (4,), "q and next_q must both be [E, B], got [2, 4] and [4]"),
         (4, (4, 1), "next_log_prob must be [B] = [4], got [4, 1]"),
         (4, (1, 4), "next_log_prob must be [B] = [4], got [1, 4]"),
+        (6, (4, 1), "gamma must be [B] = [4], got [4, 1]"),
+        (6, (), "gamma must be [B] = [4], got []"),
     ],
 )
 def test_td_refuses_wrong_shapes(index: int, shape: tuple[int, ...], message: str) -> None:
-    problem = td_problem(2, 4)
-    problem[index] = torch.zeros(shape, dtype=problem[index].dtype)
+    problem: list[Any] = [*td_problem(2, 4), ALPHA, 0.9]
+    problem[index] = torch.zeros(shape, dtype=torch.bool if index == 2 else torch.float64)
     with pytest.raises(ValueError, match="must") as caught:
-        td_loss(*problem, ALPHA, 0.9)
+        td_loss(*problem)
     assert str(caught.value) == message
 
 

@@ -29,9 +29,19 @@ MUTATIONS = [
     ("td", "terminated != 0, 0.0", "terminated == 7, 0.0"),
     ("td", "2.0 * scale * error", "scale * error"),
     ("td", "tl.where(live, q - target, 0.0)", "q - target + tl.where(live, 0.0, 1.0)"),
+    ("td_discounts", "gamma + b * stride_gamma", "gamma + b * 0"),
     ("gather", "slot = first + position", "slot = position"),
     ("gather", "copy_rows(obs_ptr, following", "copy_rows(obs_ptr, index"),
     ("gather", "high.to(tl.int64) * size +", "low.to(tl.int64) * size +"),
+    ("gather_n_step", "(ended == 0) & ", ""),
+    ("gather_n_step", " & (tl.load(valid_ptr + here, mask=live, other=0) != 0)", ""),
+    ("gather_n_step", "going = going & (ended", "going = (ended"),  # goes on behind the end
+    ("gather_n_step", "tl.where(index + N >= length, index + N - length, index + N)", "(index + N) % (length - N)"),
+    ("gather_n_step", "tl.where(going, discount * gamma, discount)", "discount * gamma"),
+    ("gather_n_step", "tl.where(going, discount * reward, 0.0)", "tl.where(going, reward, 0.0)"),
+    ("gather_n_step", "tl.load(terminated_ptr + last", "tl.load(terminated_ptr + index"),
+    ("gather_n_step", "following = next_row(last", "following = next_row(index"),
+    ("gather_n_step", "range(1, N_STEP)", "range(1, N_STEP + 1)"),
 ]
 
 

@@ -19,16 +19,15 @@ from fastsac_kernels import (
     pathwise_loss,
     replay_gather,
     sample_squashed_gaussian,
-    score_function_loss,
     td_loss,
 )
 from fastsac_kernels.pathwise_loss import pathwise_loss_op, scale_op
 from fastsac_kernels.philox import philox_normal_op
-from fastsac_kernels.replay_gather import replay_gather_op, uniform_positions_op
+from fastsac_kernels.replay_gather import replay_gather_n_step_op, replay_gather_op, uniform_positions_op
 from fastsac_kernels.score_function_loss import score_function_loss_op
 from fastsac_kernels.squashed_gaussian import squashed_gaussian_backward_op, squashed_gaussian_op
 from fastsac_kernels.td_loss import td_loss_op
-from tests.kernels.parity import BASELINES, CASES, DEVICES, MODULES, Case, pathwise, score, td
+from tests.kernels.parity import BASELINES, CASES, DEVICES, MODULES, SUMS, Case, pathwise, score, td
 
 every_device = pytest.mark.parametrize("device", DEVICES)
 every_op = pytest.mark.parametrize("op", CASES)
@@ -45,6 +44,7 @@ def op_arguments(device: str) -> list[tuple[Any, tuple[Any, ...]]]:
     ring = normal(4, 2, 6), normal(4, 2, 3), normal(4, 2), normal(4, 2) > 0
     queue, span = torch.arange(8, device=device), torch.tensor([3, 5], device=device)
     ends = torch.zeros(batch, dtype=torch.bool, device=device)
+    target = normal(batch), ends, q[1].detach(), normal(batch)
     return [
         (squashed_gaussian_op, (mean, log_std, state, 1, samples)),
         (squashed_gaussian_op, (mean, log_std, normal(samples, batch, size), 0, samples)),
@@ -55,20 +55,19 @@ def op_arguments(device: str) -> list[tuple[Any, tuple[Any, ...]]]:
         (pathwise_loss_op, (log_prob.detach().requires_grad_(), q.detach().requires_grad_(), alpha, 0.0)),
         (score_function_loss_op, (mean, log_std, state, 1, q.detach(), None, 0.3, "loo", None, log_prob.detach())),
         (score_function_loss_op, (mean, log_std, state, 1, q.detach(), alpha, 0.0, "tensor", normal(batch), None)),
-        (
-            td_loss_op,
-            (q[0].detach().requires_grad_(), normal(batch), ends, q[1].detach(), normal(batch), alpha, 0.0, 0.9),
-        ),
+        (td_loss_op, (q[0].detach().requires_grad_(), *target, alpha, 0.0, None, 0.9)),
+        (td_loss_op, (q[0].detach().requires_grad_(), *target, None, 0.3, normal(batch), 0.0)),
         (scale_op, (normal(7), alpha, torch.bfloat16, [mean.detach()])),
         (replay_gather_op, (*ring, queue, span, state, 1, 4)),
         (replay_gather_op, (*ring, queue, span, torch.arange(4, device=device), -1, 4)),
+        (replay_gather_n_step_op, (*ring, queue, span, state, 1, 4, ring[3], 3, 0.9)),
         (uniform_positions_op, (state, 1, 5, span[1])),
         (philox_normal_op, (state, 1, 5, 7)),
     ]
 
 
 @every_device
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(14))
 def test_opcheck(index: int, device: str) -> None:
     torch.library.opcheck(*op_arguments(device)[index])
 
@@ -77,16 +76,10 @@ def test_opcheck(index: int, device: str) -> None:
 @every_op
 def test_compiles_into_one_graph(op: str, device: str) -> None:
     case = CASES[op]().to(torch.float32, device)
-    if op in ("pathwise", "score", "td"):
+    if "alpha" in case.rest:
         case.rest["alpha"] = torch.tensor(0.37, device=device)
     backend = "inductor" if device == "cuda" else "aot_eager"
-    function = {
-        "sampler": sample_squashed_gaussian,
-        "pathwise": pathwise_loss,
-        "score": score_function_loss,
-        "td": td_loss,
-        "gather": replay_gather,
-    }[op]
+    function = getattr(fastsac_kernels, case.op)
 
     def surrounded(**arguments: Any) -> Any:
         results = function(**arguments, backend="triton")
@@ -230,7 +223,7 @@ def test_the_compilers_own_graphs_leave_out_what_takes_a_ticket(op: str) -> None
     assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.fastsac_kernels, op).default.tags
 
 
-@pytest.mark.parametrize("op", ["sampler", "pathwise", "score", "td"])
+@pytest.mark.parametrize("op", ["sampler", "pathwise", "score", "td", "td_discounts"])
 def test_second_derivatives_are_refused(op: str) -> None:
     case = CASES[op]().to(torch.float32, "cpu")
     arguments = {name: x.detach() for name, x in case.floats.items()}
@@ -318,7 +311,7 @@ def grids(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("batch", [4096, 65536])
 def test_a_large_problem_is_spread_over_the_gpu(op: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The H100 has 132 multiprocessors; a program is not worth less than 256 elements."""
-    sizes = {"size": 6} if op not in ("pathwise", "td") else {}
+    sizes = {"size": 6} if op not in SUMS else {}
     found = grids(CASES[op](batch=batch, **sizes), monkeypatch)
     assert min(found) >= min(132, batch // 256), found
 
@@ -358,6 +351,9 @@ def test_the_number_of_samples_comes_from_the_noise_or_is_given() -> None:
         ("queue", torch.zeros(7, dtype=torch.int64), r"queue must be \[8\]"),
         ("span", torch.zeros(3, dtype=torch.int64), r"span \[2\]"),
         ("batch_size", 0, "batch_size at least 1"),
+        ("n_step", 0, r"n_step must be at least 1, .* got 0 and None"),
+        ("n_step", 3, r"above 1 valid must be \[rows, N\] = \[4, 2\], got 3 and None"),
+        ("valid", torch.zeros(8) > 0, r"above 1 valid must be \[rows, N\] = \[4, 2\], got 2 and \[8\]"),
         ("rng", torch.zeros(3, dtype=torch.int64), r"positions must be \[5\], got \[3\]"),
     ],
 )
@@ -365,6 +361,7 @@ def test_gather_refuses_wrong_shapes(name: str, value: Any, message: str) -> Non
     arguments: dict[str, Any] = {"obs": torch.zeros(4, 2, 6), "action": torch.zeros(4, 2, 3)}
     arguments |= {"reward": torch.zeros(4, 2), "terminated": torch.zeros(4, 2, dtype=torch.bool)}
     arguments |= {"queue": torch.arange(8), "span": torch.tensor([0, 8]), "rng": PhiloxState(), "batch_size": 5}
+    arguments |= {"n_step": 2, "gamma": 0.9} if name == "valid" else {}
     with pytest.raises(ValueError, match=message):
         replay_gather(**arguments | {name: value})
 
@@ -373,3 +370,11 @@ def test_the_gather_wants_a_contiguous_ring() -> None:
     ring = torch.zeros(6, 2, 4).transpose(0, 2), torch.zeros(4, 2, 3), torch.zeros(4, 2), torch.zeros(4, 2) > 0
     with pytest.raises(ValueError, match="the ring must be contiguous, obs is not"):
         replay_gather(*ring, torch.arange(8), torch.tensor([0, 8]), PhiloxState(), 5, backend="triton")
+    ring = torch.zeros(4, 2, 6), *ring[1:]
+    for reward, valid, error, message in (
+        (ring[2], ring[3].t().contiguous().t(), ValueError, "the ring must be contiguous, valid is not"),
+        (ring[2].double(), ring[3], TypeError, "reward is torch.float64"),
+    ):
+        arguments = (*ring[:2], reward, ring[3], torch.arange(8), torch.tensor([0, 8]), PhiloxState(), 5, "triton")
+        with pytest.raises(error, match=message):
+            replay_gather(*arguments, valid, 3, 0.9)

@@ -18,6 +18,7 @@ from tests.kernels.parity import (
     LAYOUTS,
     MODULES,
     SIZES,
+    SUMS,
     Case,
     Guarded,
     check,
@@ -76,8 +77,21 @@ def test_pathwise_loss(samples: int, batch: int, critics: int, device: str) -> N
 @every_device
 @pytest.mark.parametrize(("critics", "batch"), [(1, 1), (2, 33), (3, 1000), (2, 5000)])
 @pytest.mark.parametrize("flag", [torch.bool, torch.uint8])
-def test_td_loss(critics: int, batch: int, flag: torch.dtype, device: str) -> None:
-    check(td(critics, batch, flag=flag), device)
+@pytest.mark.parametrize("discounts", [False, True])
+def test_td_loss(critics: int, batch: int, flag: torch.dtype, discounts: bool, device: str) -> None:
+    check(td(critics, batch, flag=flag, discounts=discounts), device)
+
+
+@every_device
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, bfloat16], ids=str)
+def test_equal_discounts_are_the_number(dtype: torch.dtype, backend: str, device: str) -> None:
+    case = td(batch=5000).to(dtype, device)
+    case.rest["gamma"] = 0.875 if dtype == bfloat16 else 0.99
+    expected = case.call(backend)
+    case.floats["gamma"] = torch.full((5000,), case.rest.pop("gamma"), dtype=dtype, device=device)
+    for name, value in case.call(backend).items():
+        assert torch.equal(value, expected[name]), name
 
 
 @every_device
@@ -85,10 +99,12 @@ def test_td_loss(critics: int, batch: int, flag: torch.dtype, device: str) -> No
     ("batch", "obs_size", "size"), [(1, 1, 1), (33, 5, 3), (1000, 17, 6), (33, 376, 17), (7, 3, 9)]
 )
 @pytest.mark.parametrize("positions", [False, True])
-def test_gather_is_exact(batch: int, obs_size: int, size: int, positions: bool, device: str) -> None:
-    case = gather(batch, obs_size, size, positions=positions).to(torch.float32, device)
+@pytest.mark.parametrize("n_step", [1, 2, 7, 50])
+def test_gather_is_exact(batch: int, obs_size: int, size: int, positions: bool, n_step: int, device: str) -> None:
+    case = gather(batch, obs_size, size, positions=positions, n_step=n_step).to(torch.float32, device)
     for found, expected in zip(case.call("triton").values(), case.call("reference").values(), strict=True):
         assert torch.equal(found, expected)
+    check(gather(batch, obs_size, size, positions=positions, n_step=n_step), device)
 
 
 @every_device
@@ -96,7 +112,10 @@ def test_gather_is_exact(batch: int, obs_size: int, size: int, positions: bool, 
 @pytest.mark.parametrize("dtype", [torch.float32, bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("op", "noise"),
-    [("sampler", False), ("sampler", True), ("pathwise", False), ("score", False), ("score", True), ("td", False)],
+    [
+        *(("sampler", False), ("sampler", True), ("pathwise", False), ("score", False), ("score", True)),
+        *(("td", False), ("td_discounts", False)),
+    ],
 )
 def test_layouts_and_dtypes(op: str, layout: str, dtype: torch.dtype, noise: bool, device: str) -> None:
     arguments = {"noise": True} if noise else {}
@@ -157,7 +176,7 @@ def test_a_bad_value_is_not_hidden(bad: float, device: str) -> None:
 @every_device
 @every_op
 def test_results_repeat_bit_for_bit(op: str, device: str) -> None:
-    case = CASES[op](batch=5000 if op in ("pathwise", "td") else 100).to(torch.float32, device)
+    case = CASES[op](batch=5000 if op in SUMS else 100).to(torch.float32, device)
     first, second = case.call("triton"), case.call("triton")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -167,9 +186,9 @@ def test_programs_may_run_in_any_order(op: str, monkeypatch: pytest.MonkeyPatch)
     """Interpreted programs run one after the other; on a GPU nobody knows which comes first."""
     import triton.runtime.interpreter as interpreter
 
-    sizes = {"size": 7} if op not in ("pathwise", "td") else {}
-    case = CASES[op](batch=5000 if op in ("pathwise", "td") else 200, **sizes).to(torch.float32, "cpu")
-    if op in ("sampler", "score", "gather"):
+    sizes = {"size": 7} if op not in SUMS else {}
+    case = CASES[op](batch=5000 if op in SUMS else 200, **sizes).to(torch.float32, "cpu")
+    if op not in SUMS:
         monkeypatch.setattr(f"fastsac_kernels.{MODULES[op]}.row_block", lambda *_: (32, 1))
     expected, orders = case.call("triton"), []
 

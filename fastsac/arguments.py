@@ -1,0 +1,185 @@
+"""What the command line understands, and what it means."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from fastsac.config import Config
+from fastsac.errors import UsageError
+from fastsac.presets import find, without_unused
+from fastsac.run_dir import read_config
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train an agent; the run directory gets its configuration, metrics, learning curve and checkpoints."""
+
+    config: tyro.conf.OmitArgPrefixes[Config]
+    preset: str | None = None
+    """Settings to begin from: a name that `fastsac presets` lists, or `auto`, the task's own. Options given win."""
+    run_dir: Path | None = None
+    """Where the run goes; by default a new directory below `runs/`."""
+    resume: Path | None = None
+    """Go on with this run directory's newest checkpoint; other options change its settings."""
+    callback: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A subclass of `fastsac.Callback`, as `module:Class`: your own code, which training calls."""
+    restarts: int = 0
+    """Train in a process of its own, and start it again from the last checkpoint if it dies or hangs, or an environment
+    fails. Give up after so many restarts in a row without a further checkpoint; 0 does not supervise."""
+    step_timeout: float | None = None
+    """With --restarts: seconds without a step after which the process counts as hung (default 600); 0 waits for
+    ever."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate a trained agent's deterministic policy on environments of its own."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """The run directory."""
+    episodes: int = 10
+    """Episodes to play."""
+    seed: int = 0
+    """Seeds the environments."""
+    best: bool = False
+    """Take the checkpoint with the highest evaluation during training instead of the newest."""
+    json: bool = False
+    """Print one JSON object instead of a sentence."""
+    video: Path | None = None
+    """Also record one episode to this file (.mp4 or .gif)."""
+
+
+@dataclass(frozen=True)
+class Presets:
+    """List the presets: the settings of `fastsac train --preset NAME`, and where they come from."""
+
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Show what there is on this machine, which engine would run and how fast, and what is missing."""
+
+    json: bool = False
+    """Print one JSON object, for a report."""
+
+
+Command = Train | Eval | Presets | Doctor
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Return the command.
+
+    Raises:
+        UsageError: if something is unknown, missing or out of its range.
+        SystemExit: with status 0, after --help.
+    """
+    default = Train(config=_config_before_options(arguments))
+    refusal = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refusal):
+            command: Command = tyro.cli(
+                Annotated[Train, tyro.conf.subcommand("train", default=default)]
+                | Annotated[Eval, tyro.conf.subcommand("eval")]
+                | Annotated[Presets, tyro.conf.subcommand("presets")]
+                | Annotated[Doctor, tyro.conf.subcommand("doctor")],
+                args=arguments,
+                prog="fastsac",
+                description="Soft Actor-Critic at speed, with the actor's gradient estimator as a choice.",
+                registry=_registry(),
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise UsageError(_unframe(refusal.getvalue())) from None
+    return command
+
+
+def _config_before_options(arguments: Sequence[str]) -> Config:
+    """Return what holds for options that are not given: a stored configuration, a preset or the defaults."""
+    names = ("resume", "preset", "env_id", "estimator", "critic", "optimizer", "alpha")
+    given = {name: value for name in names if (value := _given(arguments, name)) is not None}
+    if "resume" in given:
+        config = read_config(Path(given["resume"]))
+        if "estimator" in given:  # another estimator does not inherit this one's choices
+            config = dataclasses.replace(config, baseline="auto", num_action_samples=None)
+    elif "preset" in given:
+        env_id = given.get("env_id")
+        config = find(given["preset"], env_id).config(env_id)
+    else:
+        return Config()
+    return Config(**without_unused(dataclasses.asdict(config), given))
+
+
+def _given(arguments: Sequence[str], name: str) -> str | None:
+    """Return the value of an option, the last one if there are several."""
+    found = None
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option.replace("_", "-") == "--" + name.replace("_", "-"):
+            found = value if equals else "".join(arguments[place + 1 : place + 2])
+    return None if not found or found == "None" or found.startswith("--") else found
+
+
+def _registry() -> ConstructorRegistry:
+    """Return rules that let a dict be given as JSON."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def json_object(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        if info.type_origin is not dict:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="JSON",
+            instance_from_str=lambda words: _from_json(words[0]),
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [json.dumps(value)],
+        )
+
+    return registry
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # which the configuration refuses, saying what it should be
+
+
+def _unframe(box: str) -> str:
+    """Return the message of tyro's framed error on one line, with the nearest option if it suggests any."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    paragraphs: list[list[str]] = [[]]
+    for line in text.splitlines()[1:]:  # the first is a title
+        if re.search("[─-]{4}", line):
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(line.strip(" │|"))
+    message, *others = [" ".join(lines).rstrip(".") for lines in paragraphs if lines] or [text.strip()]
+    message = message.replace("invalid literal for int() with base 10:", "it must be a whole number, got")
+    message = message.replace("could not convert string to float:", "it must be a number, got")
+    message = re.sub(r"no type matching (\S+) could be instantiated from \[(.*?)\]\. .*", _other_types, message)
+    message = message.replace("Could not find valid parse for arguments:", "they must be whole numbers, got")
+    message = re.sub(r"Could not parse arguments (\[.*\]) into tuple type .*", r"they must be numbers, got \1", message)
+    near = [match[0] for other in others if other.startswith("Perhaps") and (match := re.search(r"--[\w-]+", other))]
+    return f"{message}; did you mean {near[0]}?" if near else f"{message}; see fastsac --help"
+
+
+def _other_types(match: re.Match[str]) -> str:
+    """Return what tyro says of `{None}|FLOAT` in words."""
+    names = {"FLOAT": "a number", "INT": "a whole number"}
+    allowed = " or ".join(names.get(name, name.strip("{}")) for name in match[1].split("|"))
+    return f"it must be {allowed}, got {match[2]}"

@@ -1,0 +1,154 @@
+"""Code of the user's own that `SAC.learn` calls while it trains."""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastsac.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from fastsac.evaluate import Evaluation
+    from fastsac.train import SAC
+
+
+class Callback:
+    """What `SAC.learn(callback=...)` calls while it trains; override what you need.
+
+    Returning False ends training; anything else, None above all, lets it go on. Training ends as with `target_return`:
+    the step is finished, the other callbacks are called, a last checkpoint is written if there is a run directory, and
+    `learn` returns. A later `learn`, or `--resume`, goes on.
+
+    A callback may read all that is public, above all `agent.steps`, `agent.updates`, `agent.metrics`, `agent.actor`,
+    `agent.replay`, `agent.config` and `agent.last_evaluation`. It may call `agent.evaluate`, `agent.predict` and
+    `agent.save`, the latter with another directory than the run's own. It must not call `agent.learn`, or write to
+    the learner or the replay. What it keeps itself is not in checkpoints. With --step-timeout, its time counts as time
+    without a step.
+
+    If a callback raises an exception, training ends without a further checkpoint, and `learn` raises a UsageError that
+    names the callback. Checkpoints written before stay. A run directory that holds none yet can be resumed, too: from
+    the beginning. If the same agent learns on, it begins new episodes.
+
+    Early stopping, and metrics and checkpoints that go somewhere else, too::
+
+        import math, shutil
+        from fastsac import SAC, Callback, Config
+
+
+        class StopWithoutProgress(Callback):
+            best, waited = -math.inf, 0
+
+            def on_evaluation(self, agent, evaluation):
+                mean = evaluation.returns.mean()
+                self.waited = 0 if mean > self.best else self.waited + 1
+                self.best = max(self.best, mean)
+                return self.waited < 5
+
+
+        class CopyElsewhere(Callback):
+            def on_step(self, agent):
+                if agent.updates and agent.steps % 1000 < agent.config.num_envs:  # reading metrics waits for the device
+                    with open("losses.csv", "a") as file:
+                        print(agent.steps, agent.metrics["critic_loss"], sep=",", file=file)
+
+            def on_checkpoint(self, agent, path):
+                shutil.copytree(path, f"kept-{path.name}")
+
+
+        agent = SAC(Config(env_id="Pendulum-v1", total_steps=10_000))
+        agent.learn(run_dir="runs/pendulum", callback=[StopWithoutProgress(), CopyElsewhere()])
+    """
+
+    def on_step(self, agent: SAC) -> bool | None:
+        """Called after each step of all environments, when all that it brings, evaluations included, has been done.
+
+        That is up to `num_envs` environment steps: an environment that was reset in it does not count.
+        """
+
+    def on_evaluation(self, agent: SAC, evaluation: Evaluation) -> bool | None:
+        """Called after each evaluation during training that was played to its end, with its returns and lengths."""
+
+    def on_checkpoint(self, agent: SAC, path: Path) -> bool | None:
+        """Called after a checkpoint has been written whole, with its directory, `checkpoints/step-...`.
+
+        Checkpoints are written while training goes on, so `agent` may be some steps ahead of it. The last checkpoint of
+        `learn` counts, too; `checkpoints/best` does not. A run keeps its two newest ones: copy what is to stay.
+        """
+
+
+class Hooks:
+    """The callbacks of one call of `learn`."""
+
+    def __init__(self, agent: SAC, callback: Callback | Sequence[Callback]) -> None:
+        """Take one callback or several.
+
+        Raises:
+            UsageError: if one of them is none.
+        """
+        self._agent = agent
+        self._callbacks = [callback] if not isinstance(callback, list | tuple) else callback
+        for each in self._callbacks:
+            if not isinstance(each, Callback):
+                raise UsageError(f"a callback must be an object of a subclass of fastsac.Callback, got {each!r}")
+        self.ended_by = ""  # who said so first
+
+    def call(self, hook: str, *arguments: Any) -> bool:
+        """Call one method of every callback; return whether training is to end.
+
+        Raises:
+            UsageError: if one of them raises an exception.
+        """
+        for callback in self._callbacks:
+            name = f"{type(callback).__name__}.{hook}"
+            try:
+                answer = getattr(callback, hook)(self._agent, *arguments)
+            except Exception as error:
+                raise UsageError(f"callback {name} failed at step {self._agent.steps:,}: {_told(error)}") from error
+            if isinstance(answer, bool | np.bool_) and not answer:  # comparisons with NumPy return np.False_
+                self.ended_by = self.ended_by or name
+        return bool(self.ended_by)
+
+    def checkpoints(self, paths: Sequence[Path]) -> bool:
+        """Tell of checkpoints that have been written; return whether training is to end."""
+        for path in paths:
+            self.call("on_checkpoint", path)
+        return bool(self.ended_by)
+
+
+def make_callback(place: str) -> Callback:
+    """Import `module:Class` and make an object of it, without arguments.
+
+    Raises:
+        UsageError: if that cannot be done, or it is no callback.
+    """
+    module, _, name = place.partition(":")
+    if not module or not name:
+        raise UsageError(f"--callback must be given as module:Class, got {place!r}")
+    try:
+        found = importlib.import_module(module)
+        if not hasattr(found, name):
+            raise UsageError(f"{module} has no {name!r} for --callback{did_you_mean(name, dir(found))}")
+        made = getattr(found, name)()
+    except UsageError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UsageError(f"cannot import {error.name!r} for --callback {place}: is it on PYTHONPATH?") from error
+    except Exception as error:
+        raise UsageError(f"--callback {place} cannot be made: {_told(error)}") from error
+    if not isinstance(made, Callback):
+        raise UsageError(f"--callback {place} must be a subclass of fastsac.Callback, got {made!r}")
+    return made
+
+
+def _told(error: Exception) -> str:
+    """Return the error on one line, with the line of the user's code that it came from."""
+    ours = (__file__, importlib.__file__)
+    frames = [each for each in traceback.extract_tb(error.__traceback__) if each.filename not in ours]
+    first = next((each for each in frames if not each.filename.startswith("<frozen importlib")), None)
+    where = "" if first is None else f" ({Path(first.filename).name}, line {first.lineno})"
+    return " ".join(f"{type(error).__name__}: {error}{where}".split())

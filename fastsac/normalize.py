@@ -1,0 +1,149 @@
+"""Running normalisation of observations and rewards, on the learner's device.
+
+The replay buffer stores what the environment gave. What is drawn from it, and what the policy acts on, is normalised by
+the moments of that moment, as Stable-Baselines3's VecNormalize does::
+
+    obs'    = clip((obs - mean) / sqrt(var + 1e-8), -10, 10)
+    reward' = reward_scale * reward / sqrt(var of G + 1e-8),   G <- reward + gamma G, from 0 in each episode
+
+Rewards are neither centred nor clipped, so sums of several (n-step returns) may be normalised after summation.
+Moments are float64. They begin as those of 1e-4 numbers with mean 0 and variance 1, and are merged with each step's by
+the parallel formula of Chan, Golub and LeVeque (1983).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsac.config import Config
+from fastsac.errors import UsageError
+from fastsac.types import Batch
+
+EPSILON, LARGEST, FIRST_COUNT = 1e-8, 10.0, 1e-4
+
+
+class Moments:
+    """Count, mean and variance of all numbers seen so far, of each column by itself."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        """Begin with the moments of almost nothing."""
+        self.mean = torch.zeros(size, dtype=torch.float64, device=device)
+        self.var = torch.ones(size, dtype=torch.float64, device=device)
+        self.count = torch.full((), FIRST_COUNT, dtype=torch.float64, device=device)
+
+    def add(self, numbers: Tensor, valid: Tensor | None = None) -> None:
+        """Take further rows [N, size]; only those that are `valid` [N, 1], if that is given."""
+        numbers = numbers.double()
+        if valid is None:
+            var, mean = torch.var_mean(numbers, 0, correction=0)
+            count = torch.full_like(self.count, len(numbers))
+        else:
+            count = valid.sum(dtype=torch.float64)
+            weight = valid / count.clamp(min=1.0)
+            mean = (weight * numbers).sum(0)
+            var = (weight * (numbers - mean).square()).sum(0)
+        delta, total = mean - self.mean, self.count + count
+        share = count / total
+        self.var.lerp_(var + delta.square() * (self.count / total), share)
+        self.mean.add_(delta * share)
+        self.count.copy_(total)
+
+    def inverse_deviation(self) -> Tensor:
+        """Return 1 / sqrt(var + 1e-8), float64."""
+        return (self.var + EPSILON).rsqrt()
+
+
+class Normalizer:
+    """Moments of observations and of the discounted return, and what they make of a batch."""
+
+    def __init__(self, config: Config, obs_size: int, num_envs: int, device: torch.device) -> None:
+        """Take what the settings need.
+
+        Args:
+            config: its `normalize_obs`, `normalize_reward`, `reward_scale` and `gamma` are used.
+            obs_size: O.
+            num_envs: N.
+            device: where everything lives.
+        """
+        self.device, self.gamma, self.reward_scale = device, config.gamma, config.reward_scale
+        self._obs = Moments(obs_size, device) if config.normalize_obs else None
+        self._return = Moments(1, device) if config.normalize_reward else None
+        self._returns = torch.zeros(num_envs, dtype=torch.float64, device=device)
+        # written in place: recorded graphs hold their addresses
+        self._mean, self._inverse = torch.zeros(obs_size, device=device), torch.ones(obs_size, device=device)
+        self._scale = torch.full((), config.reward_scale, device=device)
+        #: whether there is anything to do
+        self.active = config.normalize_obs or config.normalize_reward or config.reward_scale != 1.0
+        self._refresh()
+
+    def obs(self, obs: Tensor) -> Tensor:
+        """Return normalised observations [..., O]."""
+        if self._obs is None:
+            return obs
+        mean, inverse = self._mean.to(obs.dtype), self._inverse.to(obs.dtype)
+        return ((obs - mean) * inverse).clamp_(-LARGEST, LARGEST)
+
+    def batch(self, batch: Batch) -> Batch:
+        """Return the batch with normalised observations and rewards."""
+        reward = batch.reward * self._scale.to(batch.reward.dtype)
+        return batch._replace(obs=self.obs(batch.obs), next_obs=self.obs(batch.next_obs), reward=reward)
+
+    @torch.no_grad()
+    def begin(self, obs: Tensor) -> None:
+        """Take the observations [N, O] after a reset of all environments."""
+        self._returns.zero_()
+        if self._obs is not None:
+            self._obs.add(obs)
+        self._refresh()
+
+    @torch.no_grad()
+    def add(self, next_obs: Tensor, reward: Tensor, done: Tensor, valid: Tensor) -> None:
+        """Take one step of all environments; nothing waits for the device.
+
+        Args:
+            next_obs: [N, O].
+            reward: [N].
+            done: [N], terminated or truncated.
+            valid: [N]: False where the environment was reset instead of stepped.
+        """
+        if self._obs is not None:
+            self._obs.add(next_obs)
+        if self._return is not None:
+            self._returns.mul_(self.gamma).add_(reward).mul_(valid)
+            self._return.add(self._returns[:, None], valid[:, None])
+            self._returns.mul_(~done)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Bring what `obs` and `batch` read up to date."""
+        if self._obs is not None:
+            self._mean.copy_(self._obs.mean)
+            self._inverse.copy_(self._obs.inverse_deviation())
+        if self._return is not None:
+            self._scale.copy_(self.reward_scale * self._return.inverse_deviation()[0])
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that a resumed run needs."""
+        tensors: dict[str, Tensor] = {}
+        for name, moments in (("obs", self._obs), ("return", self._return)):
+            if moments is not None:
+                tensors |= {f"{name}_{key}": value for key, value in vars(moments).items()}
+        return tensors | ({} if self._return is None else {"returns": self._returns})
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` returned; what is missing begins anew, and what is not used is left out.
+
+        Raises:
+            UsageError: if a tensor does not fit, or is none that moments can be.
+        """
+        for name, tensor in self.state().items():
+            other = tensors.get(name)
+            if other is None:
+                continue
+            fits = other.dtype == tensor.dtype and (other.shape == tensor.shape or name == "returns")
+            if not fits or not other.isfinite().all() or (name.endswith(("_var", "_count")) and (other < 0.0).any()):
+                raise UsageError(f"the checkpoint's normalisation does not fit this configuration: {name}")
+            if other.shape == tensor.shape:  # with another number of environments, new episodes start
+                tensor.copy_(other)
+        self._refresh()

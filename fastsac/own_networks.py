@@ -1,0 +1,91 @@
+"""Networks of the user's own, in place of the actor or the critics."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from fastsac.errors import UsageError
+
+
+class OwnNetworks(NamedTuple):
+    """Modules that take the place of the actor and of the critics; None keeps what the configuration describes."""
+
+    actor: nn.Module | None = None  # obs [B, O] -> mean and log_std, each [B, A]
+    critic: nn.Module | None = None  # obs [B, O], action [B, A] -> q [E, B]
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return self.actor is not None or self.critic is not None
+
+    def refuse_misfits(self, obs_size: int, action_size: int, num_critics: int) -> None:
+        """Raise UsageError unless the modules do what is asked of them, tried on the CPU or wherever they are."""
+        batch = 2
+        if self.actor is not None:
+            place = _place("actor", self.actor)
+            found = _shapes("actor", self.actor, torch.zeros(batch, obs_size, device=place))
+            pair = [[batch, action_size]] * 2
+            if found != pair:
+                raise UsageError(f"the actor must map obs [B, O] to mean and log_std, {pair} here, but gave {found}")
+        if self.critic is not None:
+            place = _place("critic", self.critic)
+            inputs = (torch.zeros(batch, size, device=place) for size in (obs_size, action_size))
+            found, wanted = _shapes("critic", self.critic, *inputs), [num_critics, batch]
+            if found != [wanted]:
+                raise UsageError(
+                    f"the critic must map obs [B, O] and action [B, A] to q [E, B], {wanted} here with "
+                    f"--num-critics {num_critics}, but gave {found}"
+                )
+
+
+STANDARD = OwnNetworks()
+
+
+class OwnCritic(nn.Module):
+    """A critic of the user's own, with the one more argument that the update gives its critics."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Take a module with obs [B, O], action [B, A] -> q [E, B]."""
+        super().__init__()
+        self.module = module
+
+    def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
+        """Return q [E, B]; `frozen` keeps the weights out of autograd."""
+        if not frozen:
+            q: Tensor = self.module(obs, action)
+            return q
+        weights = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+        frozen_q: Tensor = torch.func.functional_call(self.module, weights, (obs, action))
+        return frozen_q
+
+
+def _place(name: str, module: object) -> torch.device:
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"the {name} must be a torch.nn.Module, got {module!r}")
+    for part in module.modules():
+        if isinstance(part, _BatchNorm | _DropoutNd) and part.training:
+            raise UsageError(
+                f"the {name} has a {type(part).__name__} in training mode, and must be a function of its inputs alone: "
+                "use layer normalisation, or call eval()"
+            )
+    parameters = list(module.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise UsageError(f"the {name} has no parameters to train")
+    if others := [parameter.dtype for parameter in parameters if parameter.dtype != torch.float32]:
+        raise UsageError(f"the {name}'s parameters must be float32, got {others[0]}")
+    return parameters[0].device
+
+
+def _shapes(name: str, module: nn.Module, *inputs: Tensor) -> list[Any]:
+    try:
+        with torch.no_grad():
+            output = module(*inputs)
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"the {name} failed for inputs {[list(each.shape) for each in inputs]}: {what}") from error
+    outputs = output if isinstance(output, tuple | list) else [output]
+    return [list(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in outputs]

@@ -1,0 +1,136 @@
+"""Named settings, from presets.toml."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import textwrap
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastsac.config import Config
+from fastsac.errors import UsageError, did_you_mean
+
+FILE = Path(__file__).with_name("presets.toml")
+AUTO, DEFAULTS = "auto", "sac"
+NO_BREAK = "\N{NO-BREAK SPACE}"
+#: a setting -> those that go only with one value of it, and that value
+_NEEDED = {
+    "critic": ("categorical", ("num_atoms", "v_min", "v_max")),
+    "optimizer": ("adamw", ("weight_decay",)),
+    "alpha": ("auto", ("initial_alpha",)),
+}
+
+
+class Preset(NamedTuple):
+    """Settings that were tuned together; all others have their defaults."""
+
+    name: str
+    env_ids: tuple[str, ...]  # what a task's preset is for; empty for a recipe
+    source: str
+    settings: dict[str, Any]
+
+    def config(self, env_id: str | None = None, **settings: Any) -> Config:
+        """Return the configuration; `settings` win.
+
+        Raises:
+            UsageError: if the preset is for another environment, or a setting is out of its range.
+        """
+        if self.env_ids and env_id is not None and env_id not in self.env_ids:
+            other = "`auto` takes what there is for an environment"
+            raise UsageError(f"preset {self.name} is for {' and '.join(self.env_ids)}, not for {env_id}; {other}")
+        if env_id is None:
+            env_id = self.env_ids[0] if self.env_ids else Config.env_id
+        return Config(**{"env_id": env_id, **without_unused(self.settings, settings), **settings})
+
+
+def presets() -> dict[str, Preset]:
+    """Return all presets by their names: first the recipes, then the tasks.
+
+    Raises:
+        UsageError: if presets.toml has a setting that is unknown or out of its range.
+    """
+    found = {}
+    for name, values in tomllib.loads(FILE.read_text(encoding="utf-8")).items():
+        env_ids, source = tuple(values.pop("env_ids", ())), values.pop("source")
+        found[name] = Preset(name, env_ids, source, values)
+        try:
+            found[name].config()
+        except (TypeError, UsageError) as error:
+            raise UsageError(f"{FILE}: [{name}]: {error}") from error
+    return found
+
+
+def find(name: str, env_id: str | None = None) -> Preset:
+    """Return the preset of this name; `auto` is the environment's own one where there is one, else `sac`.
+
+    Raises:
+        UsageError: if there is none of this name.
+    """
+    known = presets()
+    if name == AUTO:
+        env_id = Config.env_id if env_id is None else env_id
+        return next((each for each in known.values() if env_id in each.env_ids), known[DEFAULTS])
+    if name not in known:
+        hint = did_you_mean(name, [AUTO, *known]) or ": `fastsac presets` lists them"
+        raise UsageError(f"unknown preset {name!r}{hint}")
+    return known[name]
+
+
+def preset(name: str, env_id: str | None = None, **settings: Any) -> Config:
+    """Return the configuration that presets.toml has under a name.
+
+    Args:
+        name: `sac` (the defaults), `sac-large`, a task such as `Hopper` (`fastsac presets` lists them), or `auto`: the
+            environment's own preset if it has one, else `sac`; the logger "fastsac" then says so.
+        env_id: the environment; by default the first one that the preset is for.
+        settings: of `Config`; they win. With another `critic`, `optimizer` or `alpha` than the preset's, what goes only
+            with that one is left out.
+
+    Raises:
+        UsageError: if there is no such preset, it is for other environments, or a setting is out of its range.
+    """
+    found = find(name, env_id)
+    if name == AUTO and not found.env_ids:
+        logging.getLogger("fastsac").warning(f"there is no preset for {env_id}: {found.name} is taken, the defaults")
+    return found.config(env_id, **settings)
+
+
+def without_unused(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` without what serves no purpose beside what is given explicitly."""
+    kept = dict(values)
+    for name, (needed, others) in _NEEDED.items():
+        if given.get(name, needed) != needed:
+            for other in (name, *others):
+                kept.pop(other, None)
+    return kept
+
+
+def table() -> str:
+    """Return all presets for people to read, the settings as options of the command line."""
+    rows = [("preset", "environments", "settings", "source")]
+    for preset in presets().values():
+        settings = " ".join(option.replace(" ", NO_BREAK) for option in options(preset))
+        rows.append((preset.name, " ".join(preset.env_ids) or "any", settings, preset.source))
+    widths = (max(len(row[0]) for row in rows), 24, 60, 40)
+    lines = []
+    for row in rows:
+        cells = [textwrap.wrap(text, width, break_on_hyphens=False) for text, width in zip(row, widths, strict=True)]
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            padded = (part.ljust(width) for part, width in zip(parts, widths, strict=True))
+            lines.append("  ".join(padded).replace(NO_BREAK, " ").rstrip())
+    return "\n".join(lines)
+
+
+def options(preset: Preset) -> list[str]:
+    """Return the settings as options of the command line, one string each."""
+    found = []
+    for name, value in preset.settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            found.append(" ".join([f"--{flag}", *map(str, value if isinstance(value, list) else [value])]))
+    return found

@@ -1,0 +1,130 @@
+"""Networks of the user's own in place of the actor and the critics."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from fastsac import SAC, Config, UsageError
+from fastsac.learner import GraphedLearner, Learner
+from fastsac.networks import Actor, Critic
+from fastsac.own_networks import OwnNetworks
+from tests.pretend_cuda import pretended
+from tests.runs import SMALL, parameters
+from tests.test_graphed import A, O, filled
+
+CONFIG = dataclasses.replace(SMALL, engine="reference", total_steps=300, checkpoint_replay=True)
+
+
+class MyActor(nn.Module):
+    def __init__(self, obs_size=3, action_size=1):
+        super().__init__()
+        self.Body = nn.Linear(obs_size, 16)  # a capital in its name
+        self.mean, self.log_std = (nn.Linear(16, action_size) for _ in range(2))
+
+    def forward(self, obs):
+        x = torch.relu(self.Body(obs))
+        return self.mean(x), self.log_std(x).clamp(-5, 2)
+
+
+class MyCritic(nn.Module):
+    def __init__(self, obs_size=3, action_size=1, num_critics=2):
+        super().__init__()
+        self.each = nn.ModuleList(
+            nn.Sequential(nn.Linear(obs_size + action_size, 16), nn.ELU(), nn.Linear(16, 1)) for _ in range(num_critics)
+        )
+
+    def forward(self, obs, action):
+        x = torch.cat([obs, action], -1)
+        return torch.stack([each(x)[:, 0] for each in self.each])
+
+
+class Wrapped(nn.Module):
+    """One of ours, without the argument `frozen`."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs):
+        return self.inner(*inputs)
+
+
+@pytest.mark.parametrize("kind", [Learner, GraphedLearner], ids=lambda kind: kind.engine)
+def test_ones_like_ours_learn_the_same_bit_for_bit(kind, monkeypatch):
+    monkeypatch.setattr(GraphedLearner, "backend", "reference")
+    config = Config(hidden_sizes=(8, 6), batch_size=17, critic_reduction="mean", max_grad_norm=1.0)
+    device = "cuda" if kind is GraphedLearner else "cpu"
+    with pretended():
+        ours = kind(config, O, A, device)
+        actor, critic = Actor(O, A, (8, 6), "relu"), Critic(2, O, A, (8, 6), "relu")
+        actor.load_state_dict(ours.actor.state_dict())
+        critic.load_state_dict(ours.critic.state_dict())
+        theirs = kind(config, O, A, device, own=OwnNetworks(Wrapped(actor), Wrapped(critic)))
+        for learner in (ours, theirs):
+            learner.update(filled(device=device), 12)
+        for name, network in ours._networks().items():
+            other = theirs._networks()[name]
+            for one, another in zip(network.parameters(), other.parameters(), strict=True):
+                assert torch.equal(one, another), name
+
+
+def test_they_are_trained_saved_and_loaded(tmp_path):
+    actor, critic = MyActor(), MyCritic()
+    before = [p.clone() for module in (actor, critic) for p in module.parameters()]
+    agent = SAC(CONFIG, actor=actor, critic=critic)
+    assert agent.actor is actor
+    agent.learn(run_dir=tmp_path / "run")
+    after = [p for module in (actor, critic) for p in module.parameters()]
+    assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    loaded = SAC.load(tmp_path / "run", actor=MyActor(), critic=MyCritic())
+    for other in (agent, loaded):
+        other.learn(600)
+    assert parameters(loaded).keys() == parameters(agent).keys()
+    assert all(torch.equal(value, parameters(agent)[name]) for name, value in parameters(loaded).items())
+    with pytest.raises(UsageError, match=r"hand them to SAC\.load\(\.\.\., actor=\.\.\., critic=\.\.\.\)"):
+        SAC.load(tmp_path / "run")
+    with pytest.raises(UsageError, match="do not fit this configuration"):
+        SAC.load(tmp_path / "run", actor=MyActor())
+
+
+def test_one_of_them_alone():
+    agent = SAC(dataclasses.replace(CONFIG, engine="auto"), critic=MyCritic())
+    assert (agent.engine, type(agent.actor)) == ("reference", Actor)
+    assert agent.engine_reason == "no CUDA GPU, and a network of your own has no written-out gradient"
+    agent.learn(100)
+    assert agent.updates
+
+
+@pytest.mark.parametrize(
+    ("networks", "settings", "message"),
+    [
+        ({"actor": MyActor(4)}, {}, r"the actor failed for inputs \[\[2, 3\]\]: RuntimeError: mat1 and mat2"),
+        (
+            {"actor": MyActor(3, 2)},
+            {},
+            r"mean and log_std, \[\[2, 1\], \[2, 1\]\] here, but gave \[\[2, 2\], \[2, 2\]\]",
+        ),
+        ({"actor": nn.Linear(3, 1)}, {}, r"but gave \[\[2, 1\]\]"),
+        ({"actor": lambda obs: obs}, {}, "the actor must be a torch.nn.Module, got <function"),
+        ({"actor": nn.Identity()}, {}, "the actor has no parameters to train"),
+        ({"actor": MyActor().double()}, {}, r"parameters must be float32, got torch\.float64"),
+        ({"actor": nn.Sequential(nn.BatchNorm1d(3), MyActor())}, {}, "the actor has a BatchNorm1d in training mode"),
+        ({"critic": MyCritic(num_critics=3)}, {}, r"\[2, 2\] here with --num-critics 2, but gave \[\[3, 2\]\]"),
+        (
+            {"critic": MyCritic()},
+            {"engine": "fused"},
+            "--engine fused: a network of your own has no written-out gradient",
+        ),
+        (
+            {"critic": MyCritic()},
+            {"critic": "categorical", "v_min": 0.0, "v_max": 1.0},
+            "a critic of your own gives one value, and --critic is categorical",
+        ),
+    ],
+)
+def test_misfits_are_refused(networks, settings, message):
+    with pytest.raises(UsageError, match=message) as refusal:
+        SAC(dataclasses.replace(CONFIG, **settings), **networks)
+    assert "\n" not in str(refusal.value)
