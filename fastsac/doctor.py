@@ -28,10 +28,11 @@ OBS_SIZE, ACTION_SIZE = 17, 6
 CHILD_SECONDS = 120.0
 STEP = """
 import sys
+from fastsac.env_backends import EnvSpec
 from fastsac.envs import make_envs
 import numpy as np
 render = sys.argv[2] == "render"
-envs = make_envs(sys.argv[1], 1, 0, "auto", render=render)
+envs = make_envs(EnvSpec(sys.argv[1]), 1, 0, render=render)
 envs.reset()
 if render:
     envs.render()

@@ -1,21 +1,81 @@
-"""What `VectorEnv` needs of EnvPool and of Gymnasium, and how their environments are made."""
+"""Which environments a run asks for, what `VectorEnv` needs of a library, and EnvPool."""
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsac.errors import FastsacError, UsageError, did_you_mean
+from fastsac.config import Config
+from fastsac.errors import FastsacError, UsageError
 from fastsac.spaces import Bools, Floats, Spaces, read_spaces
+
+#: keyword arguments that are not the user's to give
+RESERVED = {
+    **dict.fromkeys(("num_envs", "vectorization_mode", "vector_kwargs"), "--num-envs and --env-backend set it"),
+    **dict.fromkeys(("num_threads", "batch_size", "thread_affinity_offset"), "fastsac sets it"),
+    **dict.fromkeys(("seed", "env_seed"), "--seed sets it"),
+    **dict.fromkeys(("id", "task_id", "env_type"), "--env-id sets it"),
+    **dict.fromkeys(("render_mode", "gym_reset_return_info", "autoreset_mode", "max_num_players"), "fastsac sets it"),
+    "max_episode_steps": "--max-episode-steps sets it",
+    "wrappers": "--env-wrappers sets it",
+}
+
+
+class EnvSpec(NamedTuple):
+    """Which environments a run asks for."""
+
+    env_id: str
+    backend: str = "auto"
+    kwargs: Mapping[str, Any] = {}
+    wrappers: tuple[str, ...] = ()
+    max_episode_steps: int | None = None
+    own: Any = None  # environments, or a function that makes one, from Python
+
+    @classmethod
+    def of(cls, config: Config, own: Any = None) -> EnvSpec:
+        """Return what the configuration says.
+
+        Raises:
+            UsageError: for keyword arguments that are not the user's to give, or wrappers without Gymnasium.
+        """
+        for name in config.env_kwargs:
+            if name in RESERVED:
+                raise UsageError(f"--env-kwargs must not contain {name!r}: {RESERVED[name]}")
+        backend = config.env_backend
+        if config.env_wrappers and backend == "envpool":
+            raise UsageError("--env-wrappers are Gymnasium's, and --env-backend is envpool: use gymnasium or auto")
+        if config.env_wrappers and backend == "auto":
+            backend = "gymnasium"
+        given = {"--env-kwargs": config.env_kwargs, "--env-wrappers": config.env_wrappers}
+        for option, value in {**given, "--max-episode-steps": config.max_episode_steps}.items():
+            if value and backend == "python":
+                raise UsageError(
+                    f"{option} does nothing to environments from Python: apply it before you hand them over"
+                )
+        return cls(config.env_id, backend, config.env_kwargs, config.env_wrappers, config.max_episode_steps, own)
+
+    def refusal(self, library: str, error: Exception) -> FastsacError:
+        """Return what to raise where the environment cannot be made: a UsageError if the user's arguments are near."""
+        message = one_line(error)
+        message = message if len(message) <= 200 else f"{message[:200]} ..."
+        what = f"{library} could not create {self.env_id}"
+        if self.kwargs or self.wrappers or self.max_episode_steps is not None:
+            values = dict(self.kwargs), " ".join(self.wrappers), self.max_episode_steps
+            names = "--env-kwargs", "--env-wrappers", "--max-episode-steps"
+            options = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True) if value)
+            return UsageError(f"{what} with {options}: {type(error).__name__}: {message}")
+        return FastsacError(f"{what}: {message}")
 
 
 class Backend(Protocol):
-    """What `VectorEnv` asks of a library; actions in the environment's own units."""
+    """What `VectorEnv` asks of a library; actions in the environment's own shape and units."""
+
+    #: why episodes under way cannot be played again, or nothing
+    cannot_rewind: str
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -31,7 +91,7 @@ class Backend(Protocol):
         """Bring new environments to their `resets`-th reset; return the observations after it."""
 
     def step_some(self, indices: NDArray[np.int64], action: Floats) -> Any:
-        """Step some of the environments; return their observations."""
+        """Step some of the environments, after `rewind`; return their observations."""
 
     def send(self, action: Floats) -> None:
         """Start a step."""
@@ -47,6 +107,8 @@ class Backend(Protocol):
 
 
 class _EnvPool:
+    cannot_rewind = ""
+
     def __init__(
         self, make: Callable[[Sequence[int]], Any], pool: Any, opengl_context: Any, camera: int | None
     ) -> None:
@@ -90,82 +152,6 @@ class _EnvPool:
         self._pool.close()
 
 
-class _Gymnasium:
-    def __init__(self, envs: Any, seeds: Sequence[int]) -> None:
-        self._envs = envs
-        self.metadata: dict[str, Any] = envs.metadata
-        self._seeds: list[int] | None = list(seeds)
-        self._done: Bools = np.zeros(envs.num_envs, dtype=np.bool_)
-        self._action: Any = None
-        #: of each environment's np_random as it was before the last reset; None if that was the seeded one
-        self._streams: list[Any] = [None] * envs.num_envs
-
-    def reset(self, seeds: Sequence[int] | None) -> Any:
-        seeds = self._seeds if seeds is None else list(seeds)
-        self._keep_streams(range(self._envs.num_envs), seeded=seeds is not None)
-        obs, _ = self._envs.reset(seed=seeds)
-        self._seeds = None  # a second reset goes on with the streams
-        self._done[:] = False
-        return obs
-
-    def _keep_streams(self, indices: Iterable[int], seeded: bool = False) -> None:
-        for index in indices:
-            generator = _bit_generator(self._envs.envs[index])
-            self._streams[index] = None if seeded or generator is None else generator.state
-
-    def streams(self) -> list[Any]:
-        return list(self._streams)
-
-    def rewind(self, resets: NDArray[np.int64], streams: list[Any]) -> Any:
-        seeds, self._seeds, self._streams = self._seeds or [], None, list(streams)
-        obs = []
-        for env, seed, stream in zip(self._envs.envs, seeds, streams, strict=True):
-            first = env.reset(seed=seed)[0]
-            if stream is not None:
-                _bit_generator(env).state = stream
-                first = env.reset()[0]
-            obs.append(first)
-        return _stack(obs)
-
-    def step_some(self, indices: NDArray[np.int64], action: Floats) -> Any:
-        obs = []
-        for index, each in zip(indices, action.astype(self._envs.action_space.dtype), strict=True):
-            after, _, terminated, truncated, _ = self._envs.envs[index].step(each)
-            self._done[index] = terminated or truncated
-            obs.append(after)
-        self._envs._autoreset_envs = self._done.copy()  # what its own `step` would have left
-        return _stack(obs)
-
-    def send(self, action: Floats) -> None:
-        self._action = action.astype(self._envs.action_space.dtype)
-
-    def recv(self) -> tuple[Any, Any, Any, Any, Bools]:
-        self._keep_streams(np.flatnonzero(self._done))
-        obs, reward, terminated, truncated, _ = self._envs.step(self._action)
-        valid = ~self._done
-        self._done = terminated | truncated
-        return obs, reward, terminated, truncated, valid
-
-    def render(self) -> Any:
-        return self._envs.render()
-
-    def close(self) -> None:
-        self._envs.close()
-
-
-def _bit_generator(env: Any) -> Any:
-    """Return what is behind the environment's `np_random`: its state is plain numbers if it is NumPy's default."""
-    generator = getattr(getattr(env.unwrapped, "np_random", None), "bit_generator", None)
-    return generator if isinstance(generator, np.random.PCG64) else None
-
-
-def _stack(obs: Sequence[Any]) -> Any:
-    """Join observations, arrays or dicts of arrays, to a batch."""
-    if isinstance(obs[0], Mapping):
-        return {key: _stack([each[key] for each in obs]) for key in obs[0]}
-    return np.stack([np.asarray(each) for each in obs])
-
-
 def _put(batch: Any, indices: NDArray[np.int64], some: Any) -> None:
     """Write some environments' observations over those of a batch."""
     if isinstance(batch, Mapping):
@@ -175,63 +161,39 @@ def _put(batch: Any, indices: NDArray[np.int64], some: Any) -> None:
         batch[indices] = some
 
 
-def make_envpool(env_id: str, num_envs: int, seeds: list[int], render_mode: str | None) -> tuple[Spaces, Backend]:
+def make_envpool(spec: EnvSpec, num_envs: int, seeds: list[int], render_mode: str | None) -> tuple[Spaces, Backend]:
     """Create EnvPool's environments; FastsacError if that fails."""
     import envpool
 
     threads = min(num_envs, len(os.sched_getaffinity(0)))  # fewer gain at most 4 % (LOG.md)
+    options = dict(spec.kwargs)
+    if spec.max_episode_steps is not None:
+        options["max_episode_steps"] = spec.max_episode_steps
 
     def make(seeds: Sequence[int]) -> Any:
         return envpool.make(
-            env_id,
+            spec.env_id,
             env_type="gymnasium",
             num_envs=num_envs,
             num_threads=threads,
             seed=list(seeds),
             render_mode=render_mode,
+            **options,
         )
 
     try:
         pool = make(seeds)
     except Exception as error:
-        raise FastsacError(f"EnvPool could not create {env_id}: {one_line(error)}") from error
+        raise spec.refusal("EnvPool", error) from error
     families = " ".join(base.__module__ for base in type(pool).__mro__)
     context = _make_opengl_context() if render_mode and ".mujoco." in families else None
     # dm_control's own camera follows the body; the free one that is EnvPool's default stays behind
     camera = 0 if "mujoco_dmc" in families else None
-    spaces = read_spaces(env_id, pool.observation_space, pool.action_space)
+    spaces = read_spaces(spec.env_id, pool.observation_space, pool.action_space)
     return spaces, _EnvPool(make, pool, context, camera)
 
 
-def make_gymnasium(
-    env_id: str, num_envs: int, seeds: list[int], render_mode: str | None, also_known: Sequence[str]
-) -> tuple[Spaces, Backend]:
-    """Create Gymnasium's environments; UsageError if it does not know them, FastsacError if that fails."""
-    import gymnasium
-
-    if render_mode:
-        _draw_off_screen()
-    try:
-        module, _, name = env_id.rpartition(":")
-        if module:
-            importlib.import_module(module)
-        gymnasium.spec(name)
-        options: dict[str, Any] = {"render_mode": render_mode} if render_mode else {}
-        envs = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync", **options)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"cannot import {error.name!r} for environment {env_id!r}: is it on PYTHONPATH?") from error
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise FastsacError(f"environment {env_id!r} lacks a package: {one_line(error)}") from error
-    except (gymnasium.error.UnregisteredEnv, gymnasium.error.Error) as error:
-        hint = did_you_mean(env_id, [*gymnasium.registry, *also_known]) or f": {one_line(error)}"
-        raise UsageError(f"unknown environment {env_id!r}{hint}") from error
-    except Exception as error:
-        raise FastsacError(f"Gymnasium could not create {env_id}: {one_line(error)}") from error
-    spaces = read_spaces(env_id, envs.single_observation_space, envs.single_action_space)
-    return spaces, _Gymnasium(envs, seeds)
-
-
-def _draw_off_screen() -> None:
+def draw_off_screen() -> None:
     """Tell MuJoCo and pygame that there may be no screen, unless the user has told them otherwise."""
     if not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
@@ -240,7 +202,7 @@ def _draw_off_screen() -> None:
 
 def _make_opengl_context() -> Any:
     """EnvPool's MuJoCo tasks draw into the current context, and abort the process if there is none."""
-    _draw_off_screen()
+    draw_off_screen()
     try:
         import mujoco
 

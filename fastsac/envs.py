@@ -7,6 +7,7 @@ no transitions and enter neither replay nor statistics.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsac.env_backends import Backend, make_envpool, make_gymnasium, one_line
-from fastsac.errors import EnvironmentFailure, UsageError, did_you_mean
+from fastsac.config import Config
+from fastsac.env_backends import Backend, EnvSpec, make_envpool, one_line
+from fastsac.errors import EnvironmentFailure, EnvironmentMisfit, OtherShape, UsageError, WorkerError, did_you_mean
 from fastsac.spaces import Bools, Floats, Spaces
 
 #: observations [L + 1, O] of one environment's episode under way, and the L actions [L, A] between them
@@ -93,7 +95,9 @@ class VectorEnv:
         Returns:
             An empty string, or why it could not be done. They are to be reset then.
         """
-        if state["backend"] != self.backend_name:
+        if self._backend.cannot_rewind:
+            return self._backend.cannot_rewind
+        if state["backend"].removesuffix("-async") != self.backend_name.removesuffix("-async"):
             return f"they ran in {state['backend']}, and now in {self.backend_name}"
         resets, elapsed = np.array(state["resets"], dtype=np.int64), np.array(state["elapsed"], dtype=np.int64)
         lengths = [len(action) for _, action in episodes]
@@ -176,9 +180,47 @@ class VectorEnv:
         try:
             yield
         except Exception as error:
-            raise EnvironmentFailure(
-                f"{self.env_id} failed at step {self._steps}: {type(error).__name__}: {one_line(error)}"
-            ) from error
+            kind = EnvironmentMisfit if isinstance(error, OtherShape) else EnvironmentFailure
+            named = "" if isinstance(error, OtherShape | WorkerError) else f"{type(error).__name__}: "
+            raise kind(f"{self.env_id} failed at step {self._steps}: {named}{one_line(error)}") from error
+
+
+class OwnEnvs(NamedTuple):
+    """Environments from Python: for training, and for evaluations."""
+
+    envs: Any = None
+    eval_envs: Any = None
+
+    @property
+    def for_evaluation(self) -> Any:
+        """What evaluations may use: their own, or a function that makes further ones."""
+        from fastsac.env_gymnasium import describe_own
+
+        if self.eval_envs is not None or self.envs is None:
+            return self.eval_envs
+        return self.envs if describe_own(self.envs)[1] is None else None
+
+    def config(self, config: Config) -> Config:
+        """Return the configuration for them.
+
+        Raises:
+            UsageError: if they are no environments, or evaluations would disturb the episodes under way.
+        """
+        if self.envs is None:
+            if self.eval_envs is not None:
+                raise UsageError("eval_envs go with envs: the environments for training")
+            return config
+        from fastsac.env_gymnasium import describe_own
+
+        if self.eval_envs is not None:
+            describe_own(self.eval_envs)
+        name, number = describe_own(self.envs)
+        if config.eval_every and self.for_evaluation is None:
+            raise UsageError(
+                "evaluations would disturb the episodes under way in envs: hand over eval_envs, too, or a function "
+                "that makes an environment; or set eval_every to 0"
+            )
+        return dataclasses.replace(config, env_id=name, env_backend="python", num_envs=number or config.num_envs)
 
 
 def environment_seeds(seed: int, num_envs: int) -> list[int]:
@@ -187,33 +229,44 @@ def environment_seeds(seed: int, num_envs: int) -> list[int]:
     return [int(value) & 0x7FFFFFFF for value in state]
 
 
-def make_envs(env_id: str, num_envs: int, seed: int, backend: str = "auto", render: bool = False) -> VectorEnv:
+def make_envs(spec: EnvSpec, num_envs: int, seed: int, render: bool = False) -> VectorEnv:
     """Create N environments.
 
     Args:
-        env_id: an EnvPool or Gymnasium id, or `module:Id-v0` to import `module` first.
-        num_envs: N.
+        spec: which: an EnvPool or Gymnasium id, or `module:Id-v0` to import `module` first. Its backend "auto" takes
+            EnvPool where it has the id, else Gymnasium.
+        num_envs: N; environments from Python have their own number.
         seed: the state of all environments' random streams follows from it.
-        backend: "envpool", "gymnasium", or "auto": EnvPool where it has the id, else Gymnasium.
         render: whether pictures will be asked for; drawn off-screen.
 
     Raises:
-        UsageError: if neither has it (with near matches), or its spaces are not supported.
+        UsageError: if neither has it (with near matches), its spaces are not supported, or it does not take the
+            user's arguments.
         FastsacError: if it cannot be created.
     """
-    seeds = environment_seeds(seed, num_envs)
+    seeds, env_id = environment_seeds(seed, num_envs), spec.env_id
     render_mode = "rgb_array" if render else None
     known: list[str] = []
-    if backend != "gymnasium":
+    if spec.backend in ("auto", "envpool"):
         import envpool
 
         known = envpool.list_all_envs()
     with warnings.catch_warnings():
         # about float64 bounds cast to float32, and ids with a newer version: nothing that a user could change
         warnings.simplefilter("ignore")
-        if backend == "envpool" and env_id not in known:
+        if spec.backend == "envpool" and env_id not in known:
             raise UsageError(f"EnvPool has no environment {env_id!r}{did_you_mean(env_id, known)}")
-        if backend == "envpool" or (backend == "auto" and env_id in known):
-            return VectorEnv(env_id, num_envs, "envpool", *make_envpool(env_id, num_envs, seeds, render_mode))
-        made = make_gymnasium(env_id, num_envs, seeds, render_mode, known)
-        return VectorEnv(env_id, num_envs, "gymnasium", *made)
+        if env_id in known:
+            return VectorEnv(env_id, num_envs, "envpool", *make_envpool(spec, num_envs, seeds, render_mode))
+        from fastsac.env_gymnasium import describe_own, make_gymnasium, make_own
+
+        if spec.backend == "python":
+            if spec.own is None:
+                raise UsageError(
+                    f"the environments {env_id} come from Python, and none were handed over: "
+                    "SAC(config, envs=..., eval_envs=...), or SAC.load(run_dir, envs=..., eval_envs=...)"
+                )
+            num_envs = describe_own(spec.own)[1] or num_envs
+            return VectorEnv(env_id, num_envs, "python", *make_own(spec, num_envs, seeds, render))
+        name = "gymnasium" if spec.backend == "auto" else spec.backend
+        return VectorEnv(env_id, num_envs, name, *make_gymnasium(spec, num_envs, seeds, render_mode, known))

@@ -20,6 +20,20 @@ class Divergence(FastsacError):
     """A loss or a parameter is not finite."""
 
 
+class EnvironmentMisfit(EnvironmentFailure):
+    """An environment whose observations are not of the shape that its space has."""
+
+    exit_status = 2
+
+
+class OtherShape(ValueError):
+    """An observation of another shape, or with other keys, than its space."""
+
+
+class WorkerError(Exception):
+    """What an environment raised in a process of its own; the message names the type."""
+
+
 class UsageError(FastsacError):
     """A request that cannot be served, found before anything was started or written; or a callback that failed."""
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastsac.env_backends import EnvSpec
 from fastsac.envs import VectorEnv, make_envs
 from fastsac.errors import FastsacError, UsageError
 from fastsac.spaces import Floats
@@ -121,9 +122,9 @@ def record_video(policy: Policy, envs: VectorEnv, path: Path) -> Evaluation:
 class Evaluator:
     """Plays with a policy on environments of its own, which it keeps."""
 
-    def __init__(self, env_id: str, backend: str) -> None:
+    def __init__(self, spec: EnvSpec) -> None:
         """Make nothing yet."""
-        self._env_id, self._backend = env_id, backend
+        self._spec, self._made_for = spec, 0
         self._envs: VectorEnv | None = None
 
     def evaluate(
@@ -137,15 +138,16 @@ class Evaluator:
         if episodes < 1:
             raise UsageError(f"an evaluation needs at least 1 episode, got {episodes}")
         num_envs = min(episodes, 32)
-        if self._envs is not None and self._envs.num_envs == num_envs:
+        if self._envs is not None and num_envs == self._made_for:
             return evaluate(policy, self._envs, episodes, should_stop, seed)
         self.close()
-        self._envs = make_envs(self._env_id, num_envs, seed, self._backend)
+        self._made_for = num_envs  # environments from Python have their own number
+        self._envs = make_envs(self._spec, num_envs, seed)
         return evaluate(policy, self._envs, episodes, should_stop)
 
     def record_video(self, policy: Policy, path: Path, seed: int) -> None:
         """Play one episode and write it; see the function `record_video`."""
-        envs = make_envs(self._env_id, 1, seed, self._backend, render=True)
+        envs = make_envs(self._spec, 1, seed, render=True)
         try:
             record_video(policy, envs, path)
         finally:

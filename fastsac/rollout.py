@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsac.config import Config
+from fastsac.env_backends import EnvSpec
 from fastsac.envs import VectorEnv, make_envs
 from fastsac.errors import EnvironmentFailure, UsageError
 from fastsac.logger import EpisodeStatistics, Logger
@@ -32,13 +33,13 @@ def child_seed(seed: int, *path: int) -> int:
 class Rollout:
     """Steps the environments and writes the replay; neither is made before it is needed."""
 
-    def __init__(self, config: Config, device: torch.device, spaces: Spaces | None) -> None:
+    def __init__(self, config: Config, spec: EnvSpec, device: torch.device, spaces: Spaces | None) -> None:
         """Create the environments, unless `spaces` are known from a checkpoint.
 
         Raises:
             UsageError: if they cannot be served.
         """
-        self.config, self.device = config, device
+        self.config, self._spec, self.device = config, spec, device
         self.progress = Progress(
             env_seed=child_seed(config.seed, ENVS, 0),
             exploration=np.random.default_rng(child_seed(config.seed, EXPLORATION)),
@@ -59,7 +60,7 @@ class Rollout:
         """The training environments, created when they are first needed."""
         if self._envs is None:
             config = self.config
-            envs = make_envs(config.env_id, config.num_envs, self.progress.env_seed, config.env_backend)
+            envs = make_envs(self._spec, config.num_envs, self.progress.env_seed)
             if self.spaces is not None and not self.spaces.same_as(envs.spaces):
                 envs.close()
                 raise UsageError(f"{config.env_id} has other observations or actions than this agent was trained with")

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsac.errors import UsageError
+from fastsac.errors import OtherShape, UsageError
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
+#: what makes numbers of other spaces
+FLATTEN = "--env-wrappers gymnasium.wrappers:FlattenObservation makes one of it"
 
 
 class Spaces(NamedTuple):
     """How the policy's numbers map to the environment's."""
 
-    obs_shapes: dict[str, tuple[int, ...]]  # by key in alphabetical order; a single "" for an array
-    action_low: Floats  # [A]
-    action_high: Floats  # [A]
+    obs_shapes: dict[str, tuple[int, ...]]  # of each part, "robot/arm/0", in alphabetical order; a single "" for a Box
+    action_low: Floats  # in the environment's own shape S
+    action_high: Floats  # S
 
     @property
     def obs_size(self) -> int:
         """O, the length of a flattened observation."""
-        return sum(int(np.prod(shape)) for shape in self.obs_shapes.values())
+        return sum(math.prod(shape) for shape in self.obs_shapes.values())
 
     @property
     def action_size(self) -> int:
         """A."""
-        return len(self.action_low)
+        return self.action_low.size
 
     def same_as(self, other: Spaces) -> bool:
         """Return whether observations and actions have the same shapes and bounds."""
@@ -37,40 +40,62 @@ class Spaces(NamedTuple):
         return self.obs_shapes == other.obs_shapes and all(np.array_equal(ours, theirs) for ours, theirs in bounds)
 
     def flatten(self, obs: Any) -> Floats:
-        """Flatten observations, an array or a dict of arrays with leading dimension N, to [N, O] float32.
+        """Flatten observations, arrays or nested dicts and tuples of them with leading dimension N, to [N, O] float32.
 
         Raises:
-            ValueError: if a key is missing or a shape does not fit.
+            OtherShape: if a part is missing or its shape does not fit; a ValueError.
         """
-        parts = obs if isinstance(obs, Mapping) else {"": obs}
-        if not set(self.obs_shapes) <= set(parts):
-            raise ValueError(f"the observation has the keys {sorted(parts)}, expected {list(self.obs_shapes)}")
         columns = []
-        for key, shape in self.obs_shapes.items():
-            part = np.asarray(parts[key])
+        for (key, part), shape in zip(self._parts(obs).items(), self.obs_shapes.values(), strict=True):
             if part.shape[1:] != shape:
-                raise ValueError(f"observation {key or 'array'} must be [N, *{shape}], got {part.shape}")
+                raise OtherShape(f"observation {key or 'array'} must be [N, *{shape}], got {part.shape}")
             columns.append(part.reshape(len(part), -1))
         return np.concatenate(columns, axis=1, dtype=np.float32, casting="same_kind")
+
+    def check(self, obs: Any) -> None:
+        """Raise OtherShape, a ValueError, unless one observation has the space's shape."""
+        for (key, part), shape in zip(self._parts(obs).items(), self.obs_shapes.values(), strict=True):
+            if part.shape != shape:
+                raise OtherShape(f"observation {key or 'array'} must be {list(shape)}, got {list(part.shape)}")
 
     def batch(self, obs: Any) -> tuple[Floats, bool]:
         """Flatten one observation or a batch of them; return [N, O] and whether it was one.
 
         Raises:
-            ValueError: if a key is missing or a shape does not fit.
+            OtherShape: if a part is missing or its shape does not fit; a ValueError.
         """
+        parts = self._parts(obs)
         key, shape = next(iter(self.obs_shapes.items()))
-        if key and (not isinstance(obs, Mapping) or key not in obs):
-            raise ValueError(f"the observation must be a dict with the keys {list(self.obs_shapes)}")
-        single = np.asarray(obs[key] if key else obs).ndim == len(shape)
+        single = parts[key].ndim == len(shape)
         if single:
-            obs = {k: np.asarray(v)[None] for k, v in obs.items()} if key else np.asarray(obs)[None]
-        return self.flatten(obs), single
+            parts = {name: part[None] for name, part in parts.items()}
+        return self.flatten(parts if key else parts[""]), single
 
     def scale(self, action: Floats) -> Floats:
-        """Map actions from the policy's [-1, 1] to the environment's own units."""
+        """Map actions [N, A] from the policy's [-1, 1] to the environment's own shape and units, [N, *S]."""
+        action = action.reshape(len(action), *self.action_low.shape)
         scaled = self.action_low + 0.5 * (action + 1.0) * (self.action_high - self.action_low)
         return np.clip(scaled, self.action_low, self.action_high)  # rounding must not lead out of the space
+
+    def _parts(self, obs: Any) -> dict[str, NDArray[Any]]:
+        """Return the observation's parts in the order of the shapes."""
+        if "" in self.obs_shapes:
+            return {"": np.asarray(obs)}
+        found: dict[str, Any] = {}
+        self._collect(obs, "", found)
+        if not set(self.obs_shapes) <= set(found):
+            if "" in found:
+                kind = type(obs).__name__
+                raise OtherShape(f"the observation must have the keys {list(self.obs_shapes)}, got a {kind}")
+            raise OtherShape(f"the observation has the keys {sorted(found)}, expected {list(self.obs_shapes)}")
+        return {key: np.asarray(found[key]) for key in self.obs_shapes}
+
+    def _collect(self, obs: Any, path: str, found: dict[str, Any]) -> None:
+        if path in self.obs_shapes or not isinstance(obs, Mapping | tuple):
+            found[path] = obs
+            return
+        for key, part in obs.items() if isinstance(obs, Mapping) else enumerate(obs):
+            self._collect(part, f"{path}/{key}" if path else str(key), found)
 
 
 def read_spaces(env_id: str, obs_space: Any, action_space: Any) -> Spaces:
@@ -79,19 +104,40 @@ def read_spaces(env_id: str, obs_space: Any, action_space: Any) -> Spaces:
     Raises:
         UsageError: for a discrete or unbounded action space, or observations that are no numbers.
     """
-    if type(action_space).__name__ != "Box":
-        raise UsageError(f"{env_id} has a {type(action_space).__name__} action space; SAC needs a bounded Box")
-    low, high = action_space.low.astype(np.float32).ravel(), action_space.high.astype(np.float32).ravel()
-    if action_space.dtype.kind != "f" or len(action_space.shape) != 1:
-        raise UsageError(f"{env_id} has actions {action_space.dtype}{action_space.shape}; SAC needs a vector of floats")
+    kind = type(action_space).__name__
+    if kind != "Box":
+        raise UsageError(f"{env_id} has a {kind} action space; SAC needs a bounded Box of floats")
+    if action_space.dtype.kind != "f" or not 1 <= len(action_space.shape) <= 4:
+        what = f"{action_space.dtype} {list(action_space.shape)}"
+        raise UsageError(f"{env_id} has a Box of {what} as its action space; SAC needs a bounded Box of floats")
+    # rounded inwards: an environment may refuse what is beyond its own bounds by a bit
+    low, high = _rounded(action_space.low, np.inf), _rounded(action_space.high, -np.inf)
     # some specifications say "unbounded" with the largest finite number
     if not (np.isfinite(low).all() and np.isfinite(high).all() and (high - low < 1e30).all() and (low < high).all()):
         raise UsageError(f"{env_id} has an unbounded action space; SAC needs finite bounds")
-    parts = dict(obs_space.spaces) if type(obs_space).__name__ == "Dict" else {"": obs_space}
-    for key, part in parts.items():
-        if type(part).__name__ != "Box":
-            kind = type(part).__name__
-            raise UsageError(f"{env_id} has a {kind} observation {key}; only Box, or a Dict of Box, is supported")
-        if len(part.shape) > 2:
-            raise UsageError(f"{env_id} has observations of shape {part.shape}: pixels are not supported")
-    return Spaces({key: tuple(parts[key].shape) for key in sorted(parts)}, low, high)
+    shapes: dict[str, tuple[int, ...]] = {}
+    _read_obs(env_id, obs_space, "", shapes)
+    if not sum(math.prod(shape) for shape in shapes.values()):
+        raise UsageError(f"{env_id} has empty observations")
+    return Spaces({key: shapes[key] for key in sorted(shapes)}, low, high)
+
+
+def _rounded(bound: NDArray[Any], towards: float) -> Floats:
+    with np.errstate(over="ignore"):  # what is beyond float32 is as good as unbounded
+        single = bound.astype(np.float32)
+    beyond = single < bound if towards > 0.0 else single > bound
+    return np.where(beyond, np.nextafter(single, np.float32(towards)), single)
+
+
+def _read_obs(env_id: str, space: Any, path: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    kind = type(space).__name__
+    if kind in ("Dict", "Tuple"):
+        parts = space.spaces.items() if kind == "Dict" else enumerate(space.spaces)
+        for key, part in parts:
+            _read_obs(env_id, part, f"{path}/{key}" if path else str(key), shapes)
+    elif kind != "Box":
+        raise UsageError(f"{env_id} has a {kind} observation {path}".rstrip() + f", and SAC needs a Box; {FLATTEN}")
+    elif len(space.shape) > 2:
+        raise UsageError(f"{env_id} has observations of shape {space.shape}: pixels are not supported")
+    else:
+        shapes[path] = tuple(space.shape)

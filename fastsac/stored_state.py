@@ -6,6 +6,8 @@ from typing import Any
 
 _COUNT = range(2**62)
 _FLAG, _NUMBER, _ANY = bool, float, object
+#: numbers in the shape of an action
+_NESTED = ([_NUMBER], [[_NUMBER]], [[[_NUMBER]]], [[[[_NUMBER]]]])
 #: a mapping has exactly these keys; a list holds any number of one kind; a tuple lists what is allowed
 _STATE: dict[str, Any] = {
     "config": {str: _ANY},
@@ -17,8 +19,8 @@ _STATE: dict[str, Any] = {
     "learner": {"updates": _COUNT},
     "precision": ("fp32", "tf32", "bf16"),
     "obs_shapes": {str: [_COUNT]},
-    "action_low": [_NUMBER],
-    "action_high": [_NUMBER],
+    "action_low": _NESTED,
+    "action_high": _NESTED,
     "metrics": {str: _NUMBER},
     "episodes": {"returns": [_NUMBER], "lengths": [_COUNT], "finished": [[_NUMBER]]},
     "evaluation_due": _FLAG,

@@ -20,7 +20,8 @@ from fastsac import checkpoint
 from fastsac.callbacks import Callback, Hooks
 from fastsac.config import Config
 from fastsac.divergence import read_finite
-from fastsac.envs import VectorEnv
+from fastsac.env_backends import EnvSpec
+from fastsac.envs import OwnEnvs, VectorEnv
 from fastsac.errors import FastsacError, UsageError
 from fastsac.estimators import choose
 from fastsac.evaluate import Evaluation, Evaluator
@@ -56,14 +57,20 @@ class SAC:
         config: Config,
         spaces: Spaces | None = None,
         *,
+        envs: Any = None,
+        eval_envs: Any = None,
         actor: nn.Module | None = None,
         critic: nn.Module | None = None,
     ) -> None:
         """Create the learner and, unless `spaces` are known from a checkpoint, the environments.
 
         Args:
-            config: of the run.
+            config: of the run. With `envs`, its `env_backend` becomes "python", and its `env_id` their name.
             spaces: of a checkpoint.
+            envs: a function that makes a `gymnasium.Env`, called `config.num_envs` times and for evaluations, too; or
+                one `Env`, or a `gymnasium.vector.VectorEnv` whose autoreset mode is `NEXT_STEP`. The latter two are
+                not closed, and `config.num_envs` becomes their number.
+            eval_envs: for evaluations, likewise.
             actor: a module of your own, obs [B, O] -> mean and log_std of a Gaussian before squashing, each [B, A]. It
                 is trained where it is, after a move to the device.
             critic: a module of your own, obs [B, O] and action [B, A] in [-1, 1] -> q [E, B], E being
@@ -76,12 +83,15 @@ class SAC:
         self._own = own = OwnNetworks(actor, critic)
         if critic is not None and config.critic != "scalar":
             raise UsageError(f"a critic of your own gives one value, and --critic is {config.critic}: use scalar")
+        own_envs = OwnEnvs(envs, eval_envs)
+        config = own_envs.config(config)
+        spec = EnvSpec.of(config, envs)
         self.config = config
         self.device = resolve_device(config.device)
         _, self.engine_reason = choose_engine(config, self.device, own)
         precisions(config, self.device, own)
-        self._rollout = Rollout(config, self.device, spaces)
-        self._evaluator = Evaluator(config.env_id, config.env_backend)
+        self._rollout = Rollout(config, spec, self.device, spaces)
+        self._evaluator = Evaluator(spec._replace(own=own_envs.for_evaluation))
         sizes = self.spaces.obs_size, self.spaces.action_size
         own.refuse_misfits(*sizes, config.num_critics)
         self.setup = set_up_torch(config, self.device, *sizes, own)
@@ -371,7 +381,7 @@ class SAC:
             deterministic: the squashed mean, or a sample.
 
         Returns:
-            [A] for one observation, [N, A] for a batch.
+            In the environment's own shape: [A], say, for one observation, [N, A] for a batch.
 
         Raises:
             ValueError: if the observation's shape does not fit.
@@ -428,6 +438,8 @@ class SAC:
         config: Config | None = None,
         best: bool = False,
         *,
+        envs: Any = None,
+        eval_envs: Any = None,
         actor: nn.Module | None = None,
         critic: nn.Module | None = None,
     ) -> SAC:
@@ -437,6 +449,8 @@ class SAC:
             run_dir: what `save` or a training run wrote.
             config: takes the place of the stored configuration, where its networks still fit.
             best: take the policy with the highest evaluation instead, to play with; its run cannot be resumed from it.
+            envs: if the run was trained with environments from Python, to go on with.
+            eval_envs: likewise, to evaluate with.
             actor: of the same structure, if the run was trained with one of your own; it takes the stored weights.
             critic: likewise.
 
@@ -451,7 +465,8 @@ class SAC:
         identity = checkpoint.identity(path)
         _, state = checkpoint.load_checkpoint(path, groups=())
         try:
-            agent = cls._of_state(path, state, config, OwnNetworks(actor, critic))
+            own = {"envs": envs, "eval_envs": eval_envs, "actor": actor, "critic": critic}
+            agent = cls._of_state(path, state, config, own)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
             if "memory" in str(error):
                 raise
@@ -461,8 +476,13 @@ class SAC:
         return agent
 
     @classmethod
-    def resume(cls, run_dir: str | os.PathLike[str], config: Config) -> SAC:
+    def resume(cls, run_dir: str | os.PathLike[str], config: Config, **own: Any) -> SAC:
         """Load the newest checkpoint of a run, or begin it anew if it ended before its first one.
+
+        Args:
+            run_dir: of the run.
+            config: takes the place of the stored one.
+            own: `envs`, `eval_envs`, `actor` and `critic`, as for `load`.
 
         Raises:
             FastsacError: if the checkpoint is damaged.
@@ -470,13 +490,13 @@ class SAC:
         """
         directory = Path(run_dir)
         if newest_step(directory) is not None:
-            return cls.load(directory, config)
-        agent = cls(config)
+            return cls.load(directory, config, **own)
+        agent = cls(config, **own)
         agent._run_dirs[directory.resolve()] = Ours(None)
         return agent
 
     @classmethod
-    def _of_state(cls, path: Path, state: dict[str, Any], config: Config | None, own: OwnNetworks) -> SAC:
+    def _of_state(cls, path: Path, state: dict[str, Any], config: Config | None, own: dict[str, Any]) -> SAC:
         refuse_other_state(state)
         stored = config_from_dict(state["config"])
         if len(state["episodes"]["returns"]) != stored.num_envs:
@@ -489,14 +509,15 @@ class SAC:
             raise ValueError("it has no observations or no actions")
         # before any memory is taken for them
         sizes = spaces.obs_size, spaces.action_size
-        refuse_other_networks(config, *sizes, checkpoint.tensor_shapes(path, "learner"), own)
-        choices = precisions(config, resolve_device(config.device), own)
+        networks = OwnNetworks(own["actor"], own["critic"])
+        refuse_other_networks(config, *sizes, checkpoint.tensor_shapes(path, "learner"), networks)
+        choices = precisions(config, resolve_device(config.device), networks)
         if config.precision == "auto" and state["precision"] in choices:  # another measurement could choose another one
-            agent = cls(dataclasses.replace(config, precision=state["precision"]), spaces, **own._asdict())
-            agent.config = config
+            agent = cls(dataclasses.replace(config, precision=state["precision"]), spaces, **own)
+            agent.config = dataclasses.replace(agent.config, precision=config.precision)
             agent.setup = agent.setup._replace(precision_reason="as the run began")
         else:
-            agent = cls(config, spaces, **own._asdict())
+            agent = cls(config, spaces, **own)
         agent._progress.load_state(state, state["metrics"])
         if (config.estimator, config.baseline) != (stored.estimator, stored.baseline):
             agent._progress.metrics.clear()  # another estimator may have other ones

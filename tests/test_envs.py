@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete, Tuple
 
+from fastsac.env_backends import EnvSpec
 from fastsac.envs import Step, VectorEnv, environment_seeds, make_envs
 from fastsac.errors import FastsacError, UsageError
-from fastsac.spaces import Spaces
+from fastsac.spaces import Spaces, read_spaces
 
 LOW, HIGH = np.array([-1.0, 0.0], np.float32), np.array([3.0, 10.0], np.float32)
 REALS = Box(-np.inf, np.inf, (2,), np.float32)
@@ -63,10 +64,13 @@ BAD_SPACES = {
     "FastsacWide-v0": ({"action_space": Box(-np.inf, np.inf, (30,), np.float32)}, "unbounded"),
     "FastsacHalfBounded-v0": ({"action_space": Box(0.0, np.inf, (2,), np.float32)}, "unbounded"),
     "FastsacBogus-v0": ({"action_space": Box(-3.4e38, 3.4e38, (2,), np.float32)}, "unbounded"),
-    "FastsacInteger-v0": ({"action_space": Box(0, 3, (2,), np.int64)}, "vector of floats"),
-    "FastsacMatrix-v0": ({"action_space": Box(-1.0, 1.0, (2, 2), np.float32)}, "vector of floats"),
-    "FastsacTuple-v0": ({"observation_space": Tuple([UNIT, UNIT])}, "Tuple observation"),
-    "FastsacNested-v0": ({"observation_space": Dict({"a": Dict({"b": UNIT})})}, "Dict observation a"),
+    "FastsacInteger-v0": ({"action_space": Box(0, 3, (2,), np.int64)}, r"Box of int64 \[2\] as its action space"),
+    "FastsacScalar-v0": ({"action_space": Box(-1.0, 1.0, ())}, r"Box of float32 \[\] as its action space"),
+    "FastsacMode-v0": ({"observation_space": Discrete(3)}, "Discrete observation, and SAC needs a Box; --env-wrappers"),
+    "FastsacNested-v0": (
+        {"observation_space": Tuple([UNIT, Dict({"b": Discrete(2)})])},
+        "Discrete observation 1/b, and",
+    ),
 }
 
 
@@ -88,8 +92,8 @@ def registered() -> Iterator[None]:
 def make() -> Iterator[Any]:
     opened: list[VectorEnv] = []
 
-    def open_envs(*args: Any) -> VectorEnv:
-        opened.append(make_envs(*args))
+    def open_envs(env_id: str, num_envs: int, seed: int, *spec: Any) -> VectorEnv:
+        opened.append(make_envs(EnvSpec(env_id, *spec), num_envs, seed))
         return opened[-1]
 
     yield open_envs
@@ -338,17 +342,19 @@ def test_what_is_not_finite_is_named_in_one_line_however_wide(make: Any) -> None
     assert one_line(error) == "Ant-v5, environment 1, step 0: observation not finite: nan in column 40"
 
 
-def test_scaled_actions_never_leave_the_space() -> None:
-    low, high = np.array([-0.3, -7.1], np.float32), np.array([1.1, 3.3], np.float32)
-    spaces = Spaces({"": (1,)}, low, high)
-    for action in np.linspace(-1.0, 1.0, 1001, dtype=np.float32):
-        assert Box(low, high).contains(spaces.scale(np.full(2, action)))
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_scaled_actions_never_leave_the_space(dtype: Any) -> None:
+    space = Box(np.array([[-0.3, -7.1]]).astype(dtype), np.array([[1.1, 0.4]]).astype(dtype), dtype=dtype)
+    spaces = read_spaces("", REALS, space)
+    for number in np.linspace(-1.0, 1.0, 1001, dtype=np.float32):
+        (action,) = spaces.scale(np.full((1, 2), number)).astype(dtype)
+        assert space.contains(action)
 
 
 @pytest.mark.parametrize("env_id", BAD_SPACES)
 def test_unsupported_spaces_are_refused(env_id: str) -> None:
     with pytest.raises(UsageError, match=BAD_SPACES[env_id][1]) as error:
-        make_envs(env_id, 2, 0)
+        make_envs(EnvSpec(env_id), 2, 0)
     assert one_line(error).startswith(env_id)
 
 
@@ -367,7 +373,7 @@ def test_unsupported_spaces_are_refused(env_id: str) -> None:
 )
 def test_what_cannot_be_had_is_refused_in_one_line(env_id: str, backend: str, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)) as error:
-        make_envs(env_id, 2, 0, backend)
+        make_envs(EnvSpec(env_id, backend), 2, 0)
     one_line(error)
 
 
@@ -379,7 +385,7 @@ def test_a_module_is_imported_for_its_environment(tmp_path: Any, monkeypatch: py
     monkeypatch.syspath_prepend(tmp_path)
     assert make("fastsac_imported:FastsacImported-v0", 2, 0).spaces.obs_size == 2
     with pytest.raises(UsageError, match="cannot import 'no_such_module_here'"):
-        make_envs("no_such_module_here:Thing-v0", 2, 0)
+        make_envs(EnvSpec("no_such_module_here:Thing-v0"), 2, 0)
 
 
 def test_a_missing_dependency_is_not_an_unknown_environment() -> None:
@@ -388,5 +394,5 @@ def test_a_missing_dependency_is_not_an_unknown_environment() -> None:
 
     gymnasium.register("FastsacNeedy-v0", entry_point=entry_point)
     with pytest.raises(FastsacError, match="Box2D is not installed") as error:
-        make_envs("FastsacNeedy-v0", 2, 0)
+        make_envs(EnvSpec("FastsacNeedy-v0"), 2, 0)
     assert "unknown" not in one_line(error)

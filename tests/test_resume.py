@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -267,14 +266,6 @@ def test_a_run_saved_before_its_first_step(tmp_path, capsys):
     resumed.learn(total_steps=300, progress=True)
     assert "cannot be resumed" not in capsys.readouterr().err
     assert state_of(resumed) == state_of(alone)
-
-
-def test_gymnasiums_own_flag_for_resets_is_where_we_set_it():
-    """`_Gymnasium.step_some` writes it; another version may keep it elsewhere."""
-    envs = gymnasium.make_vec("Pendulum-v1", num_envs=2, vectorization_mode="sync")
-    envs.reset(seed=0)
-    assert envs._autoreset_envs.tolist() == [False, False]
-    envs.close()
 
 
 def test_best_is_kept_beside_the_newest_two(tmp_path):

@@ -1,0 +1,363 @@
+"""Gymnasium's environments, in this process or each in one of its own, and environments that come from Python."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector.async_vector_env import _async_worker
+from numpy.typing import NDArray
+
+from fastsac.env_backends import Backend, EnvSpec, draw_off_screen, one_line
+from fastsac.errors import FastsacError, OtherShape, UsageError, WorkerError, did_you_mean
+from fastsac.spaces import Bools, Floats, Spaces, read_spaces
+
+#: seconds that processes have to end by themselves
+PATIENCE = 5.0
+#: a level above all that Gymnasium logs
+SILENT = gymnasium.logger.ERROR + 1
+
+
+class Resumable(gymnasium.Wrapper):
+    """Keeps what bringing an environment back to its state takes, and looks at the shape of every observation."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any], env_id: str, index: int) -> None:
+        """Wrap the environment of this number.
+
+        Raises:
+            UsageError: if its spaces are not supported.
+        """
+        super().__init__(env)
+        self._index, self._spaces = index, read_spaces(env_id, env.observation_space, env.action_space)
+        self._is_over = False  # played again to the end of an episode, so the next step is a reset
+        #: of `np_random` as it was before the last reset; None if that was a seeded one
+        self.stream: Any = None
+
+    @classmethod
+    def of(cls, make: Callable[[], Any], env_id: str, index: int) -> Resumable:
+        """Wrap what `make` returns."""
+        return cls(make(), env_id, index)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Reset the environment; OtherShape if its observation does not fit."""
+        generator = _bit_generator(self.env)
+        self.stream = None if seed is not None or generator is None else generator.state
+        self._is_over = False
+        obs, info = self.env.reset(seed=seed, options=options)
+        self._spaces.check(obs)
+        return obs, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Step the environment; OtherShape if its observation does not fit."""
+        if self._is_over:
+            obs, info = self.reset()
+            return obs, 0.0, False, False, info
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self._spaces.check(obs)
+        return obs, reward, terminated, truncated, info
+
+    def rewind(self, seeds: Sequence[int], streams: Sequence[Any]) -> Any:
+        """Go back to the beginning of an episode; return its first observation."""
+        obs, _ = self.reset(seed=seeds[self._index])
+        if (stream := streams[self._index]) is not None:
+            generator = _bit_generator(self.env)
+            if generator is not None:
+                generator.state = stream
+            obs, _ = self.reset()
+        return obs
+
+    def step_again(self, actions: Mapping[int, Any]) -> Any:
+        """Make one step of the episode, if there is an action for this environment; return the observation."""
+        if self._index not in actions:
+            return None
+        obs, _, terminated, truncated, _ = self.step(actions[self._index])
+        self._is_over = bool(terminated or truncated)
+        return obs
+
+    def is_over(self) -> bool:
+        """Return whether the episode that was played again has ended."""
+        return self._is_over
+
+
+class _Gymnasium:
+    cannot_rewind = ""
+
+    def __init__(self, envs: Any, seeds: Sequence[int], borrowed: bool = False) -> None:
+        self._envs, self._borrowed = envs, borrowed
+        self.metadata: dict[str, Any] = envs.metadata
+        self._seeds: list[int] | None = list(seeds)
+        self._done: Bools = np.zeros(envs.num_envs, dtype=np.bool_)
+        self._action: Any = None
+
+    def reset(self, seeds: Sequence[int] | None) -> Any:
+        seeds = self._seeds if seeds is None else list(seeds)
+        obs, _ = self._envs.reset(seed=seeds)
+        self._seeds = None  # a second reset goes on with the streams
+        self._done[:] = False
+        return obs
+
+    def streams(self) -> list[Any]:
+        return list(self._envs.get_attr("stream"))
+
+    def rewind(self, resets: NDArray[np.int64], streams: list[Any]) -> Any:
+        seeds, self._seeds = self._seeds or [], None
+        return _stack(self._envs.call("rewind", seeds, streams))
+
+    def step_some(self, indices: NDArray[np.int64], action: Floats) -> Any:
+        actions = dict(zip(indices.tolist(), action.astype(self._envs.action_space.dtype), strict=True))
+        obs = self._envs.call("step_again", actions)
+        self._done = np.array(self._envs.call("is_over"), dtype=np.bool_)
+        return _stack([obs[index] for index in indices])
+
+    def send(self, action: Floats) -> None:
+        self._action = action.astype(self._envs.action_space.dtype)
+
+    def recv(self) -> tuple[Any, Any, Any, Any, Bools]:
+        return self._finish(*self._envs.step(self._action))
+
+    def _finish(
+        self, obs: Any, reward: Any, terminated: Any, truncated: Any, _: Any
+    ) -> tuple[Any, Any, Any, Any, Bools]:
+        valid = ~self._done
+        self._done = np.asarray(terminated, dtype=np.bool_) | np.asarray(truncated, dtype=np.bool_)
+        return obs, reward, terminated, truncated, valid
+
+    def render(self) -> Any:
+        return self._envs.render()
+
+    def close(self) -> None:
+        if not self._borrowed:
+            self._envs.close()
+
+
+class _Async(_Gymnasium):
+    """Each environment in a process of its own; they step while the learner updates."""
+
+    def reset(self, seeds: Sequence[int] | None) -> Any:
+        with self._naming_the_dead():
+            return super().reset(seeds)
+
+    def send(self, action: Floats) -> None:
+        with self._naming_the_dead():
+            self._envs.step_async(action.astype(self._envs.action_space.dtype))
+
+    def recv(self) -> tuple[Any, Any, Any, Any, Bools]:
+        with self._naming_the_dead():
+            return self._finish(*self._envs.step_wait())
+
+    @contextmanager
+    def _naming_the_dead(self) -> Iterator[None]:
+        """Say which process has ended; Gymnasium tells of a closed pipe, and prints tracebacks besides."""
+        level, gymnasium.logger.min_level = gymnasium.logger.min_level, SILENT
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            time.sleep(0.1)  # until the system knows how it ended
+            ended = {index: process.exitcode for index, process in enumerate(self._envs.processes)}
+            told = [f"{index} with status {code}" for index, code in ended.items() if code is not None]
+            raise ChildProcessError(f"the process of environment {' and '.join(told)} has ended") from error
+        finally:
+            gymnasium.logger.min_level = level
+
+    def close(self) -> None:
+        """End the processes, by force if they do not end by themselves."""
+        for pipe in self._envs.parent_pipes:
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.send(("close", None))
+        end = time.monotonic() + PATIENCE
+        for process in self._envs.processes:
+            process.join(max(0.0, end - time.monotonic()))
+            process.kill()
+            process.join()
+        self._envs.closed = True
+
+
+class _OwnVector(_Gymnasium):
+    """A vector environment of the user's own, of which no single environment can be reached."""
+
+    cannot_rewind = "a vector environment of your own cannot be brought back to them"
+
+    def reset(self, seeds: Sequence[int] | None) -> Any:
+        seeds = self._seeds if seeds is None else seeds
+        obs, _ = self._envs.reset(seed=None if seeds is None else seeds[0])  # not all take a list
+        self._seeds = None
+        self._done[:] = False
+        return obs
+
+    def streams(self) -> None:  # type: ignore[override]
+        """Nothing is known of them."""
+
+
+def _worker(index: int, env_fn: Any, pipe: Any, *others: Any) -> None:
+    """Serve one environment until the parent closes its pipe, or dies; signals are the parent's to answer."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
+    gymnasium.logger.min_level = SILENT
+    with suppress(EOFError, ConnectionError):
+        _async_worker(index, env_fn, pipe, *others)
+
+
+class Isolated(Resumable):
+    """In a process of its own: what it raises goes to another process, which may not know the type."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Reset the environment; WorkerError with what it raised."""
+        with _for_another_process():
+            return super().reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Step the environment; WorkerError with what it raised."""
+        with _for_another_process():
+            return super().step(action)
+
+
+@contextmanager
+def _for_another_process() -> Iterator[None]:
+    try:
+        yield
+    except OtherShape:
+        raise
+    except Exception as error:
+        raise WorkerError(f"{type(error).__name__}: {error}") from None
+
+
+def make_gymnasium(
+    spec: EnvSpec, num_envs: int, seeds: list[int], render_mode: str | None, also_known: Sequence[str]
+) -> tuple[Spaces, Backend]:
+    """Create Gymnasium's environments; UsageError if it does not know them, FastsacError if that fails."""
+    if render_mode:
+        draw_off_screen()
+    module, _, name = spec.env_id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        gymnasium.spec(name)
+        wrappers = [_import(place) for place in spec.wrappers]
+        make = functools.partial(_make_one, spec, render_mode, wrappers)
+        if spec.backend == "gymnasium-async":
+            makers = [functools.partial(Isolated.of, make, spec.env_id, index) for index in range(num_envs)]
+            envs: Any = AsyncVectorEnv(makers, context="spawn", worker=_worker, copy=False)
+        else:
+            envs = SyncVectorEnv(
+                [functools.partial(Resumable.of, make, spec.env_id, index) for index in range(num_envs)]
+            )
+    except UsageError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"cannot import {error.name!r} for environment {spec.env_id!r}: is it on PYTHONPATH?"
+        ) from error
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise FastsacError(f"environment {spec.env_id!r} lacks a package: {one_line(error)}") from error
+    except gymnasium.error.Error as error:
+        hint = did_you_mean(spec.env_id, [*gymnasium.registry, *also_known]) or f": {one_line(error)}"
+        raise UsageError(f"unknown environment {spec.env_id!r}{hint}") from error
+    except Exception as error:
+        raise spec.refusal("Gymnasium", error) from error
+    kind = _Async if spec.backend == "gymnasium-async" else _Gymnasium
+    return read_spaces(spec.env_id, envs.single_observation_space, envs.single_action_space), kind(envs, seeds)
+
+
+def make_own(spec: EnvSpec, num_envs: int, seeds: list[int], render: bool) -> tuple[Spaces, Backend]:
+    """Take environments from Python: one, a vector of them, or a function that makes one.
+
+    Raises:
+        UsageError: if they are none of these, or cannot be used.
+    """
+    own, env_id = spec.own, spec.env_id
+    if isinstance(own, gymnasium.vector.VectorEnv):
+        mode = own.metadata.get("autoreset_mode")
+        if mode != AutoresetMode.NEXT_STEP:
+            raise UsageError(f"{env_id} has the autoreset mode {mode}: fastsac needs AutoresetMode.NEXT_STEP")
+        _refuse_blind(own, env_id, render)
+        spaces = read_spaces(env_id, own.single_observation_space, own.single_action_space)
+        return spaces, _OwnVector(own, seeds, borrowed=True)
+    borrowed = isinstance(own, gymnasium.Env)
+
+    def make() -> Any:
+        env = own if borrowed else own()
+        if not isinstance(env, gymnasium.Env):
+            raise UsageError(f"envs must make a gymnasium.Env, got {env!r}")
+        return env
+
+    makers = [functools.partial(Resumable.of, make, env_id, index) for index in range(num_envs)]
+    try:
+        envs = SyncVectorEnv(makers)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{env_id} could not be made: {type(error).__name__}: {one_line(error)}") from error
+    _refuse_blind(envs, env_id, render)
+    spaces = read_spaces(env_id, envs.single_observation_space, envs.single_action_space)
+    return spaces, _Gymnasium(envs, seeds, borrowed)
+
+
+def _refuse_blind(envs: Any, env_id: str, render: bool) -> None:
+    if render and envs.render_mode != "rgb_array":
+        raise UsageError(f"{env_id} was made with render_mode {envs.render_mode!r}, and a video needs 'rgb_array'")
+
+
+def describe_own(envs: object) -> tuple[str, int | None]:
+    """Return the name of environments from Python, and their number; None for a function that makes any number.
+
+    Raises:
+        UsageError: if they are none.
+    """
+    if not isinstance(envs, gymnasium.Env | gymnasium.vector.VectorEnv) and not callable(envs):
+        raise UsageError(
+            f"envs must be a gymnasium.Env, a gymnasium.vector.VectorEnv or a function that makes one Env, got {envs!r}"
+        )
+    if not isinstance(envs, gymnasium.Env | gymnasium.vector.VectorEnv):
+        return str(getattr(envs, "__name__", type(envs).__name__)), None
+    name = type(envs.unwrapped).__name__ if envs.spec is None else envs.spec.id
+    return name, 1 if isinstance(envs, gymnasium.Env) else envs.num_envs
+
+
+def _import(place: str) -> Any:
+    """Return the wrapper `module:Wrapper`."""
+    module, _, name = place.partition(":")
+    try:
+        wrapper = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"--env-wrappers {place}: {one_line(error)}") from error
+    if not callable(wrapper):
+        raise UsageError(f"--env-wrappers {place}: it cannot be called with an environment")
+    return wrapper
+
+
+def _make_one(spec: EnvSpec, render_mode: str | None, wrappers: Sequence[Any]) -> Any:
+    options = dict(spec.kwargs)
+    if render_mode:
+        options["render_mode"] = render_mode
+    if spec.max_episode_steps is not None:
+        options["max_episode_steps"] = spec.max_episode_steps
+    env = gymnasium.make(spec.env_id, **options)
+    for wrapper in wrappers:
+        env = wrapper(env)
+    return env
+
+
+def _bit_generator(env: Any) -> Any:
+    """Return what is behind the environment's `np_random`: its state is plain numbers if it is NumPy's default."""
+    generator = getattr(getattr(env.unwrapped, "np_random", None), "bit_generator", None)
+    return generator if isinstance(generator, np.random.PCG64) else None
+
+
+def _stack(obs: Sequence[Any]) -> Any:
+    """Join observations, arrays or nested dicts and tuples of arrays, to a batch."""
+    if isinstance(obs[0], Mapping):
+        return {key: _stack([each[key] for each in obs]) for key in obs[0]}
+    if isinstance(obs[0], tuple):
+        return tuple(_stack(parts) for parts in zip(*obs, strict=True))
+    return np.stack([np.asarray(each) for each in obs])
