@@ -163,8 +163,12 @@ class _Async(_Gymnasium):
         except (EOFError, ConnectionError) as error:
             time.sleep(0.1)  # until the system knows how it ended
             ended = {index: process.exitcode for index, process in enumerate(self._envs.processes)}
-            told = [f"{index} with status {code}" for index, code in ended.items() if code is not None]
-            raise ChildProcessError(f"the process of environment {' and '.join(told)} has ended") from error
+            told = [
+                f"the process of environment {index} has ended with status {code}"
+                for index, code in ended.items()
+                if code is not None
+            ]
+            raise ChildProcessError(", ".join(told)) from error
         finally:
             gymnasium.logger.min_level = level
 

@@ -267,6 +267,7 @@ def make_envs(spec: EnvSpec, num_envs: int, seed: int, render: bool = False) -> 
                     "SAC(config, envs=..., eval_envs=...), or SAC.load(run_dir, envs=..., eval_envs=...)"
                 )
             num_envs = describe_own(spec.own)[1] or num_envs
+            seeds = environment_seeds(seed, num_envs)
             return VectorEnv(env_id, num_envs, "python", *make_own(spec, num_envs, seeds, render))
         name = "gymnasium" if spec.backend == "auto" else spec.backend
         return VectorEnv(env_id, num_envs, name, *make_gymnasium(spec, num_envs, seeds, render_mode, known))

@@ -43,6 +43,8 @@ def exact(**changes):
         {"env_backend": "gymnasium", "estimator": "score"},
         {"env_backend": "gymnasium", "env_id": "Hopper-v5"},
         {"env_id": "tests.faulty:Faulty-v0", "num_envs": 1},  # draws random numbers in every step
+        {"env_id": "tests.faulty:Faulty-v0", "env_backend": "gymnasium-async", "num_envs": 2},
+        {"env_id": "Hopper-v5", "max_episode_steps": 30, "env_kwargs": {"healthy_reward": 2.0}},
         {"learning_starts": 900},
         {"normalize_obs": True, "normalize_reward": True, "reward_scale": 0.5, "n_step": 3, "lr_schedule": "cosine"},
         {
