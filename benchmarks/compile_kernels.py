@@ -64,9 +64,10 @@ def measure(launched: Launch, chip: int) -> dict[str, Any]:
 
 
 def variant(constants: dict[str, Any]) -> str:
-    """What n-step returns change in a kernel, in words; before the sizes, so that `paper_model.py` leaves it out."""
+    """What settings change in a kernel, in words; before the sizes, so that `paper_model.py` leaves it out."""
     steps = constants.get("N_STEP", 1)
-    return f"n={steps} " if steps > 1 else "discounts " if constants.get("GAMMA_IS_TENSOR") else ""
+    words = [(f"n={steps} ", steps > 1), ("discounts ", constants.get("GAMMA_IS_TENSOR", False))]
+    return "".join(word for word, holds in [*words, ("smallest ", constants.get("SMALLEST", False))] if holds)
 
 
 def disorder(ptx: str, num_warps: int) -> str | None:

@@ -258,6 +258,11 @@ def make_gymnasium(
             )
     except UsageError:
         raise
+    except (EOFError, ConnectionError) as error:
+        raise FastsacError(
+            f"a process for {spec.env_id} ended as it began; a script must make its environments within "
+            'if __name__ == "__main__":'
+        ) from error
     except ModuleNotFoundError as error:
         raise UsageError(
             f"cannot import {error.name!r} for environment {spec.env_id!r}: is it on PYTHONPATH?"

@@ -355,6 +355,18 @@ def test_no_process_outlives_the_run(tmp_path):
         time.sleep(0.05)
 
 
+def test_a_script_that_its_processes_would_start_again(tmp_path):
+    """What `spawn` cannot do is told, after multiprocessing's own words on it."""
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "from fastsac import SAC, Config\n"
+        "SAC(Config(env_id='Pendulum-v1', env_backend='gymnasium-async', num_envs=1))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert 'ended as it began; a script must make its environments within if __name__ == "__main__":' in done.stderr
+
+
 def _runs(pid):
     try:
         os.kill(pid, 0)

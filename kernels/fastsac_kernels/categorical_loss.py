@@ -86,12 +86,13 @@ def categorical_loss(
     logits = wide(logits)
     atoms = torch.linspace(v_min, v_max, logits.shape[2], dtype=logits.dtype, device=logits.device)
     with torch.no_grad():
-        mass = wide(next_logits).softmax(2)
+        ends = terminated.bool()  # what lies behind the end counts for nothing, whatever it is
+        mass = torch.where(ends[:, None], 0.0, wide(next_logits)).softmax(2)
         if target == "smallest":
             lowest = (mass @ atoms).argmin(0)
             mass = mass[lowest, torch.arange(len(lowest), device=mass.device)].expand_as(mass)
-        goes_on = torch.where(terminated.bool(), 0.0, gamma.to(mass.dtype) if isinstance(gamma, Tensor) else gamma)
-        bonus = alpha * next_log_prob.to(mass.dtype)
+        goes_on = torch.where(ends, 0.0, gamma.to(mass.dtype) if isinstance(gamma, Tensor) else gamma)
+        bonus = torch.where(ends, 0.0, alpha * next_log_prob.to(mass.dtype))
         value = reward.to(mass.dtype)[:, None] + goes_on.to(mass.dtype)[:, None] * (atoms - bonus[:, None])
         mass = _project(mass, (value - v_min) / ((v_max - v_min) / (len(atoms) - 1)))
         q = logits.softmax(2) @ atoms
@@ -103,16 +104,22 @@ def _project(mass: Tensor, place: Tensor) -> Tensor:
 
     On a GPU a product takes the place of the scatter, which would add in a different order each time.
     """
-    last = mass.shape[2] - 1
-    place = place.clamp(0.0, last)
-    if mass.device.type == "cpu":
-        below = place.floor().clamp_(max=last - 1)
-        upper = place - below
-        index = below.long().expand(len(mass), -1, -1)
-        onto = torch.zeros_like(mass).scatter_add_(2, index, mass * (1.0 - upper))
-        return onto.scatter_add_(2, index + 1, mass * upper)
-    atom = torch.arange(last + 1, dtype=place.dtype, device=place.device)
-    rows = max(1, _PIECE // (last + 1) ** 2)
+    place = place.clamp(0.0, mass.shape[2] - 1)
+    return _scatter(mass, place) if mass.device.type == "cpu" else _multiply(mass, place)
+
+
+def _scatter(mass: Tensor, place: Tensor) -> Tensor:
+    below = place.floor().clamp_(max=mass.shape[2] - 2)
+    upper = place - below
+    index = below.nan_to_num(0.0).long().expand(len(mass), -1, -1)  # NaN stays in `upper`
+    onto = torch.zeros_like(mass).scatter_add_(2, index, mass * (1.0 - upper))
+    return onto.scatter_add_(2, index + 1, mass * upper)
+
+
+def _multiply(mass: Tensor, place: Tensor) -> Tensor:
+    atoms = mass.shape[2]
+    atom = torch.arange(atoms, dtype=place.dtype, device=place.device)
+    rows = max(1, _PIECE // atoms**2)
     pieces = zip(torch.split(mass.transpose(0, 1), rows), torch.split(place, rows), strict=True)
     weighted = [torch.bmm(m, (1.0 - (p[:, :, None] - atom).abs_()).clamp_(min=0.0)) for m, p in pieces]
     return torch.cat(weighted).transpose(0, 1)

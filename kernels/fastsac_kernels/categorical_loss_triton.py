@@ -1,7 +1,8 @@
 """The Triton kernel for `categorical_loss.py`: projected targets, the loss and its gradient in one launch.
 
 A program goes through some rows of the batch, and in each row through the critics. Nothing is scattered: each atom
-collects what comes to it from all masses, in pieces of `BLOCK_J` of them, so that the sums have one order.
+collects what comes to it from all masses, in pieces of `BLOCK_J` of them, so that the sums have one order. As the atoms
+are equally far from each other, so are their places: (y_j - v_min) / width = (y_0 - v_min) / width + j * gamma.
 """
 
 from __future__ import annotations
@@ -17,12 +18,38 @@ from fastsac_kernels.squashed_gaussian_triton import exp
 
 
 @triton.jit
+def _reciprocal(x):
+    """1 / x for x in [1, 2^100] to within 1 ulp; a division that is right for all x calls a function."""
+    y = 1.0 / x
+    return tl.fma(y, tl.fma(-x, y, 1.0), y)
+
+
+@triton.jit
 def _softmax(logits, live):
     """The distribution, its logits' largest, and the sum of the exponentials of their differences to it."""
     top = tl.max(tl.where(live, logits, -float("inf")), 0)
     exponentials = tl.where(live, exp(tl.where(live, logits - top, 0.0)), 0.0)
     total = tl.sum(exponentials, 0)
-    return tl.div_rn(exponentials, total), top, total
+    return exponentials * _reciprocal(total), top, total
+
+
+@triton.jit
+def _project(logits_ptr, stride, first, step, goes_on, M, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr):
+    """The masses of one distribution on the atoms, if that of atom j moves to the place first + j * step."""
+    k = tl.arange(0, BLOCK_M)
+    logits = tl.load(logits_ptr + k * stride, mask=(k < M) & goes_on, other=0.0).to(tl.float32)
+    _, top, total = _softmax(logits, k < M)
+    share = _reciprocal(total)
+    mass = tl.zeros([BLOCK_M, BLOCK_J], tl.float32)  # neighbouring threads have other j: each exponential is theirs
+    for start in range(0, M, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        piece = tl.load(logits_ptr + j * stride, mask=(j < M) & goes_on, other=0.0).to(tl.float32)
+        p = tl.where(j < M, exp(tl.where(j < M, piece - top, 0.0)) * share, 0.0)
+        place = tl.maximum(first + j.to(tl.float32) * step, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        place = tl.minimum(place, (M - 1).to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
+        near = 1.0 - tl.abs(place[None, :] - k.to(tl.float32)[:, None])
+        mass += p[None, :] * tl.maximum(near, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.sum(mass, 1)
 
 
 @triton.jit
@@ -52,12 +79,13 @@ def _categorical_loss_fwd_kernel(
     scale,
     v_min,
     width,
+    atoms_per_unit,
     B,
+    E,
     M,
     ALPHA_IS_TENSOR: tl.constexpr,
     GAMMA_IS_TENSOR: tl.constexpr,
     SMALLEST: tl.constexpr,
-    E: tl.constexpr,
     SINGLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -70,45 +98,38 @@ def _categorical_loss_fwd_kernel(
     for row in range(tl.program_id(0), B, tl.num_programs(0)):
         b = tl.cast(row, tl.int64)
         reward = tl.load(reward_ptr + b * stride_reward).to(tl.float32)
-        terminated = tl.load(terminated_ptr + b * stride_terminated)
-        bonus = alpha * tl.load(next_log_prob_ptr + b * stride_next_log_prob).to(tl.float32)
+        goes_on = tl.load(terminated_ptr + b * stride_terminated) == 0
+        bonus = alpha * tl.load(next_log_prob_ptr + b * stride_next_log_prob, mask=goes_on, other=0.0).to(tl.float32)
         discount = gamma
         if GAMMA_IS_TENSOR:
             discount = tl.load(gamma + b * stride_gamma).to(tl.float32)
-        discount = tl.where(terminated != 0, 0.0, discount)
-        source_ptr = next_ptr + b * stride_next_b
+        discount = tl.where(goes_on, discount, 0.0)
+        first = (reward + discount * (v_min - bonus) - v_min) * atoms_per_unit
+        row_ptr = next_ptr + b * stride_next_b
+        mass = tl.zeros([BLOCK_M], tl.float32)
         if SMALLEST:
             lowest = tl.full([], float("inf"), tl.float32)
-            chosen_ptr = source_ptr
-            for e in tl.static_range(E):
-                critic_ptr = source_ptr + tl.cast(stride_next_e, tl.int64) * e
-                following = tl.load(critic_ptr + k * stride_next_m, mask=live, other=0.0).to(tl.float32)
-                mean = tl.sum(tl.where(live, _softmax(following, live)[0] * atom, 0.0), 0)
-                chosen_ptr = tl.where(mean < lowest, critic_ptr, chosen_ptr)
-                lowest = tl.minimum(mean, lowest)
-            source_ptr = chosen_ptr
-        mass = tl.zeros([BLOCK_M], tl.float32)
-        for e in tl.static_range(E):
-            if not SMALLEST or e == 0:
-                following = tl.load(source_ptr + k * stride_next_m, mask=live, other=0.0).to(tl.float32)
-                _, top, total = _softmax(following, live)
-                mass = tl.zeros([BLOCK_M], tl.float32)
-                for start in range(0, M, BLOCK_J):
-                    j = start + tl.arange(0, BLOCK_J)
-                    piece = tl.load(source_ptr + j * stride_next_m, mask=j < M, other=top).to(tl.float32)
-                    p = tl.where(j < M, tl.div_rn(exp(piece - top), total), 0.0)
-                    value = reward + discount * (v_min + width * j.to(tl.float32) - bonus)
-                    place = tl.minimum(tl.maximum(tl.div_rn(value - v_min, width), 0.0), (M - 1).to(tl.float32))
-                    share = tl.maximum(1.0 - tl.abs(place[:, None] - k.to(tl.float32)[None, :]), 0.0)
-                    mass += tl.sum(p[:, None] * share, 0)
-            critic_ptr = logits_ptr + tl.cast(stride_logits_e, tl.int64) * e + b * stride_logits_b
+            chosen = tl.full([], 0, tl.int64)
+            for e in range(E):
+                critic = tl.cast(e, tl.int64) * stride_next_e
+                following = tl.load(row_ptr + critic + k * stride_next_m, mask=live & goes_on, other=0.0)
+                mean = tl.sum(tl.where(live, _softmax(following.to(tl.float32), live)[0] * atom, 0.0), 0)
+                lower = (mean < lowest) | (mean != mean)  # NaN must be seen
+                chosen = tl.where(lower, critic, chosen)
+                lowest = tl.where(lower, mean, lowest)
+            mass = _project(row_ptr + chosen, stride_next_m, first, discount, goes_on, M, BLOCK_M, BLOCK_J)
+        for e in range(E):
+            critic = tl.cast(e, tl.int64)
+            if not SMALLEST:
+                source_ptr = row_ptr + critic * stride_next_e
+                mass = _project(source_ptr, stride_next_m, first, discount, goes_on, M, BLOCK_M, BLOCK_J)
+            critic_ptr = logits_ptr + critic * stride_logits_e + b * stride_logits_b
             logits = tl.load(critic_ptr + k * stride_logits_m, mask=live, other=0.0).to(tl.float32)
             p, top, total = _softmax(logits, live)
             loss -= tl.where(live, mass * (logits - top - tl.log(total)), 0.0)
-            place = e * tl.cast(B, tl.int64) + b
-            tl.store(gradient_ptr + place * M + k, scale * (p - mass), mask=live)
-            tl.store(q_ptr + place, tl.sum(tl.where(live, p * atom, 0.0), 0))
-            source_ptr += tl.cast(stride_next_e, tl.int64)
+            slot = critic * B + b
+            tl.store(gradient_ptr + slot * M + k, scale * (p - mass), mask=live)
+            tl.store(q_ptr + slot, tl.sum(tl.where(live, p * atom, 0.0), 0))
     finish_sum(tl.sum(loss, 0), loss_ptr, partials_ptr, ticket_ptr, scale, SINGLE)
 
 
@@ -127,7 +148,8 @@ def forward(
     """Return the loss, its gradient for the logits, [E * B * M], and q [E, B], in float32."""
     check_dtypes(logits=logits, next_logits=next_logits, reward=reward, next_log_prob=next_log_prob)
     critics, batch, atoms = logits.shape
-    block, interpreted = power_of_two(atoms), logits.device.type != "cuda"
+    block = power_of_two(atoms)
+    warps = 4 if block >= 64 else 1
     gradient = torch.empty(logits.numel(), dtype=torch.float32, device=logits.device)
     q = torch.empty(critics, batch, dtype=torch.float32, device=logits.device)
     programs, loss, partials, ticket = sum_buffers(batch, logits)
@@ -145,14 +167,14 @@ def forward(
         *(flag, *flag.stride()),
         *(next_log_prob, *next_log_prob.stride()),
         *(alpha, gamma, stride_gamma, loss, partials, ticket, gradient, q),
-        *(1.0 / batch, v_min, (v_max - v_min) / (atoms - 1), batch, atoms),
+        *(1.0 / batch, v_min, (v_max - v_min) / (atoms - 1), (atoms - 1) / (v_max - v_min), batch, critics, atoms),
         ALPHA_IS_TENSOR=isinstance(alpha, Tensor),
         GAMMA_IS_TENSOR=isinstance(gamma, Tensor),
         SMALLEST=smallest,
-        E=critics,
         SINGLE=programs == 1,
         BLOCK_M=block,
-        BLOCK_J=block if interpreted else min(block, 8),
-        num_warps=max(1, min(8, block // 128)),
+        BLOCK_J=max(1, min(block, 16 * 32 * warps // block)),  # 16 numbers of a piece for each thread
+        num_warps=warps,
+        max_registers=80,  # left alone, the assembler takes 64 and spills two, for more programs at a time
     )
     return loss, gradient, q

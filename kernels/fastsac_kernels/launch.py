@@ -38,7 +38,14 @@ def use_triton(backend: Backend, tensor: Tensor) -> bool:
     return backend == "triton" or (backend == "auto" and tensor.is_cuda)
 
 
-def launch(kernel: Any, programs: int | tuple[int, int], *arguments: Any, num_warps: int, **constants: Any) -> None:
+def launch(
+    kernel: Any,
+    programs: int | tuple[int, int],
+    *arguments: Any,
+    num_warps: int,
+    max_registers: int | None = None,
+    **constants: Any,
+) -> None:
     """Launch `kernel` once. Products and sums are never contracted, so that a result is the same on every chip.
 
     Raises:
@@ -53,7 +60,8 @@ def launch(kernel: Any, programs: int | tuple[int, int], *arguments: Any, num_wa
     grid = programs if isinstance(programs, tuple) else (programs,)
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=False, **constants)
+            options = {} if max_registers is None else {"maxnreg": max_registers}
+            kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=False, **options, **constants)
     elif _is_interpreted(kernel):
         kernel[grid](*arguments, **constants)
     else:

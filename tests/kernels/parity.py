@@ -80,8 +80,8 @@ class Case:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
         if leaves:
-            upstream = [ramp(output) for output in outputs]
-            grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+            learned = [output for output in outputs if output.requires_grad]
+            grads = torch.autograd.grad(learned, list(leaves.values()), [ramp(output) for output in learned])
             results |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
         return results
 
@@ -165,6 +165,27 @@ def td(
     return Case("td_loss", floats, ("q",), rest)
 
 
+def categorical(
+    critics: int = 2,
+    batch: int = 33,
+    size: int = 7,
+    alpha: Any = 0.37,
+    flag: torch.dtype = torch.bool,
+    discounts: bool = False,
+    target: str = "own",
+) -> Case:
+    """`size` is the number of atoms. Some rewards lead beyond both ends, and some rows lie on atoms exactly."""
+    case = td(critics, batch, alpha, flag, discounts)
+    next_logits = 2.0 * normal(critics, batch, size, seed=6)
+    next_logits[:, case.rest["terminated"].bool()] = math.nan
+    floats = {"logits": normal(critics, batch, size, seed=7), "next_logits": next_logits}
+    floats |= {name: case.floats[name] for name in case.floats if name not in ("q", "next_q")}
+    floats["reward"][::4] = 0.5  # an atom of 4 - 1 of them or of 7
+    floats["next_log_prob"][::8] = 0.0
+    rest = case.rest | {"v_min": -4.0, "v_max": 5.0, "target": target}
+    return Case("categorical_loss", floats, ("logits",), rest)
+
+
 def gather(
     batch: int = 33, obs_size: int = 5, size: int = 3, rows: int = 20, positions: bool = False, n_step: int = 1
 ) -> Case:
@@ -186,14 +207,24 @@ MODULES = {
     "score": "score_function_loss_triton",
     "td": "td_loss_triton",
     "td_discounts": "td_loss_triton",
+    "categorical": "categorical_loss_triton",
+    "categorical_smallest": "categorical_loss_triton",
     "gather": "replay_gather_triton",
     "gather_n_step": "replay_gather_triton",
 }
 CASES: dict[str, Callable[..., Case]] = {"sampler": sampler, "pathwise": pathwise, "score": score}
 CASES |= {"td": td, "td_discounts": functools.partial(td, discounts=True)}
+CASES |= {"categorical": categorical}
+CASES |= {"categorical_smallest": functools.partial(categorical, critics=3, target="smallest", discounts=True)}
 CASES |= {"gather": gather, "gather_n_step": functools.partial(gather, n_step=3)}
+CATEGORICAL = ("categorical", "categorical_smallest")
 #: sums over single elements, without an action size
 SUMS = ("pathwise", "td", "td_discounts")
+
+
+def rows(op: str, batch: int) -> int:
+    """The batch size of a test. The categorical loss has a program for every row, and interpreted ones are slow."""
+    return min(batch, 24) if op in CATEGORICAL and not torch.cuda.is_available() else batch
 
 
 def check(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> None:

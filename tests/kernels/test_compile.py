@@ -116,12 +116,15 @@ def test_other_programs_sums_are_read_in_order(num_warps: int, changes: dict[str
 
 def test_the_launchers_themselves_say_what_is_compiled() -> None:
     usual, _ = launches()
-    assert len({launched.kernel for launched in usual}) == 7
+    assert len({launched.kernel for launched in usual}) == 8
     assert {launched.constants.get("BASELINE") for launched in usual} >= {"none", "constant", "loo", "tensor"}
     sampler = next(each for each in usual if each.kernel == "_squashed_gaussian_fwd_kernel" and "A=6" in each.label)
     variants = {(launched.kernel, variant(launched.constants)) for launched in usual}
-    assert len(variants) == 9
+    assert len(variants) == 13
     assert variants >= {("_replay_gather_fwd_kernel", "n=3 "), ("_td_loss_fwd_kernel", "discounts ")}
+    assert ("_categorical_loss_fwd_kernel", "discounts smallest ") in variants
+    limits = {(launched.kernel, launched.options.get("maxnreg")) for launched in usual}
+    assert {limit for limit in limits if limit[1]} == {("_categorical_loss_fwd_kernel", 80)}
     assert sampler.signature["mean_ptr"] == "*fp32"
     assert sampler.signature["rng_ptr"] == "*i64"
     assert sampler.constants["BLOCK_A"] == 8

@@ -1,11 +1,12 @@
 import math
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastsac_kernels import pathwise_loss, score_function_loss, td_loss
+from fastsac_kernels import categorical_loss, pathwise_loss, score_function_loss, td_loss
 from tests.kernels.parity import normal, strided
 
 SIZES = [(1, 1, 1), (2, 33, 3), (3, 1, 7), (2, 33, 17)]
@@ -145,6 +146,118 @@ def test_td(critics: int, batch: int, flag: torch.dtype, discounts: bool) -> Non
         assert not discounts or gamma.grad is None
     q, *rest = leaves
     assert torch.autograd.gradcheck(lambda x: td_loss(x, *rest, ALPHA, gamma), (q,))
+
+
+def categorical_by_hand(
+    logits: Tensor, next_logits: Tensor, columns: list[Tensor], gamma: Any, ends: tuple[float, float], target: str
+) -> tuple[float, Tensor, Tensor]:
+    """The loss, its gradient and q, atom by atom, as algorithm 1 of arXiv 1707.06887 distributes the masses."""
+    critics, batch, atoms = logits.shape
+    reward, terminated, next_log_prob = columns
+    low, high = ends
+    width = (high - low) / (atoms - 1)
+    z = [low + j * width for j in range(atoms)]
+    total, gradient, q = 0.0, torch.zeros_like(logits), torch.zeros_like(logits[:, :, 0])
+    for i in range(batch):
+        weights = [[math.exp(x) for x in next_logits[e, i].tolist()] for e in range(critics)]
+        masses = [[w / sum(row) for w in row] for row in weights]
+        means = [sum(p * x for p, x in zip(row, z, strict=True)) for row in masses]
+        for e in range(critics):
+            source = masses[e if target == "own" else means.index(min(means))]
+            m = [0.0] * atoms
+            for p, atom in zip(source, z, strict=True):
+                discount = gamma[i].item() if isinstance(gamma, Tensor) else gamma
+                value = 0.0 if terminated[i] else discount * (atom - ALPHA * next_log_prob[i].item())
+                place = (min(max(reward[i].item() + value, low), high) - low) / width
+                lower, upper = math.floor(place), math.ceil(place)
+                if lower == upper:
+                    m[lower] += p
+                else:
+                    m[lower] += p * (upper - place)
+                    m[upper] += p * (place - lower)
+            exponentials = [math.exp(x) for x in logits[e, i].tolist()]
+            for k, (each, mass) in enumerate(zip(exponentials, m, strict=True)):
+                probability = each / sum(exponentials)
+                total -= mass * math.log(probability) / batch
+                gradient[e, i, k] = (probability - mass) / batch
+                q[e, i] += probability * z[k]
+    return total, gradient, q
+
+
+def categorical_problem(critics: int, batch: int, atoms: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Some targets lie beyond the ends [-3, 2], some on atoms exactly; the means of row 0 are equal."""
+    next_logits = 2.0 * normal(critics, batch, atoms, seed=2)
+    next_logits[:, 0] = next_logits[0, 0]
+    next_logits[-1, 0] = next_logits[0, 0] + 1.0
+    reward, next_log_prob = 2.0 * normal(batch, seed=3), normal(batch, seed=4)
+    reward[0], next_log_prob[0] = 0.0, 0.0
+    return normal(critics, batch, atoms, seed=1), next_logits, [reward, torch.arange(batch) % 3 == 1, next_log_prob]
+
+
+@pytest.mark.parametrize(("critics", "batch", "atoms"), [(1, 1, 2), (2, 33, 3), (3, 20, 51), (2, 7, 101)])
+@pytest.mark.parametrize("target", ["own", "smallest"])
+@pytest.mark.parametrize("discounts", [False, True])
+def test_categorical(critics: int, batch: int, atoms: int, target: Any, discounts: bool) -> None:
+    logits, next_logits, columns = categorical_problem(critics, batch, atoms)
+    gamma: Any = normal(batch, seed=5).sigmoid().requires_grad_() if discounts else 1.0
+    expected, gradient, means = categorical_by_hand(logits, next_logits, columns, gamma, (-3.0, 2.0), target)
+    for layout in (lambda x: x, strided):
+        leaves = [layout(each).detach().requires_grad_() for each in (logits, next_logits)]
+        alpha = torch.tensor(ALPHA, dtype=torch.float64, requires_grad=True)
+        loss, q = categorical_loss(*leaves, *columns, alpha, gamma, -3.0, 2.0, target)
+        torch.testing.assert_close(loss.item(), expected)
+        torch.testing.assert_close(q, means, check_stride=False)
+        (-2.5 * loss).backward()
+        torch.testing.assert_close(leaves[0].grad, -2.5 * gradient, check_stride=False)
+        assert [leaf.grad for leaf in (leaves[1], alpha)] == [None] * 2
+        assert not q.requires_grad
+        assert not discounts or gamma.grad is None
+
+
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_the_product_that_projects_on_a_gpu_is_the_scatter(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["fastsac_kernels.categorical_loss"]
+    monkeypatch.setattr(module, "_PIECE", rows * 51**2)
+    mass, place = normal(3, 33, 51).softmax(2), (25.0 + 30.0 * normal(33, 51)).clamp(0.0, 50.0)
+    place[0] = place[0].round()
+    torch.testing.assert_close(module._multiply(mass, place), module._scatter(mass, place))
+    place[1, 3] = math.nan
+    assert module._multiply(mass, place)[:, 1].isnan().any(1).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("target", ["own", "smallest"])
+def test_categorical_ignores_what_lies_behind_termination(bad: float, target: Any) -> None:
+    logits, next_logits, columns = categorical_problem(2, 9, 5)
+    expected = categorical_loss(logits, next_logits, *columns, ALPHA, 0.9, -3.0, 2.0, target)
+    next_logits[:, columns[1]], columns[2][columns[1]] = bad, bad
+    found = categorical_loss(logits, next_logits, *columns, ALPHA, 0.9, -3.0, 2.0, target)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": (2, 4)}, "logits and next_logits must both be [E, B, M], got [2, 4] and [2, 4, 5]"),
+        ({"logits": (1, 4, 5)}, "logits and next_logits must both be [E, B, M], got [1, 4, 5] and [2, 4, 5]"),
+        ({"reward": (4, 1)}, "reward must be [B] = [4], got [4, 1]"),
+        ({"terminated": (3,)}, "terminated must be [B] = [4], got [3]"),
+        ({"next_log_prob": ()}, "next_log_prob must be [B] = [4], got []"),
+        ({"gamma": ()}, "gamma must be [B] = [4], got []"),
+        ({"v_min": 2.0}, "v_min must be below v_max, got 2.0 and 2.0"),
+        ({"target": "mean"}, "target must be 'own' or 'smallest', got 'mean'"),
+        ({"logits": (2, 4, 1), "next_logits": (2, 4, 1)}, "with at least 2 atoms, got [2, 4, 1]"),
+    ],
+    ids=str,
+)
+def test_categorical_refuses_what_does_not_fit(changes: dict[str, Any], message: str) -> None:
+    sizes = {"logits": (2, 4, 5), "next_logits": (2, 4, 5), "reward": (4,), "terminated": (4,), "next_log_prob": (4,)}
+    rest = {"alpha": ALPHA, "gamma": 0.9, "v_min": -3.0, "v_max": 2.0, "target": "own"}
+    arguments = sizes | rest | changes
+    arguments = {name: torch.zeros(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+    with pytest.raises(ValueError, match="must") as caught:
+        categorical_loss(**arguments)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastsac_kernels import launch
-from tests.kernels.parity import CASES, MODULES, Guarded, check, mutate, sampler
+from tests.kernels.parity import CASES, MODULES, Guarded, check, mutate, rows, sampler
 
 #: op, what is in its kernel, what is put in its place
 MUTATIONS = [
@@ -30,6 +30,22 @@ MUTATIONS = [
     ("td", "2.0 * scale * error", "scale * error"),
     ("td", "tl.where(live, q - target, 0.0)", "q - target + tl.where(live, 0.0, 1.0)"),
     ("td_discounts", "gamma + b * stride_gamma", "gamma + b * 0"),
+    ("categorical", "reward + discount * (v_min - bonus)", "reward + discount * (v_min + bonus)"),
+    ("categorical", "tl.where(goes_on, discount, 0.0)", "discount"),
+    ("categorical", "first + j.to(tl.float32) * step", "first + j.to(tl.float32)"),
+    ("categorical", "tl.minimum(place, (M - 1)", "tl.minimum(place, (M - 2)"),
+    ("categorical", "* step, 0.0,", "* step, -1.0,"),
+    ("categorical", "scale * (p - mass)", "scale * (mass - p)"),
+    ("categorical", "(logits - top - tl.log(total))", "(logits - tl.log(total))"),
+    (
+        "categorical",
+        "p = tl.where(j < M, exp(tl.where(j < M, piece - top, 0.0)) * share, 0.0)",
+        "p = exp(piece - top) * share",
+    ),
+    ("categorical", "source_ptr = row_ptr + critic * stride_next_e", "source_ptr = row_ptr"),
+    ("categorical_smallest", "(mean < lowest)", "(mean > lowest)"),
+    ("categorical_smallest", "_project(row_ptr + chosen", "_project(row_ptr"),
+    ("categorical_smallest", "gamma + b * stride_gamma", "gamma + b * 0"),
     ("gather", "slot = first + position", "slot = position"),
     ("gather", "copy_rows(obs_ptr, following", "copy_rows(obs_ptr, index"),
     ("gather", "high.to(tl.int64) * size +", "low.to(tl.int64) * size +"),
@@ -47,7 +63,7 @@ MUTATIONS = [
 
 @pytest.mark.parametrize(("op", "old", "new"), MUTATIONS)
 def test_a_wrong_kernel_fails(op: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = CASES[op](batch=200)
+    case = CASES[op](batch=rows(op, 200))
     check(case)
     mutate(monkeypatch, tmp_path, MODULES[op], old, new)
     with pytest.raises(AssertionError, match="off by"):
@@ -56,7 +72,7 @@ def test_a_wrong_kernel_fails(op: str, old: str, new: str, tmp_path: Path, monke
 
 def test_a_wrong_backward_scale_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch, tmp_path, "scale_triton", "gradient * tl.load(upstream_ptr).to(tl.float32)", "gradient")
-    for op in ("pathwise", "score", "td"):
+    for op in ("pathwise", "score", "td", "categorical"):
         with pytest.raises(AssertionError, match=r"gradient of .*: off by"):
             check(CASES[op]())
 

@@ -15,19 +15,21 @@ from torch import Tensor
 import fastsac_kernels
 from fastsac_kernels import (
     PhiloxState,
+    categorical_loss,
     launch,
     pathwise_loss,
     replay_gather,
     sample_squashed_gaussian,
     td_loss,
 )
+from fastsac_kernels.categorical_loss import categorical_loss_op
 from fastsac_kernels.pathwise_loss import pathwise_loss_op, scale_op
 from fastsac_kernels.philox import philox_normal_op
 from fastsac_kernels.replay_gather import replay_gather_n_step_op, replay_gather_op, uniform_positions_op
 from fastsac_kernels.score_function_loss import score_function_loss_op
 from fastsac_kernels.squashed_gaussian import squashed_gaussian_backward_op, squashed_gaussian_op
 from fastsac_kernels.td_loss import td_loss_op
-from tests.kernels.parity import BASELINES, CASES, DEVICES, MODULES, SUMS, Case, pathwise, score, td
+from tests.kernels.parity import BASELINES, CASES, DEVICES, MODULES, SUMS, Case, categorical, pathwise, score, td
 
 every_device = pytest.mark.parametrize("device", DEVICES)
 every_op = pytest.mark.parametrize("op", CASES)
@@ -45,6 +47,8 @@ def op_arguments(device: str) -> list[tuple[Any, tuple[Any, ...]]]:
     queue, span = torch.arange(8, device=device), torch.tensor([3, 5], device=device)
     ends = torch.zeros(batch, dtype=torch.bool, device=device)
     target = normal(batch), ends, q[1].detach(), normal(batch)
+    logits = normal(critics, batch, 7).requires_grad_(), normal(critics, batch, 7)
+    columns = normal(batch), ends, normal(batch)
     return [
         (squashed_gaussian_op, (mean, log_std, state, 1, samples)),
         (squashed_gaussian_op, (mean, log_std, normal(samples, batch, size), 0, samples)),
@@ -57,6 +61,8 @@ def op_arguments(device: str) -> list[tuple[Any, tuple[Any, ...]]]:
         (score_function_loss_op, (mean, log_std, state, 1, q.detach(), alpha, 0.0, "tensor", normal(batch), None)),
         (td_loss_op, (q[0].detach().requires_grad_(), *target, alpha, 0.0, None, 0.9)),
         (td_loss_op, (q[0].detach().requires_grad_(), *target, None, 0.3, normal(batch), 0.0)),
+        (categorical_loss_op, (*logits, *columns, alpha, 0.0, None, 0.9, -2.0, 3.0, False)),
+        (categorical_loss_op, (*logits, *columns, None, 0.3, normal(batch), 0.0, -2.0, 3.0, True)),
         (scale_op, (normal(7), alpha, torch.bfloat16, [mean.detach()])),
         (replay_gather_op, (*ring, queue, span, state, 1, 4)),
         (replay_gather_op, (*ring, queue, span, torch.arange(4, device=device), -1, 4)),
@@ -67,7 +73,7 @@ def op_arguments(device: str) -> list[tuple[Any, tuple[Any, ...]]]:
 
 
 @every_device
-@pytest.mark.parametrize("index", range(14))
+@pytest.mark.parametrize("index", range(16))
 def test_opcheck(index: int, device: str) -> None:
     torch.library.opcheck(*op_arguments(device)[index])
 
@@ -90,9 +96,10 @@ def test_compiles_into_one_graph(op: str, device: str) -> None:
         arguments = {name: x.detach() for name, x in case.floats.items()}
         leaves = [arguments[name].requires_grad_() for name in case.leaves]
         outputs = call(**arguments, **case.rest)
-        grads = torch.autograd.grad([o.sum() for o in outputs], leaves) if leaves else ()
+        grads = torch.autograd.grad([o.sum() for o in outputs if o.requires_grad], leaves) if leaves else ()
         return [*outputs, *grads]
 
+    torch._dynamo.reset()  # or else the same source, compiled for one case after the other, gives up
     compiled = torch.compile(surrounded, fullgraph=True, backend=backend)
     for found, expected in zip(run(compiled), run(surrounded), strict=True):
         torch.testing.assert_close(found, expected)
@@ -218,18 +225,19 @@ def test_launches_that_may_overlap_share_no_ticket(monkeypatch: pytest.MonkeyPat
     assert launch.new_ticket(like).untyped_storage().data_ptr() != pool.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("op", ["pathwise_loss", "score_function_loss", "td_loss"])
+@pytest.mark.parametrize("op", ["pathwise_loss", "score_function_loss", "td_loss", "categorical_loss"])
 def test_the_compilers_own_graphs_leave_out_what_takes_a_ticket(op: str) -> None:
     assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.fastsac_kernels, op).default.tags
 
 
-@pytest.mark.parametrize("op", ["sampler", "pathwise", "score", "td", "td_discounts"])
+@pytest.mark.parametrize("op", ["sampler", "pathwise", "score", "td", "td_discounts", "categorical"])
 def test_second_derivatives_are_refused(op: str) -> None:
     case = CASES[op]().to(torch.float32, "cpu")
     arguments = {name: x.detach() for name, x in case.floats.items()}
     leaves = [arguments[name].requires_grad_() for name in case.leaves]
     outputs = getattr(fastsac_kernels, case.op)(**arguments, **case.rest, backend="triton")
-    total = outputs[1].sum() if isinstance(outputs, tuple) else outputs
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    total = sum(output.sum() for output in outputs if output.requires_grad)
     grads = torch.autograd.grad(total, leaves, create_graph=True)
     penalised = total + sum(grad.square().sum() for grad in grads)  # a first derivative, too: nothing may be left out
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
@@ -238,7 +246,7 @@ def test_second_derivatives_are_refused(op: str) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_constants_of_any_kind_give_the_same(backend: Any) -> None:
-    for make in (pathwise, score, td):
+    for make in (pathwise, score, td, categorical):
         expected = make(alpha=0.25).to(torch.float32, "cpu").call(backend)
         for alpha in (torch.full((1, 1, 1), 0.25), torch.tensor(0.25, requires_grad=True), torch.tensor(0.25).double()):
             found = make(alpha=alpha).to(torch.float32, "cpu").call(backend)
@@ -330,6 +338,8 @@ def test_empty_problems_are_refused(backend: Any) -> None:
         pathwise_loss(torch.zeros(1, 0), q, 0.1, backend=backend)
     with pytest.raises(ValueError, match="must not be empty"):
         td_loss(q[0], q[0, 0], q[0, 0], q[0], q[0, 0], 0.1, 0.9, backend=backend)
+    with pytest.raises(ValueError, match="must not be empty"):
+        categorical_loss(*[torch.zeros(2, 0, 5)] * 2, *[q[0, 0]] * 3, 0.1, 0.9, 0.0, 1.0, "own", backend)
 
 
 def test_the_number_of_samples_comes_from_the_noise_or_is_given() -> None:

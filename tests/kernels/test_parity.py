@@ -14,6 +14,7 @@ from fastsac_kernels import PhiloxState, launch, sample_squashed_gaussian
 from tests.kernels.parity import (
     BASELINES,
     CASES,
+    CATEGORICAL,
     DEVICES,
     LAYOUTS,
     MODULES,
@@ -21,9 +22,11 @@ from tests.kernels.parity import (
     SUMS,
     Case,
     Guarded,
+    categorical,
     check,
     gather,
     pathwise,
+    rows,
     sampler,
     score,
     td,
@@ -83,6 +86,27 @@ def test_td_loss(critics: int, batch: int, flag: torch.dtype, discounts: bool, d
 
 
 @every_device
+@pytest.mark.parametrize(("critics", "batch", "atoms"), [(1, 1, 2), (2, 9, 3), (1, 24, 51), (2, 24, 101), (3, 5, 128)])
+@pytest.mark.parametrize("target", ["own", "smallest"])
+def test_categorical_loss(critics: int, batch: int, atoms: int, target: str, device: str) -> None:
+    for flag, discounts in ((torch.bool, False), (torch.uint8, True)):
+        check(categorical(critics, batch, atoms, flag=flag, discounts=discounts, target=target), device)
+
+
+@every_device
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("name", ["logits", "next_logits", "next_log_prob", "reward"])
+@pytest.mark.parametrize("target", ["own", "smallest"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # by the interpreter
+def test_the_categorical_loss_hides_no_nan(name: str, target: str, backend: str, device: str) -> None:
+    case = categorical(3, 4, target=target).to(torch.float32, device)
+    assert case.call(backend)["output 0"].isfinite()
+    going = case.floats[name][..., 1, 0] if case.floats[name].dim() == 3 else case.floats[name][1]
+    going.fill_(math.nan)  # of a row that is not terminated
+    assert case.call(backend)["output 0"].isnan()
+
+
+@every_device
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, bfloat16], ids=str)
 def test_equal_discounts_are_the_number(dtype: torch.dtype, backend: str, device: str) -> None:
@@ -114,7 +138,7 @@ def test_gather_is_exact(batch: int, obs_size: int, size: int, positions: bool, 
     ("op", "noise"),
     [
         *(("sampler", False), ("sampler", True), ("pathwise", False), ("score", False), ("score", True)),
-        *(("td", False), ("td_discounts", False)),
+        *(("td", False), ("td_discounts", False), ("categorical", False), ("categorical_smallest", False)),
     ],
 )
 def test_layouts_and_dtypes(op: str, layout: str, dtype: torch.dtype, noise: bool, device: str) -> None:
@@ -126,7 +150,13 @@ def test_layouts_and_dtypes(op: str, layout: str, dtype: torch.dtype, noise: boo
 
 @every_device
 def test_mixed_dtypes(device: str) -> None:
-    for case, name in ((sampler(), "mean"), (score(), "log_std"), (pathwise(), "q"), (td(), "reward")):
+    for case, name in (
+        (sampler(), "mean"),
+        (score(), "log_std"),
+        (pathwise(), "q"),
+        (td(), "reward"),
+        (categorical(), "logits"),
+    ):
         case = case.to(torch.float32, device)
         results = []
         for backend in ("reference", "triton"):
@@ -138,7 +168,7 @@ def test_mixed_dtypes(device: str) -> None:
 
 
 @every_device
-@pytest.mark.parametrize("make", [pathwise, score, td])
+@pytest.mark.parametrize("make", [pathwise, score, td, categorical])
 def test_alpha_may_be_a_device_tensor(make: Any, device: str) -> None:
     number = make(alpha=0.25).to(torch.float32, device).call("triton")
     for shape in ((), (1,)):
@@ -148,9 +178,9 @@ def test_alpha_may_be_a_device_tensor(make: Any, device: str) -> None:
 
 
 @every_device
-@pytest.mark.parametrize("op", ["pathwise", "score", "td"])
+@pytest.mark.parametrize("op", ["pathwise", "score", "td", "categorical"])
 def test_a_sum_over_several_programs(op: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = CASES[op](batch=6000) if op != "score" else score(batch=700, size=7)
+    case = CASES[op](batch=rows(op, 6000)) if op != "score" else score(batch=700, size=7)
     check(case, device)
     monkeypatch.setattr("fastsac_kernels.scale_triton.MAX_PROGRAMS", 3)  # so that each takes several turns
     if op == "score":
@@ -176,7 +206,7 @@ def test_a_bad_value_is_not_hidden(bad: float, device: str) -> None:
 @every_device
 @every_op
 def test_results_repeat_bit_for_bit(op: str, device: str) -> None:
-    case = CASES[op](batch=5000 if op in SUMS else 100).to(torch.float32, device)
+    case = CASES[op](batch=5000 if op in SUMS else rows(op, 100)).to(torch.float32, device)
     first, second = case.call("triton"), case.call("triton")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -187,8 +217,8 @@ def test_programs_may_run_in_any_order(op: str, monkeypatch: pytest.MonkeyPatch)
     import triton.runtime.interpreter as interpreter
 
     sizes = {"size": 7} if op not in SUMS else {}
-    case = CASES[op](batch=5000 if op in SUMS else 200, **sizes).to(torch.float32, "cpu")
-    if op not in SUMS:
+    case = CASES[op](batch=5000 if op in SUMS else rows(op, 200), **sizes).to(torch.float32, "cpu")
+    if op not in (*SUMS, *CATEGORICAL):
         monkeypatch.setattr(f"fastsac_kernels.{MODULES[op]}.row_block", lambda *_: (32, 1))
     expected, orders = case.call("triton"), []
 
@@ -255,7 +285,7 @@ def test_saturation(u: float, log_std: float, device: str) -> None:
 def test_everything_is_written_and_nothing_else(
     op: str, batch: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = CASES[op](batch=batch).to(torch.float32, device)
+    case = CASES[op](batch=rows(op, batch)).to(torch.float32, device)
     expected, guarded = case.call("triton"), Guarded()
     monkeypatch.setattr(torch, "empty", guarded)
     found = case.call("triton")
@@ -267,7 +297,7 @@ def test_everything_is_written_and_nothing_else(
 @every_op
 @pytest.mark.parametrize("batch", [33, 1000])
 def test_one_launch_forward_and_one_backward(op: str, batch: int) -> None:
-    case = CASES[op](batch=batch).to(torch.float32, "cpu")
+    case = CASES[op](batch=rows(op, batch)).to(torch.float32, "cpu")
     with Interpreted() as traffic:
         case.call("triton")
     assert traffic.launches == (2 if case.leaves else 1)
@@ -304,6 +334,16 @@ def test_the_losses_move_no_more_than_they_must(size: int) -> None:
     forward, backward = forward_and_backward(td(critics, rows))
     assert forward <= 4 * rows * (3 * critics + 2) + rows + overhead
     assert backward <= 8 * rows * critics + overhead
+
+
+@pytest.mark.parametrize("target", ["own", "smallest"])
+def test_the_categorical_loss_moves_no_more_than_it_must(target: str) -> None:
+    batch, critics, atoms = 20, 3, 11
+    forward, backward = forward_and_backward(categorical(critics, batch, atoms, target=target))
+    # the target's logits are read again, from the cache: for the sum, and for each mass
+    numbers = critics * atoms * 3 + (critics if target == "own" else 2) * atoms + critics + 2
+    assert forward <= 4 * batch * numbers + 16 * batch
+    assert backward <= 8 * batch * critics * atoms + 200
 
 
 def test_auto_follows_the_device() -> None:
