@@ -12,6 +12,7 @@ OPS = {
     "pathwise": "pathwise loss",
     "score": "score-function loss",
     "td": "critics' loss",
+    "categorical": "categorical critics' loss",
     "gather": "batch from replay",
 }
 BACKENDS = {"reference": "PyTorch", "compile": "torch.compile", "triton": "Triton"}
@@ -83,7 +84,7 @@ def label(row: Row) -> str:
     """Return a row's estimator or operation in words."""
     name = OPS[row["op"]] if "op" in row else row["estimator"]
     baseline = row["baseline"] if row["baseline"] not in (None, "auto") else None
-    samples = f"K = {row['K']}" if row.get("op") not in ("td", "gather") else None
+    samples = f"K = {row['K']}" if row.get("op") not in ("td", "categorical", "gather") else None
     return ", ".join(part for part in (name, baseline, samples) if part)
 
 

@@ -32,6 +32,7 @@ from fastsac.replay import Replay
 from fastsac.types import Sampler
 from fastsac_kernels import (
     PhiloxState,
+    categorical_loss,
     pathwise_loss,
     replay_gather,
     sample_squashed_gaussian,
@@ -40,7 +41,7 @@ from fastsac_kernels import (
 )
 
 RESULT = Path(__file__).parent / "results" / "launches.json"
-B, A, K, E, O = 256, 6, 2, 2, 17  # noqa: E741
+B, A, K, E, O, M = 256, 6, 2, 2, 17, 101  # noqa: E741
 NO_KERNEL = {"empty", "detach", "alias", "lift_fresh", "new_empty", "empty_like", "new_empty_strided", "_to_copy"}
 ONLY_WRITE = {"copy_", "normal_"}
 #: calls whose first arguments, so many, are read only where they are gathered from
@@ -152,12 +153,19 @@ def cases() -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
         return replay_gather(*ring, queue, span, source, B, backend)
 
     target = torch.randn(B), ends, torch.randn(E, B), torch.randn(B), alpha, 0.99
+    logits, next_logits = torch.randn(E, B, M, requires_grad=True), torch.randn(E, B, M)
+
+    def categorical(backend: Any) -> Any:
+        columns = torch.randn(B), ends, torch.randn(B), alpha, 0.99
+        return categorical_loss(logits, next_logits, *columns, -20.0, 20.0, "own", backend)[0]
+
     return {
         "sample_squashed_gaussian": (sample, [mean, log_std]),
         "pathwise_loss": (lambda backend: pathwise_loss(log_prob, q, alpha, backend), [log_prob, q]),
         "score_function_loss (none)": (lambda backend: score("none", backend), [mean, log_std]),
         "score_function_loss (loo)": (lambda backend: score("loo", backend), [mean, log_std]),
         "td_loss": (lambda backend: td_loss(q[0], *target, backend), [q]),
+        "categorical_loss": (categorical, [logits]),
         "replay_gather": (gather, []),
     }
 
@@ -215,7 +223,7 @@ def main() -> None:
         for estimator in ("pathwise", "score")
     }
     print("a whole update", updates)
-    sizes = {"B": B, "A": A, "K": K, "E": E, "O": O}
+    sizes = {"B": B, "A": A, "K": K, "E": E, "O": O, "M": M}
     versions = {"torch": torch.__version__}
     command = "python -m benchmarks.launches"
     write_json(RESULT, {"command": command, "sizes": sizes, "versions": versions, "rows": rows, "updates": updates})

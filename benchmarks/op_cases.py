@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastsac_kernels import (
     PhiloxState,
+    categorical_loss,
     pathwise_loss,
     replay_gather,
     sample_squashed_gaussian,
@@ -37,7 +38,7 @@ ESTIMATORS = (("pathwise", "auto", 1), ("pathwise", "auto", 2), *(("score", *sco
 MAIN = (("pathwise", "auto", 1), ("score", "loo", 2))
 #: whole updates at batch 256 on a GPU: launches take the time there, of which A changes little
 GPU_UPDATES = [(estimator, a) for estimator in ESTIMATORS for a in ACTIONS if a == 6 or estimator in MAIN]
-CRITICS, OBS_SIZE, NUM_ENVS, RING = 2, 17, 16, 2**20
+CRITICS, OBS_SIZE, NUM_ENVS, RING, ATOMS = 2, 17, 16, 2**20, 101
 FORWARD, BOTH = "fwd", "fwd+bwd"
 ACTOR, UPDATE = "actor", "update"
 
@@ -78,6 +79,7 @@ def _cases() -> list[Case]:
         cases.append(Case("gather", b, a))
         if (b, None) not in [case.size for case in cases]:
             cases += [Case("pathwise", b, None, k) for k in (1, 2)] + [Case("td", b, None)]
+            cases.append(Case("categorical", b, None))
     return cases
 
 
@@ -156,6 +158,8 @@ def bytes_moved(case: Case) -> Bytes:
         return Bytes(4 * (4 * b * a + k * (e + 1) * b + values), 4 * 4 * b * a)
     if case.op == "td":  # q, next_q, reward, next_log_prob, flag -> the gradient of q
         return Bytes(4 * b * (3 * e + 2) + b, 8 * e * b)
+    if case.op == "categorical":  # logits, next_logits, reward, next_log_prob, flag -> the gradient of logits, q
+        return Bytes(4 * b * (3 * e * ATOMS + e + 2) + b, 8 * e * b * ATOMS)
     return Bytes(8 * b + 2 * (4 * b * (2 * OBS_SIZE + a + 1) + b))  # the queue's entries; transitions in and out
 
 
@@ -250,6 +254,18 @@ def _td(case: Case, backend: str, device: torch.device) -> Any:
     return loss, (q, reward, terminated, next_q, next_log_prob, alpha), (q,)
 
 
+def _categorical(case: Case, backend: str, device: torch.device) -> Any:
+    logits, next_logits = (torch.randn(CRITICS, case.B, ATOMS, device=device) for _ in range(2))
+    reward, next_log_prob = (torch.randn(case.B, device=device) for _ in range(2))
+    terminated, alpha = torch.rand(case.B, device=device) < 0.01, torch.tensor(0.2, device=device)
+    name = _name(backend)
+
+    def loss(logits: Tensor, *constants: Tensor) -> Tensor:
+        return categorical_loss(logits, *constants, 0.99, -20.0, 20.0, "own", name)[0]
+
+    return loss, (logits, next_logits, reward, terminated, next_log_prob, alpha), (logits,)
+
+
 def _gather(case: Case, backend: str, device: torch.device) -> Any:
     shape = (RING // NUM_ENVS, NUM_ENVS)  # the default replay, a million transitions
     obs, action = (torch.ones(*shape, size or 0, device=device) for size in (OBS_SIZE, case.A))
@@ -265,3 +281,4 @@ def _gather(case: Case, backend: str, device: torch.device) -> Any:
 
 
 _MAKERS = {"sample": _sample, "pathwise": _pathwise, "score": _score, "td": _td, "gather": _gather}
+_MAKERS["categorical"] = _categorical

@@ -21,6 +21,7 @@ WORDS = {
     "pathwise": "pathwise",
     "score": "score|philox",
     "td": "td",
+    "categorical": "categorical",
     "gather": "gather|philox",
 }
 #: stands behind the time of a kernel whose own tests failed

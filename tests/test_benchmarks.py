@@ -91,7 +91,7 @@ def test_verdicts():
         ),
         (
             ("tests.kernels.test_parity::test_mixed_dtypes[cuda]",),
-            "1 GPU test failed (gather, pathwise, sample, score, td, update)",
+            "1 GPU test failed (categorical, gather, pathwise, sample, score, td, update)",
             set(verdicts.WORDS),
         ),
     ],
@@ -137,7 +137,7 @@ def test_what_is_missing_is_no_success():
     assert statuses(result)[2:] == ["not measured", "incomplete"]
 
 
-@pytest.mark.parametrize("op", ["sample", "pathwise", "score", "td", "gather"])
+@pytest.mark.parametrize("op", ["sample", "pathwise", "score", "td", "categorical", "gather"])
 def test_operations_run_and_move_bytes(op):
     case = next(case for case in CASES if case.op == op and case.B == 256)
     operation = build(case, "reference", torch.device("cpu"))

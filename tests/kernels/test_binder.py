@@ -28,6 +28,9 @@ SETTINGS = [
     {"estimator": "score", "baseline": "value", "actor_every": 4},
     {"estimator": "score", "baseline": "constant", "num_action_samples": 2},
     {"estimator": "score", "baseline": "none", "batch_size": 5000},
+    {"n_step": 3, "normalize_obs": True, "normalize_reward": True, "layer_norm": True, "lr_schedule": "linear"},
+    {"critic": "categorical", "v_min": -20.0, "v_max": 20.0, "max_grad_norm": 1.0, "optimizer": "adamw"},
+    {"critic": "categorical", "v_min": 0.0, "v_max": 1.0, "critic_reduction": "mean", "n_step": 2, "num_atoms": 51},
 ]
 #: observations, actions, environments: HalfCheetah, and all the ones that there are
 SIZES = [(17, 6, 16), (1, 1, 1)]
@@ -112,7 +115,8 @@ def test_nothing_is_compiled_while_a_graph_is_recorded(
     loss = "pathwise_loss" if settings.get("estimator", "pathwise") == "pathwise" else "score_function_loss"
     for number in range(3):
         kernels = {kernel for kernel, _ in found[f"{GRAPH}updates {number}"]}
-        assert kernels >= {f"_{op}_fwd_kernel" for op in (loss, "squashed_gaussian", "td_loss", "replay_gather")}
+        critics = "categorical_loss" if "critic" in settings else "td_loss"
+        assert kernels >= {f"_{op}_fwd_kernel" for op in (loss, "squashed_gaussian", critics, "replay_gather")}
         assert len(found[f"{GRAPH}acting {number}"]) == 1
     assert late == {}
 
