@@ -24,6 +24,7 @@ README = Path("README.md")
 KERNELS_README = Path("kernels/README.md")
 PERFORMANCE = Path("docs/performance.md")
 RELIABILITY = Path("docs/reliability.md")
+GUIDE = Path("docs/guide.md")
 RESULTS = Path("benchmarks/results")
 PEERS = {
     "sb3": "Stable-Baselines3",
@@ -43,9 +44,9 @@ def read(name: str) -> dict[str, Any]:
     return result
 
 
-def learning_table(*suites: str) -> str:
+def learning_table(*suites: str, what: str = "estimator") -> str:
     """Return one row per suite and variant: the final return's mean over seeds, and its range."""
-    lines = ["| task | steps | estimator | seeds | mean return | lowest | highest |", "|---|---|---|---|---|---|---|"]
+    lines = [f"| task | steps | {what} | seeds | mean return | lowest | highest |", "|---|---|---|---|---|---|---|"]
     for suite in suites:
         result = read(f"learning_{suite}.json")
         words = result["train"].split()
@@ -199,6 +200,7 @@ PAGES = {
     KERNELS_README: KERNELS_TABLES,
     PERFORMANCE: PERFORMANCE_TABLES,
     RELIABILITY: RELIABILITY_TABLES,
+    GUIDE: {"presets": lambda: learning_table("presets_halfcheetah", "presets_humanoid", what="preset")},
 }
 
 
