@@ -98,21 +98,19 @@ class Normalizer:
         self._refresh()
 
     @torch.no_grad()
-    def add(self, next_obs: Tensor, reward: Tensor, done: Tensor, valid: Tensor) -> None:
+    def add(self, next_obs: Tensor, reward: Tensor, valid: Tensor) -> None:
         """Take one step of all environments; nothing waits for the device.
 
         Args:
             next_obs: [N, O].
             reward: [N].
-            done: [N], terminated or truncated.
-            valid: [N]: False where the environment was reset instead of stepped.
+            valid: [N]: False where the environment was reset instead of stepped; its return begins at 0 again.
         """
         if self._obs is not None:
             self._obs.add(next_obs)
         if self._return is not None:
             self._returns.mul_(self.gamma).add_(reward).mul_(valid)
             self._return.add(self._returns[:, None], valid[:, None])
-            self._returns.mul_(~done)
         self._refresh()
 
     def _refresh(self) -> None:

@@ -155,8 +155,7 @@ class Rollout:
         progress.warm_up_left -= warming_up
         progress.updates_due += self._utd() * (new_steps - warming_up)
         if self.normalizer is not None and self.normalizer.active:
-            outcome = [step.reward, step.terminated | step.truncated, step.valid]
-            self.normalizer.add(next_obs, *to_device(outcome, self.device))
+            self.normalizer.add(next_obs, *to_device([step.reward, step.valid], self.device))
         return next_obs
 
     def _utd(self) -> float:

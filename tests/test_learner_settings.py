@@ -210,9 +210,9 @@ def test_an_update_takes_normalised_numbers(kind: type[Learner]) -> None:
     sizes = {"hidden_sizes": HIDDEN, "batch_size": B, "num_envs": 4, "precision": "fp32"}
     settings = {"normalize_obs": True, "normalize_reward": True, "reward_scale": 0.25}
     learner, plain = (kind(Config(**sizes, **RATES, **each), O, A, seed=3) for each in (settings, {}))
-    yes, no = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
+    yes = torch.ones(4, dtype=torch.bool)
     for _ in range(9):
-        learner.normalizer.add(torch.randn(4, O) * 3.0 + 1.0, torch.randn(4), no, yes)
+        learner.normalizer.add(torch.randn(4, O) * 3.0 + 1.0, torch.randn(4), yes)
     moments = learner.normalizer.state()
     mean, deviation = moments["obs_mean"].float(), (moments["obs_var"] + 1e-8).sqrt()
     data = Fixed()

@@ -37,8 +37,8 @@ class Played:
     def show(self, normalizer, begin=True, part=slice(None)):
         if begin:
             normalizer.begin(torch.from_numpy(self.first))
-        for step in self.steps[part]:
-            normalizer.add(*map(torch.from_numpy, step))
+        for obs, reward, _, valid in self.steps[part]:
+            normalizer.add(*map(torch.from_numpy, (obs, reward, valid)))
 
     def observations(self):
         return np.concatenate([self.first, *(step[0] for step in self.steps)]).astype(np.float64)
@@ -161,5 +161,5 @@ def test_a_step_in_which_all_are_reset_brings_no_return():
     Played(3).show(normalizer)
     before = normalizer.state()["return_var"].clone()
     none = torch.zeros(N, dtype=torch.bool)
-    normalizer.add(torch.randn(N, O), torch.zeros(N), none, none)
+    normalizer.add(torch.randn(N, O), torch.zeros(N), none)
     assert torch.equal(normalizer.state()["return_var"], before)

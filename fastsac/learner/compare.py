@@ -199,7 +199,7 @@ def _show_some(normalizer: Normalizer, obs_size: int, num_envs: int) -> None:
     rng = np.random.default_rng(SEED)
     for _ in range(3):
         obs, reward = rng.normal(0.5, 2.0, (num_envs, obs_size)), rng.normal(0.5, 2.0, num_envs)
-        step = (obs.astype(np.float32), reward.astype(np.float32), np.zeros(num_envs, bool), np.ones(num_envs, bool))
+        step = obs.astype(np.float32), reward.astype(np.float32), np.ones(num_envs, bool)
         normalizer.add(*to_device(step, normalizer.device))
 
 
