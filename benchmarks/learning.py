@@ -63,6 +63,11 @@ SUITES = {
     "hopper": Suite("--env-id Hopper-v5 --total-steps 200000 --eval-every 5000", {"pathwise": PATHWISE}, 1),
     "walker": Suite("--env-id WalkerWalk-v1 --total-steps 50000 --eval-every 5000", {"pathwise": PATHWISE}, 1),
     "presets_humanoid": Suite(
+        "--env-id HumanoidStand-v1 --total-steps 150000 --eval-every 10000",
+        {"sac": "--preset sac", "sac-large, smaller": f"--preset sac-large {SMALLER}"},
+        3,
+    ),
+    "presets_humanoid_longer": Suite(
         "--env-id HumanoidStand-v1 --total-steps 300000 --eval-every 20000",
         {"sac": "--preset sac", "sac-large, smaller": f"--preset sac-large {SMALLER} --v-min -5 --v-max 35"},
         3,

@@ -148,8 +148,9 @@ class Config:
             if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
                 raise UsageError(f"{_flag(name)} must be a whole number of at least {least}, got {value}")
             object.__setattr__(self, name, int(value))
-        if self.num_threads > 1024:  # starting a million of them crashes the process
-            raise UsageError(f"--num-threads must be at most 1024, got {self.num_threads}")
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise UsageError(f"{_flag(name)} must be at most {most}, got {getattr(self, name)}")
         for name, (low, high, meaning) in _REALS.items():
             value = getattr(self, name)
             if (value == "auto" and name in _AUTOMATIC) or (value is None and name in _OPTIONAL):
@@ -240,6 +241,8 @@ _INTEGERS = {
     "log_every": 1,
     "checkpoint_every": 0,
 }
+#: starting a million threads crashes the process; a batch takes as many operations as there are steps
+_MOST = {"num_threads": 1024, "n_step": 1000, "num_atoms": 4096}
 _FLAGS = ("checkpoint_replay", "normalize_obs", "normalize_reward", "layer_norm")
 #: the numbers that may be left out
 _OPTIONAL = (
