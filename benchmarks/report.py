@@ -195,12 +195,13 @@ RELIABILITY_TABLES: dict[str, Callable[[], str]] = {
     "faults": faults_table,
     "flips": flips_text,
 }
+PRESET_SUITES = ("presets_halfcheetah", "presets_humanoid", "presets_humanoid_longer")
 PAGES = {
     README: TABLES,
     KERNELS_README: KERNELS_TABLES,
     PERFORMANCE: PERFORMANCE_TABLES,
     RELIABILITY: RELIABILITY_TABLES,
-    GUIDE: {"presets": lambda: learning_table("presets_halfcheetah", "presets_humanoid", what="preset")},
+    GUIDE: {"presets": lambda: learning_table(*PRESET_SUITES, what="preset")},
 }
 
 

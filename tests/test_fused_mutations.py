@@ -63,7 +63,7 @@ MUTATIONS = [
     ("learner.stack", "+ first_row * tensor.stride(1)", "+ 0 * tensor.stride(1)"),
     ("learner.stack", "        keeps_input=True,\n", ""),
     ("learner.stack", "1.0, 1.0, 1.0, True, h", "1.0, 1.0, 1.0, False, h"),
-    ("learner.flat", "beta2=0.999", "beta2=0.99"),
+    ("learner.flat", "beta2=beta2", "beta2=beta1"),
     ("learner.flat", "self.step += 1.0", "self.step += 2.0"),
     ("learner.fused", "2.0 / len(target)", "1.0 / len(target)"),
     ("learner.fused", "next_log_prob, value=-1.0", "next_log_prob, value=1.0"),
