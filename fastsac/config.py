@@ -202,6 +202,8 @@ class Config:
             for name, value in given.items():
                 if value is not None:
                     raise UsageError(f"{_flag(name)} needs --critic categorical")
+            if self.num_atoms != Config.num_atoms:
+                raise UsageError("--num-atoms needs --critic categorical")
             return
         if self.v_min is None or self.v_max is None:
             raise UsageError("--critic categorical needs --v-min and --v-max, between which all discounted returns lie")

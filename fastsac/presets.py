@@ -40,7 +40,7 @@ class Preset(NamedTuple):
         """
         if self.env_ids and env_id is not None and env_id not in self.env_ids:
             other = "`auto` takes what there is for an environment"
-            raise UsageError(f"preset {self.name} is for {' and '.join(self.env_ids)}, not for {env_id}; {other}")
+            raise UsageError(f"preset {self.name} is not for {env_id}, but for {', '.join(self.env_ids)}; {other}")
         if env_id is None:
             env_id = self.env_ids[0] if self.env_ids else Config.env_id
         return Config(**{"env_id": env_id, **without_unused(self.settings, settings), **settings})

@@ -207,6 +207,9 @@ def mine(tmp_path, monkeypatch):
                 def on_step(self, agent):
                     return agent.steps % 50 != 0
 
+            class Also(Stop):
+                pass
+
             class Wrong(Callback):
                 def on_checkpoint(self, agent, path):
                     raise ValueError("no such place")
@@ -229,13 +232,14 @@ def mine(tmp_path, monkeypatch):
 
 def test_the_command_line_takes_callbacks(mine, capsys):
     settings = [*TINY, "--total-steps", 200, "--checkpoint-every", 80, "--eval-every", 0]
-    assert run("train", *settings, "--run-dir", "run", "--callback", f"{mine}:Stop") == 0
-    assert "Stop.on_step ends training at step 50" in capsys.readouterr().err
+    both = ["--callback", f"{mine}:Stop", "--callback", f"{mine}:Also"]
+    assert run("train", *settings, "--run-dir", "run", *both) == 0
+    assert "\nStop.on_step ends training at step 50" in capsys.readouterr().err
     assert run("train", "--resume", "run", "--callback", f"{mine}:Stop", f"--callback={mine}:Wrong") == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
         r"fastsac: callback Wrong.on_checkpoint failed at step (8\d|9\d|100): ValueError: no such place "
-        r"\(callbacks_of_mine.py, line 10\)",
+        r"\(callbacks_of_mine.py, line 13\)",
         last,
     )
     assert run("train", "--resume", "run") == 0

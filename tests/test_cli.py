@@ -175,6 +175,7 @@ def test_video_of_a_mujoco_task_from_envpool(tmp_path):
         ("--max-episode-steps 1.5", "--max-episode-steps: it must be None or a whole number, got '1.5'"),
         ("--target-entropy x", "--target-entropy: it must be a number or auto, got 'x'"),
         ("--n-step 1001", "--n-step must be at most 1000, got 1001"),
+        ("--num-atoms 51", "--num-atoms needs --critic categorical"),
         ("--num-atoms 5000 --critic categorical --v-min 0 --v-max 1", "--num-atoms must be at most 4096, got 5000"),
         ("--v-min -20", "--v-min needs --critic categorical"),
         ("--critic categorical --v-min -20 --v-max -3e1", "--v-min must be below --v-max, got -20 and -30"),

@@ -122,7 +122,7 @@ def test_auto_takes_the_tasks_own(invented, caplog):
     [
         (
             "--preset Pendulum --env-id Hop-v5",
-            "preset Pendulum is for Pendulum-v1 and Pendulum-v0, not for Hop-v5",
+            "preset Pendulum is not for Hop-v5, but for Pendulum-v1, Pendulum-v0; `auto` takes",
         ),
         ("--preset pendulum", "unknown preset 'pendulum'; did you mean Pendulum?"),
         ("--preset zzz", "unknown preset 'zzz': `fastsac presets` lists them"),
