@@ -35,8 +35,7 @@ def exact(**changes):
     "changes",
     [
         {},
-        {"estimator": "score", "engine": "reference", "env_id": "HalfCheetah-v5", **LONG},
-        {"engine": "reference", "actor_every": 3, "utd": 0.3},
+        {"estimator": "score", "engine": "reference", "actor_every": 3, "utd": 0.3},
         {"env_id": "HalfCheetah-v5", **LONG},
         {"env_id": "Hopper-v5", "precision": "bf16", "hidden_sizes": (64, 64), "utd": 0.5},
         {"env_id": "WalkerWalk-v1", "estimator": "score", "baseline": "value", **LONG},
@@ -50,7 +49,7 @@ def exact(**changes):
         {
             **{"critic": "categorical", "v_min": -50.0, "v_max": 10.0, "critic_reduction": "mean", "layer_norm": True},
             **{"optimizer": "adamw", "adam_betas": (0.9, 0.95), "max_grad_norm": 1.0, "initial_alpha": 0.1},
-            **{"utd": 1.0, "utd_end": 0.1, "n_step": 2, "normalize_obs": True},
+            **{"utd": 0.4, "utd_end": 0.1, "n_step": 2, "normalize_obs": True},
         },
         {"utd": 0.05, "log_every": 4, "actor_every": 2},  # lines repeat what was measured before the cut
     ],

@@ -39,7 +39,17 @@ def _gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"estimator": "score", "actor_every": 3}, {"estimator": "score", "baseline": "value"}, {"alpha": 0.0}],
+    [
+        {},
+        {"estimator": "score", "actor_every": 3},
+        {"estimator": "score", "baseline": "value"},
+        {"alpha": 0.0},
+        {
+            **{"critic": "categorical", "v_min": -20.0, "v_max": 20.0, "critic_reduction": "mean", "layer_norm": True},
+            **{"num_atoms": 7, "n_step": 3, "normalize_obs": True, "normalize_reward": True, "optimizer": "adamw"},
+            **{"batch_size": 3},  # interpreted, each row takes its time
+        },
+    ],
     ids=str,
 )
 def test_the_graphed_engine_passes(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +185,7 @@ def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
 
 
 PRETEND = "from tests.pretend_cuda import pretended\nfrom fastsac.learner.self_check import main\n"
+SHORT = "from fastsac.learner import compare, graphed\ncompare.UPDATES_PER_GRAPH = graphed.UPDATES_PER_GRAPH = 2\n"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +219,7 @@ def test_a_child_that_fails_counts_as_a_difference(code: str, problem: str, monk
 def test_the_check_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = "from fastsac.learner import reference\nold = reference.td_loss\n"
     wrong += "reference.td_loss = lambda *a: old(*a) * (1.001 if a[-1] == 'triton' else 1.0)\n"
-    child(monkeypatch, f"{PRETEND}{wrong}with pretended(): main()")
+    child(monkeypatch, f"{PRETEND}{SHORT}{wrong}with pretended(): main()")
     found = self_check.verdict(Config(**SMALL), 5, 3, "graphed")
     assert "is off by" in found.problem
     assert "where" in found.problem

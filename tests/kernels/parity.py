@@ -167,7 +167,7 @@ def td(
 
 def categorical(
     critics: int = 2,
-    batch: int = 33,
+    batch: int = 9,
     size: int = 7,
     alpha: Any = 0.37,
     flag: torch.dtype = torch.bool,
@@ -224,7 +224,7 @@ SUMS = ("pathwise", "td", "td_discounts")
 
 def rows(op: str, batch: int) -> int:
     """The batch size of a test. The categorical loss has a program for every row, and interpreted ones are slow."""
-    return min(batch, 24) if op in CATEGORICAL and not torch.cuda.is_available() else batch
+    return min(batch, 9) if op in CATEGORICAL and not torch.cuda.is_available() else batch
 
 
 def check(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> None:

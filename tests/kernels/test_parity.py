@@ -86,7 +86,7 @@ def test_td_loss(critics: int, batch: int, flag: torch.dtype, discounts: bool, d
 
 
 @every_device
-@pytest.mark.parametrize(("critics", "batch", "atoms"), [(1, 1, 2), (2, 9, 3), (1, 24, 51), (2, 24, 101), (3, 5, 128)])
+@pytest.mark.parametrize(("critics", "batch", "atoms"), [(1, 1, 2), (2, 9, 3), (1, 9, 51), (2, 9, 101), (3, 5, 128)])
 @pytest.mark.parametrize("target", ["own", "smallest"])
 def test_categorical_loss(critics: int, batch: int, atoms: int, target: str, device: str) -> None:
     for flag, discounts in ((torch.bool, False), (torch.uint8, True)):
