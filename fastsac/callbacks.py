@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastsac.errors import UsageError, did_you_mean
+from fastsac.errors import FastsacError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from fastsac.evaluate import Evaluation
@@ -20,19 +20,21 @@ if TYPE_CHECKING:
 class Callback:
     """What `SAC.learn(callback=...)` calls while it trains; override what you need.
 
-    Returning False ends training; anything else, None above all, lets it go on. Training ends as with `target_return`:
-    the step is finished, the other callbacks are called, a last checkpoint is written if there is a run directory, and
-    `learn` returns. A later `learn`, or `--resume`, goes on.
+    Returning False ends training; anything else, None in particular, lets it go on. Training ends as with
+    `target_return`: the step is finished, the other callbacks are called, a last checkpoint is written if there is a
+    run directory, and `learn` returns. A later `learn`, or `--resume`, goes on.
 
-    A callback may read all that is public, above all `agent.steps`, `agent.updates`, `agent.metrics`, `agent.actor`,
+    A callback may read all that is public, notably `agent.steps`, `agent.updates`, `agent.metrics`, `agent.actor`,
     `agent.replay`, `agent.config` and `agent.last_evaluation`. It may call `agent.evaluate`, `agent.predict` and
     `agent.save`, the latter with another directory than the run's own. It must not call `agent.learn`, or write to
-    the learner or the replay. What it keeps itself is not in checkpoints. With --step-timeout, its time counts as time
-    without a step.
+    the learner or the replay. `agent.replay.sample` and `agent.predict(obs, deterministic=False)` draw from the run's
+    own random numbers: the run goes on as well as before, but is no longer bit for bit the run without the callback.
+
+    What a callback keeps itself is not in checkpoints. With --step-timeout, its time counts as time without a step.
 
     If a callback raises an exception, training ends without a further checkpoint, and `learn` raises a UsageError that
-    names the callback. Checkpoints written before stay. A run directory that holds none yet can be resumed, too: from
-    the beginning. If the same agent learns on, it begins new episodes.
+    names the callback. Earlier checkpoints are kept. A run directory without one can be resumed from the beginning. If
+    `learn` is called again on the same agent, it begins new episodes.
 
     Early stopping, and metrics and checkpoints that go somewhere else, too::
 
@@ -60,7 +62,7 @@ class Callback:
                 shutil.copytree(path, f"kept-{path.name}")
 
 
-        agent = SAC(Config(env_id="Pendulum-v1", total_steps=10_000))
+        agent = SAC(Config(env_id="Pendulum-v1", total_steps=20_000, eval_every=1000, checkpoint_every=5000))
         agent.learn(run_dir="runs/pendulum", callback=[StopWithoutProgress(), CopyElsewhere()])
     """
 
@@ -88,10 +90,10 @@ class Hooks:
         """Take one callback or several.
 
         Raises:
-            UsageError: if one of them is none.
+            UsageError: if one of them is not a Callback.
         """
         self._agent = agent
-        self._callbacks = [callback] if not isinstance(callback, list | tuple) else callback
+        self._callbacks = list(callback) if isinstance(callback, Sequence) else [callback]
         for each in self._callbacks:
             if not isinstance(each, Callback):
                 raise UsageError(f"a callback must be an object of a subclass of fastsac.Callback, got {each!r}")
@@ -102,11 +104,14 @@ class Hooks:
 
         Raises:
             UsageError: if one of them raises an exception.
+            FastsacError: if the agent does, when a callback calls it.
         """
         for callback in self._callbacks:
             name = f"{type(callback).__name__}.{hook}"
             try:
                 answer = getattr(callback, hook)(self._agent, *arguments)
+            except FastsacError:  # of the agent's own methods: an environment that fails may be restarted
+                raise
             except Exception as error:
                 raise UsageError(f"callback {name} failed at step {self._agent.steps:,}: {_told(error)}") from error
             if isinstance(answer, bool | np.bool_) and not answer:  # comparisons with NumPy return np.False_
@@ -124,7 +129,7 @@ def make_callback(place: str) -> Callback:
     """Import `module:Class` and make an object of it, without arguments.
 
     Raises:
-        UsageError: if that cannot be done, or it is no callback.
+        UsageError: if that cannot be done, or it is not a Callback.
     """
     module, _, name = place.partition(":")
     if not module or not name:

@@ -123,13 +123,15 @@ def _train_here(command: Train, heartbeat: Heartbeat) -> None:
     if agent.stopped_by_signal:
         print(f"interrupted at step {agent.steps:,}; go on with: fastsac train --resume {run_dir}")
         return
+    evaluated, returns_by_step = read_metric(run_dir, "eval_return")
     if agent.last_evaluation is not None:
         returns = agent.last_evaluation.returns
+        earlier = f" at step {evaluated[-1]:,}; training ended" if evaluated and evaluated[-1] < agent.steps else ""
         print(
-            f"evaluation return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes "
+            f"evaluation return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes{earlier} "
             f"after {agent.steps:,} steps and {agent.time_s:.0f} s"
         )
-    curves = {config.estimator: [read_metric(run_dir, "eval_return")]}
+    curves = {config.estimator: [(evaluated, returns_by_step)]}
     try:
         curve = plot_curves(curves, run_dir / "learning_curve.png", config.env_id, "evaluation return")
     except OSError as error:

@@ -146,6 +146,18 @@ class _Async(_Gymnasium):
         with self._naming_the_dead():
             return super().reset(seeds)
 
+    def streams(self) -> list[Any]:
+        with self._naming_the_dead():
+            return super().streams()
+
+    def rewind(self, resets: NDArray[np.int64], streams: list[Any]) -> Any:
+        with self._naming_the_dead():
+            return super().rewind(resets, streams)
+
+    def step_some(self, indices: NDArray[np.int64], action: Floats) -> Any:
+        with self._naming_the_dead():
+            return super().step_some(indices, action)
+
     def send(self, action: Floats) -> None:
         with self._naming_the_dead():
             self._envs.step_async(action.astype(self._envs.action_space.dtype))

@@ -73,12 +73,13 @@ class VectorEnv:
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs beside the episodes under way, for JSON."""
-        return {
-            "backend": self.backend_name,
-            "resets": self._resets.tolist(),
-            "elapsed": self._elapsed.tolist(),
-            "streams": self._backend.streams(),
-        }
+        with self._naming_the_environment():
+            return {
+                "backend": self.backend_name,
+                "resets": self._resets.tolist(),
+                "elapsed": self._elapsed.tolist(),
+                "streams": self._backend.streams(),
+            }
 
     def restore(self, state: Mapping[str, Any], episodes: Sequence[Episode], most_resets: int) -> str:
         """Bring environments that were just made from the same seed to where `state` was taken.

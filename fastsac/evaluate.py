@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fastsac.env_backends import EnvSpec
 from fastsac.envs import VectorEnv, make_envs
 from fastsac.errors import FastsacError, UsageError
-from fastsac.spaces import Floats
+from fastsac.spaces import Floats, Spaces
 
 LONGEST_EPISODE = 100_000  # steps
 #: obs [N, O] -> action [N, A] in [-1, 1]
@@ -122,9 +122,9 @@ def record_video(policy: Policy, envs: VectorEnv, path: Path) -> Evaluation:
 class Evaluator:
     """Plays with a policy on environments of its own, which it keeps."""
 
-    def __init__(self, spec: EnvSpec) -> None:
-        """Make nothing yet."""
-        self._spec, self._made_for = spec, 0
+    def __init__(self, spec: EnvSpec, spaces: Spaces) -> None:
+        """Make nothing yet; `spaces` are those that the policy is for."""
+        self._spec, self._spaces, self._made_for = spec, spaces, 0
         self._envs: VectorEnv | None = None
 
     def evaluate(
@@ -133,7 +133,7 @@ class Evaluator:
         """Play episodes that depend on the policy and the seed only; see the function `evaluate`.
 
         Raises:
-            UsageError: for less than one episode.
+            UsageError: for less than one episode, or if the environments do not fit the policy.
         """
         if episodes < 1:
             raise UsageError(f"an evaluation needs at least 1 episode, got {episodes}")
@@ -142,16 +142,35 @@ class Evaluator:
             return evaluate(policy, self._envs, episodes, should_stop, seed)
         self.close()
         self._made_for = num_envs  # environments from Python have their own number
-        self._envs = make_envs(self._spec, num_envs, seed)
+        self._envs = self._make(num_envs, seed)
         return evaluate(policy, self._envs, episodes, should_stop)
 
     def record_video(self, policy: Policy, path: Path, seed: int) -> None:
         """Play one episode and write it; see the function `record_video`."""
-        envs = make_envs(self._spec, 1, seed, render=True)
+        envs = self._make(1, seed, render=True)
         try:
             record_video(policy, envs, path)
         finally:
             envs.close()
+
+    def refuse_misfits(self) -> None:
+        """Raise UsageError unless the environments can be made and fit the policy."""
+        self._make(1, 0).close()
+
+    def _make(self, num_envs: int, seed: int, render: bool = False) -> VectorEnv:
+        if self._spec.backend == "python" and self._spec.own is None:
+            raise UsageError(
+                f"the environments {self._spec.env_id} come from Python, and none were handed over for evaluations: "
+                "SAC(config, envs=..., eval_envs=...), or SAC.load(run_dir, envs=..., eval_envs=...)"
+            )
+        envs = make_envs(self._spec, num_envs, seed, render)
+        if not self._spaces.same_as(envs.spaces):
+            envs.close()
+            raise UsageError(
+                f"the environments for evaluations have other observations or actions than {self._spec.env_id} had, "
+                "which this agent is trained with"
+            )
+        return envs
 
     def close(self) -> None:
         """Give the environments' resources back."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,10 +84,20 @@ def _place(name: str, module: object) -> torch.device:
 
 def _shapes(name: str, module: nn.Module, *inputs: Tensor) -> list[Any]:
     try:
-        with torch.no_grad():
-            output = module(*inputs)
+        outputs = _outputs(module, inputs)
+        copies = [_outputs(copy.deepcopy(module), inputs, seed) for seed in range(2)]
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"the {name} failed for inputs {[list(each.shape) for each in inputs]}: {what}") from error
-    outputs = output if isinstance(output, tuple | list) else [output]
+    for one, other in zip(*copies, strict=True):
+        if isinstance(one, Tensor) and not torch.equal(one, other):
+            raise UsageError(f"the {name} gives other outputs for the same inputs: leave dropout out, or call eval()")
     return [list(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in outputs]
+
+
+def _outputs(module: nn.Module, inputs: Sequence[Tensor], seed: int = 0) -> Sequence[Any]:
+    """Call the module; with another seed, other random numbers are drawn if it draws any."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        output = module(*inputs)
+    return output if isinstance(output, tuple | list) else [output]

@@ -171,11 +171,17 @@ class Rollout:
 
     def close(self) -> None:
         """Give the environments' resources back; they are made anew, and brought to the same state, if need be."""
-        if self._envs is not None:
-            if self._obs is not None:
-                self.stored_envs, self._obs = self._envs.state(), None
-            self._envs.close()
-            self._envs = None
+        if self._envs is None:
+            return
+        if self._obs is not None:
+            try:
+                stored = self._envs.state()
+            except EnvironmentFailure:  # one has died, and cannot be brought back
+                self.new_episodes()
+                return
+            self.stored_envs, self._obs = stored, None
+        self._envs.close()
+        self._envs = None
 
     def envs_state(self) -> dict[str, Any] | None:
         """Return the environments' state for a checkpoint that holds the replay."""

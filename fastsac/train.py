@@ -91,7 +91,9 @@ class SAC:
         _, self.engine_reason = choose_engine(config, self.device, own)
         precisions(config, self.device, own)
         self._rollout = Rollout(config, spec, self.device, spaces)
-        self._evaluator = Evaluator(spec._replace(own=own_envs.for_evaluation))
+        self._evaluator = Evaluator(spec._replace(own=own_envs.for_evaluation), self.spaces)
+        if eval_envs is not None:
+            self._evaluator.refuse_misfits()
         sizes = self.spaces.obs_size, self.spaces.action_size
         own.refuse_misfits(*sizes, config.num_critics)
         self.setup = set_up_torch(config, self.device, *sizes, own)
@@ -510,6 +512,7 @@ class SAC:
         # before any memory is taken for them
         sizes = spaces.obs_size, spaces.action_size
         networks = OwnNetworks(own["actor"], own["critic"])
+        networks.refuse_misfits(*sizes, config.num_critics)
         refuse_other_networks(config, *sizes, checkpoint.tensor_shapes(path, "learner"), networks)
         choices = precisions(config, resolve_device(config.device), networks)
         if config.precision == "auto" and state["precision"] in choices:  # another measurement could choose another one

@@ -5,12 +5,14 @@ import re
 import textwrap
 import threading
 import time
+from collections import deque
 
 import numpy as np
 import pytest
 import torch
 
 from fastsac import SAC, Callback, UsageError, checkpoint
+from fastsac.errors import EnvironmentFailure
 from fastsac.run_dir import LOCK
 from tests.runs import SMALL, metrics_of, parameters, rows_of
 from tests.test_cli import TINY, run
@@ -87,7 +89,7 @@ def test_each_hook_is_called_when_it_should_be(tmp_path, monkeypatch):
     recorder, alone = Recorder(), SAC(CONFIG)
     alone.learn(run_dir=tmp_path / "alone")
     agent = SAC(CONFIG)
-    agent.learn(run_dir=tmp_path / "run", callback=[recorder, Curious()])
+    agent.learn(run_dir=tmp_path / "run", callback=deque([recorder, Curious()]))
     assert recorder.steps == list(range(4, 201, 4))
     assert recorder.evaluations == [
         (row["step"], row["eval_return"]) for row in rows_of(tmp_path / "run") if "eval_return" in row
@@ -172,7 +174,7 @@ def test_a_callback_that_raises_ends_training(tmp_path, hook, at, step):
     assert agent.steps == step + 20
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), EnvironmentFailure("it broke")])
 def test_what_is_no_error_of_the_callback_passes_through(tmp_path, error):
     with pytest.raises(type(error)):
         SAC(CONFIG).learn(run_dir=tmp_path / "run", callback=Recorder("on_step", error))
@@ -189,7 +191,7 @@ def test_what_is_no_callback_is_refused_before_anything_is_written(tmp_path, wro
 def test_the_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"too::\n\n(.*)", Callback.__doc__, flags=re.DOTALL)
-    exec(textwrap.dedent(example).replace("total_steps=10_000", "total_steps=2_000"), {})
+    exec(textwrap.dedent(example).replace("total_steps=20_000", "total_steps=2_000"), {})
     steps = [int(line.split(",")[0]) for line in (tmp_path / "losses.csv").read_text().splitlines()]
     assert [step // 1000 for step in steps] == [2]  # at step 1000 no update has been made yet
     assert checkpoint.problem(*tmp_path.glob("kept-step-*")) == ""
@@ -233,8 +235,11 @@ def mine(tmp_path, monkeypatch):
 def test_the_command_line_takes_callbacks(mine, capsys):
     settings = [*TINY, "--total-steps", 200, "--checkpoint-every", 80, "--eval-every", 0]
     both = ["--callback", f"{mine}:Stop", "--callback", f"{mine}:Also"]
-    assert run("train", *settings, "--run-dir", "run", *both) == 0
-    assert "\nStop.on_step ends training at step 50" in capsys.readouterr().err
+    assert run("train", *settings, "--run-dir", "run", *both, "--eval-every", 30, "--eval-episodes", 1) == 0
+    told = capsys.readouterr()
+    assert "\nStop.on_step ends training at step 50" in told.err
+    line = r"evaluation return -\d+\.\d \+- 0\.0 over 1 episodes at step 30; training ended after 50 steps"
+    assert re.match(line, told.out)
     assert run("train", "--resume", "run", "--callback", f"{mine}:Stop", f"--callback={mine}:Wrong") == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(

@@ -20,6 +20,7 @@ from fastsac import SAC, Config, FastsacError, UsageError
 from fastsac.env_backends import EnvSpec
 from fastsac.env_gymnasium import _Async
 from fastsac.envs import environment_seeds, make_envs
+from fastsac.errors import EnvironmentFailure
 from tests.faulty import Faulty
 from tests.runs import SMALL, state_of, stopped_at
 from tests.test_cli import TINY, run
@@ -292,6 +293,20 @@ def test_a_process_that_dies_while_it_steps_is_named(processes, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_process_that_dies_before_a_checkpoint_is_named(tmp_path, capsys):
+    agent = SAC(dataclasses.replace(CONFIG, env_id=FAULTY, env_backend="gymnasium-async", num_envs=2))
+    agent.learn(40)
+    first, _ = agent.envs._backend._envs.processes
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    with pytest.raises(EnvironmentFailure, match="the process of environment 0 has ended with status -9"):
+        agent.save(tmp_path / "run")
+    agent.close()
+    agent.learn(60)  # in new episodes
+    agent.close()
+    assert capsys.readouterr().err == ""
+
+
 def test_closing_does_not_wait_for_a_process_that_hangs(processes, monkeypatch):
     monkeypatch.setattr("fastsac.env_gymnasium.PATIENCE", 0.2)
     envs, (first, _) = processes
@@ -427,6 +442,9 @@ def test_a_stored_run_plays_and_evaluates_with_environments_given_to_it(tmp_path
     agent.learn(run_dir=tmp_path)
     loaded = SAC.load(tmp_path)
     assert loaded.predict(np.zeros(2, np.float32)).shape == (1,)
+    alone = SAC(CONFIG, envs=Faulty())
+    with pytest.raises(UsageError, match="none were handed over for evaluations"):
+        alone.evaluate(1)
     for ask in (lambda: loaded.evaluate(1), lambda: loaded.learn(300), lambda: SAC(loaded.config)):
         with pytest.raises(UsageError, match="the environments Faulty come from Python, and none were handed over"):
             ask()
@@ -481,6 +499,7 @@ def test_a_vector_environment_in_processes_of_its_own():
         ({"envs": lambda: 1 / 0}, "could not be made: ZeroDivisionError: division by zero"),
         ({"eval_envs": Faulty}, "eval_envs go with envs"),
         ({"envs": Faulty, "eval_envs": 3}, "envs must be a gymnasium.Env"),
+        ({"envs": Faulty, "eval_envs": Arm}, "for evaluations have other observations or actions than Faulty had"),
         ({"envs": Faulty()}, "evaluations would disturb the episodes under way"),
         ({"envs": SyncVectorEnv([Faulty], autoreset_mode=AutoresetMode.SAME_STEP), "eval_envs": Faulty}, "NEXT_STEP"),
         ({"envs": lambda: gymnasium.make("CartPole-v1")}, "has a Discrete action space"),

@@ -21,11 +21,19 @@ class MyActor(nn.Module):
     def __init__(self, obs_size=3, action_size=1):
         super().__init__()
         self.Body = nn.Linear(obs_size, 16)  # a capital in its name
-        self.mean, self.log_std = (nn.Linear(16, action_size) for _ in range(2))
+        self.heads = nn.ModuleDict({name: nn.Linear(16, action_size) for name in ("the-mean", "log std")})
 
     def forward(self, obs):
         x = torch.relu(self.Body(obs))
-        return self.mean(x), self.log_std(x).clamp(-5, 2)
+        return self.heads["the-mean"](x), self.heads["log std"](x).clamp(-5, 2)
+
+
+class Forgetful(MyActor):
+    """Draws random numbers by a function, where no module shows it."""
+
+    def forward(self, obs):
+        mean, log_std = super().forward(obs)
+        return nn.functional.dropout(mean, training=self.training), log_std
 
 
 class MyCritic(nn.Module):
@@ -87,6 +95,14 @@ def test_they_are_trained_saved_and_loaded(tmp_path):
         SAC.load(tmp_path / "run")
     with pytest.raises(UsageError, match="do not fit this configuration"):
         SAC.load(tmp_path / "run", actor=MyActor())
+    with pytest.raises(UsageError, match=r"the critic must be a torch\.nn\.Module, got <class"):
+        SAC.load(tmp_path / "run", actor=MyActor(), critic=MyCritic)
+
+
+def test_trying_them_draws_none_of_the_programs_random_numbers():
+    actor, before = Forgetful().eval(), torch.random.get_rng_state()
+    SAC(CONFIG, actor=actor)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_one_of_them_alone():
@@ -111,6 +127,7 @@ def test_one_of_them_alone():
         ({"actor": nn.Identity()}, {}, "the actor has no parameters to train"),
         ({"actor": MyActor().double()}, {}, r"parameters must be float32, got torch\.float64"),
         ({"actor": nn.Sequential(nn.BatchNorm1d(3), MyActor())}, {}, "the actor has a BatchNorm1d in training mode"),
+        ({"actor": Forgetful()}, {}, "the actor gives other outputs for the same inputs"),
         ({"critic": MyCritic(num_critics=3)}, {}, r"\[2, 2\] here with --num-critics 2, but gave \[\[3, 2\]\]"),
         (
             {"critic": MyCritic()},

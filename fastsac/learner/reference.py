@@ -35,7 +35,7 @@ OTHER_NETWORKS = (
 #: names of the tensors of any engine's state
 _STORED = re.compile(
     r"(actor|critic|target_critic|value)\.[\w.]+|normalizer\.[a-z_]+|log_alpha|generator|philox"
-    r"|optimizer\.(actor|critic|alpha|value)\.[0-9]{1,3}\.(step|exp_avg|exp_avg_sq)"
+    r"|optimizer\.(actor|critic|alpha|value)\.[0-9]{1,6}\.(step|exp_avg|exp_avg_sq)"
 )
 
 
@@ -291,7 +291,8 @@ class Learner:
         Raises:
             UsageError: if it comes from a learner of another shape or another estimator's networks.
         """
-        if unknown := [name for name in tensors if not _STORED.fullmatch(name)]:
+        ours = {f"{name}.{key}" for name, network in self._networks().items() for key in network.state_dict()}
+        if unknown := [name for name in tensors if name not in ours and not _STORED.fullmatch(name)]:
             raise UsageError(f"the checkpoint holds {unknown[0]!r}, which no learner has")
         try:
             for name, network in self._networks().items():
