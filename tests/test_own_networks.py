@@ -95,8 +95,8 @@ def test_they_are_trained_saved_and_loaded(tmp_path):
         SAC.load(tmp_path / "run")
     with pytest.raises(UsageError, match="do not fit this configuration"):
         SAC.load(tmp_path / "run", actor=MyActor())
-    with pytest.raises(UsageError, match=r"the critic must be a torch\.nn\.Module, got <class"):
-        SAC.load(tmp_path / "run", actor=MyActor(), critic=MyCritic)
+    with pytest.raises(UsageError, match=r"the actor must be a torch\.nn\.Module, got <class"):
+        SAC.load(tmp_path / "run", actor=MyActor, critic=MyCritic())
 
 
 def test_trying_them_draws_none_of_the_programs_random_numbers():
