@@ -97,7 +97,8 @@ class Config:
     num_critics: int = 2
     """Critics (E)."""
     critic_reduction: Literal["min", "mean"] = "min"
-    """Which value of the critics counts, for their targets and for the actor: the smallest, or the mean."""
+    """Which value of the critics counts, for their targets and for the actor: the smallest, or the mean. With `mean`,
+    each categorical critic learns from its own target."""
     critic: Literal["scalar", "categorical"] = "scalar"
     """`categorical` critics learn the distribution of the return over --num-atoms values from --v-min to --v-max."""
     num_atoms: int = 101

@@ -130,7 +130,7 @@ class Normalizer:
         return tensors | ({} if self._return is None else {"returns": self._returns})
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` returned; what is missing begins anew, and what is not used is left out.
+        """Take over what `state` returned; what is missing begins anew.
 
         Raises:
             UsageError: if a tensor does not fit, or is none that moments can be.

@@ -48,6 +48,9 @@ from fastsac.spaces import Floats, Spaces
 from fastsac.stored_state import refuse_other_state
 from fastsac.transfer import to_device, to_host
 
+#: settings that the weights depend on, although their shapes do not
+KEPT = ("activation", "normalize_obs", "normalize_reward", "v_min", "v_max")
+
 
 class SAC:
     """Soft Actor-Critic: an environment, a replay and a learner."""
@@ -514,6 +517,11 @@ class SAC:
         networks = OwnNetworks(own["actor"], own["critic"])
         networks.refuse_misfits(*sizes, config.num_critics)
         refuse_other_networks(config, *sizes, checkpoint.tensor_shapes(path, "learner"), networks)
+        for name in KEPT:
+            old, new = getattr(stored, name), getattr(config, name)
+            if old != new:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} cannot be changed from {old} to {new}: the stored networks depend on it")
         choices = precisions(config, resolve_device(config.device), networks)
         if config.precision == "auto" and state["precision"] in choices:  # another measurement could choose another one
             agent = cls(dataclasses.replace(config, precision=state["precision"]), spaces, **own)

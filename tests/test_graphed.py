@@ -179,6 +179,23 @@ def test_graphs_change_no_bit(settings: dict[str, Any], monkeypatch: pytest.Monk
     assert_equal(tensors_of(graphed), tensors_of(plain))
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_recorded_graphs_follow_the_schedule(schedule: str) -> None:
+    replay, settings = filled(), {"lr_schedule": schedule, "estimator": "score", "baseline": "value"}
+    graphed, plain = (make(**settings) for _ in range(2))
+    plain._forget(replay)
+    plain._warm_ups_left = 10**9
+    for fraction in (0.0, 0.2, 0.9, 1.0):
+        before = {name: parameter.cpu().clone() for name, parameter in graphed.actor.named_parameters()}
+        for learner in (graphed, plain):
+            learner.set_progress(fraction)
+            learner.update(replay, 9)
+        assert_equal(tensors_of(graphed), tensors_of(plain))
+        moved = [not torch.equal(parameter.cpu(), before[name]) for name, parameter in graphed.actor.named_parameters()]
+        assert all(moved) == any(moved) == (fraction < 1.0)
+    assert graphed._graphs
+
+
 @few_settings
 def test_the_seed_decides_every_bit(settings: dict[str, Any]) -> None:
     results = []

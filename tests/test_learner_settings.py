@@ -184,6 +184,7 @@ def test_updates_equal_the_textbook(kind: type[Learner], settings: dict[str, Any
             kind(config, O, A)
         return
     learner = kind(config, O, A, seed=7)
+    assert learner.alpha.item() == pytest.approx(settings.get("initial_alpha", 1.0), rel=1e-6)
     book = Book(learner, seed=7)
     for step in range(5):
         if config.lr_schedule != "constant":
@@ -225,8 +226,11 @@ def test_an_update_takes_normalised_numbers(kind: type[Learner]) -> None:
     for name, tensor in plain.state()[0].items():
         torch.testing.assert_close(learner.state()[0][name], tensor, rtol=1e-4, atol=1e-6)
     obs = torch.randn(4, O)
-    acted = [each.act(x, deterministic=True) for each, x in ((learner, obs), (plain, (obs - mean) / deviation.float()))]
-    torch.testing.assert_close(*acted, rtol=1e-4, atol=1e-5)
+    for deterministic in (True, False):
+        for each in (learner, plain):
+            each.generator.manual_seed(5)
+        seen = (learner, obs), (plain, (obs - mean) / deviation.float())
+        torch.testing.assert_close(*(each.act(x, deterministic) for each, x in seen), rtol=1e-4, atol=1e-5)
 
 
 def test_rates_go_down_to_nothing_and_no_further() -> None:

@@ -233,6 +233,29 @@ def test_resuming_with_another_setting(tmp_path, change):
     assert agent.updates > 400
 
 
+CATEGORICAL = {"critic": "categorical", "v_min": -50.0, "v_max": 10.0, "engine": "reference"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "message"),
+    [
+        ({}, {"activation": "tanh"}, "--activation cannot be changed from relu to tanh"),
+        ({}, {"normalize_obs": True}, "--normalize-obs cannot be changed from False to True"),
+        ({"normalize_reward": True}, {"normalize_reward": False}, "--normalize-reward cannot be changed from True to"),
+        (CATEGORICAL, {"v_min": -40.0}, "--v-min cannot be changed from -50.0 to -40.0"),
+        (CATEGORICAL, {"v_max": 20.0}, "--v-max cannot be changed from 10.0 to 20.0"),
+        (CATEGORICAL, {"num_atoms": 51}, "the checkpoint's networks do not fit this configuration"),
+        ({}, CATEGORICAL, "the checkpoint's networks do not fit this configuration"),
+    ],
+    ids=str,
+)
+def test_what_the_stored_networks_depend_on_stays(tmp_path, settings, change, message):
+    config = exact(**settings)
+    SAC(config).save(tmp_path / "run")
+    with pytest.raises(UsageError, match=message):
+        SAC.load(tmp_path / "run", dataclasses.replace(config, **change))
+
+
 def test_precision_is_measured_once_for_a_run(tmp_path, monkeypatch):
     agent = SAC(exact(precision="auto", hidden_sizes=(64, 64)))
     agent.learn(total_steps=202, run_dir=tmp_path / "run")

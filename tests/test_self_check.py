@@ -47,7 +47,7 @@ def _gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         {
             **{"critic": "categorical", "v_min": -20.0, "v_max": 20.0, "critic_reduction": "mean", "layer_norm": True},
             **{"num_atoms": 7, "n_step": 3, "normalize_obs": True, "normalize_reward": True, "optimizer": "adamw"},
-            **{"batch_size": 3},  # interpreted, each row takes its time
+            **{"lr_schedule": "linear", "batch_size": 3},  # interpreted, each row takes its time
         },
     ],
     ids=str,

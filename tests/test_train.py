@@ -35,8 +35,23 @@ def test_updates_per_step_may_go_linearly_from_one_number_to_another():
     agent.learn()
     # four environments, from the end of the warm-up to the last step but one
     assert agent.updates == int(sum(4 * (2.0 - 1.5 * steps / 200) for steps in range(44, 200, 4)))
-    agent.learn(400)
-    assert agent.config.utd_end == 0.5
+    agent.learn(400)  # goes on along the line that leads to the new end
+    due = sum(4 * (2.0 - 1.5 * steps / 200) for steps in range(44, 201, 4))
+    assert agent.updates == int(due + sum(4 * (2.0 - 1.5 * steps / 400) for steps in range(204, 400, 4)))
+
+
+def test_a_run_learns_from_n_step_returns_with_its_own_discount():
+    agent = SAC(small(n_step=3, gamma=0.5, num_envs=2))
+    agent.learn(total_steps=300)  # no episode has ended
+    single, batch = agent.replay.transitions(), agent.replay.sample(2000)
+    assert set(batch.discount.tolist()) == {0.5, 0.25, 0.125}
+    index = torch.cdist(batch.obs, single.obs).argmin(1)
+    assert torch.equal(single.obs[index], batch.obs)
+    for steps in (1, 2, 3):
+        drawn, first = batch.discount == 0.5**steps, index[batch.discount == 0.5**steps]
+        total = sum(0.5**k * single.reward[first + 2 * k] for k in range(steps))  # two environments
+        torch.testing.assert_close(batch.reward[drawn], total)
+        assert torch.equal(batch.next_obs[drawn], single.next_obs[first + 2 * (steps - 1)])
 
 
 def test_learning_rates_go_down_with_the_steps():
@@ -58,6 +73,12 @@ def test_normalisation_sees_each_observation_once_and_none_of_evaluations(engine
     torch.testing.assert_close(state["obs_mean"], seen.mean(0), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(state["obs_var"], seen.var(0, correction=0), rtol=1e-5, atol=1e-6)
     assert replay.transitions().reward.min() < -5.0  # raw
+    discounted, current = [], np.zeros(replay.num_envs)
+    for reward, valid in zip(replay._reward[: replay.newest].numpy(), replay._valid[: replay.newest], strict=True):
+        current = np.where(valid, 0.99 * current + reward, 0.0)
+        discounted.extend(current[valid])
+    assert state["return_mean"].item() == pytest.approx(np.mean(discounted), rel=1e-5)
+    assert state["return_var"].item() == pytest.approx(np.var(discounted), rel=1e-5)
     obs = agent.envs.reset()
     normalised = ((torch.from_numpy(obs) - seen.mean(0)) / seen.std(0, correction=0)).float().clamp(-10.0, 10.0)
     expected = 2.0 * torch.tanh(agent.actor(normalised)[0])

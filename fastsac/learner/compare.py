@@ -133,7 +133,10 @@ def compare(kind: type[Learner], config: Config, obs_size: int, action_size: int
     reference.update(replay, AGE)
     engine.load_state(*reference.state())
     one, many = Errors(), Errors(UPDATES_PER_GRAPH)
-    for number in [1] * SINGLE_UPDATES + [UPDATES_PER_GRAPH] * 3:
+    for turn, number in enumerate([1] * SINGLE_UPDATES + [UPDATES_PER_GRAPH] * 3):
+        if config.lr_schedule != "constant":
+            for learner in (engine, reference, exact):
+                learner.set_progress(turn / 100.0)
         tensors, counters = reference.state()
         exact.load_state(tensors, counters)
         _put(engine, tensors)

@@ -24,7 +24,7 @@ from fastsac_kernels.pathwise_loss import alpha_arguments, constant, scale_op
 from fastsac_kernels.squashed_gaussian import wide
 
 #: numbers in one piece of the projection's weights on a GPU
-_PIECE = 2**24
+_PIECE = 2**23
 
 
 def categorical_loss(
@@ -102,7 +102,8 @@ def categorical_loss(
 def _project(mass: Tensor, place: Tensor) -> Tensor:
     """Return the masses [E, B, M] at these places [B, M] on the atoms, [E, B, M].
 
-    On a GPU a product takes the place of the scatter, which would add in a different order each time.
+    On a GPU a product takes the place of the scatter, which would add in a different order each time. It is in float64,
+    which no setting rounds to TF32.
     """
     place = place.clamp(0.0, mass.shape[2] - 1)
     return _scatter(mass, place) if mass.device.type == "cpu" else _multiply(mass, place)
@@ -121,8 +122,10 @@ def _multiply(mass: Tensor, place: Tensor) -> Tensor:
     atom = torch.arange(atoms, dtype=place.dtype, device=place.device)
     rows = max(1, _PIECE // atoms**2)
     pieces = zip(torch.split(mass.transpose(0, 1), rows), torch.split(place, rows), strict=True)
-    weighted = [torch.bmm(m, (1.0 - (p[:, :, None] - atom).abs_()).clamp_(min=0.0)) for m, p in pieces]
-    return torch.cat(weighted).transpose(0, 1)
+    weighted = [
+        torch.bmm(m.double(), (1.0 - (p[:, :, None] - atom).abs_()).clamp_(min=0.0).double()) for m, p in pieces
+    ]
+    return torch.cat(weighted).to(mass.dtype).transpose(0, 1)
 
 
 @torch.library.custom_op(

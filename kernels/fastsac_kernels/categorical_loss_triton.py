@@ -91,6 +91,7 @@ def _categorical_loss_fwd_kernel(
     BLOCK_J: tl.constexpr,
 ):
     alpha = load_alpha(alpha, ALPHA_IS_TENSOR)
+    stride_logits_m, stride_next_m = tl.cast(stride_logits_m, tl.int64), tl.cast(stride_next_m, tl.int64)
     k = tl.arange(0, BLOCK_M)
     live = k < M
     atom = v_min + width * k.to(tl.float32)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.launches import Interpreted
-from fastsac_kernels import PhiloxState, launch, sample_squashed_gaussian
+from fastsac_kernels import PhiloxState, categorical_loss, launch, sample_squashed_gaussian
 from tests.kernels.parity import (
     BASELINES,
     CASES,
@@ -91,6 +91,18 @@ def test_td_loss(critics: int, batch: int, flag: torch.dtype, discounts: bool, d
 def test_categorical_loss(critics: int, batch: int, atoms: int, target: str, device: str) -> None:
     for flag, discounts in ((torch.bool, False), (torch.uint8, True)):
         check(categorical(critics, batch, atoms, flag=flag, discounts=discounts, target=target), device)
+
+
+@pytest.mark.parametrize("far", ["logits", "next_logits"])
+def test_atoms_may_be_more_than_31_bits_apart(far: str) -> None:
+    case = categorical(1, 1, 3).to(torch.bfloat16, "cpu")
+    case.rest["terminated"] = torch.zeros(1, dtype=torch.bool)
+    case.floats["next_logits"] = case.floats["logits"].flip(2)
+    strided = torch.empty(2**31 + 8, dtype=torch.bfloat16).as_strided((1, 1, 3), (0, 0, 2**30))  # little is touched
+    case.floats[far] = strided.copy_(case.floats[far])
+    arguments = case.floats | case.rest
+    losses = [categorical_loss(**arguments, backend=name)[0] for name in ("triton", "reference")]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
 
 
 @every_device
