@@ -117,6 +117,8 @@ def _train_here(command: Train, heartbeat: Heartbeat) -> None:
     if heartbeat.tries > 1:  # what failed more than once may fail for ever
         agent.new_episodes(heartbeat.tries)
     agent.prepare(_tell)  # before anything is written
+    if command.resume is None and config.total_steps <= config.learning_starts:
+        _tell(f"no update will be made: --learning-starts {config.learning_starts} is not below --total-steps")
     preset = None if command.resume is not None else command.preset
     print(f"fastsac: {_describe(agent, preset)}; run directory {run_dir}", file=sys.stderr)
     agent.learn(config.total_steps, run_dir, progress=True, callback=callbacks or None)

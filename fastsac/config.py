@@ -163,11 +163,13 @@ class Config:
             if getattr(self, name) not in choices:
                 raise UsageError(f"{_flag(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         sizes: object = self.hidden_sizes
-        if not isinstance(sizes, list | tuple) or not sizes or any(not isinstance(s, int) or s < 1 for s in sizes):
+        if not isinstance(sizes, list | tuple) or not sizes or any(not isinstance(s, Integral) or s < 1 for s in sizes):
             raise UsageError(f"--hidden-sizes must be whole numbers of at least 1, got {sizes}")
-        object.__setattr__(self, "hidden_sizes", tuple(sizes))
+        object.__setattr__(self, "hidden_sizes", tuple(map(int, sizes)))
         if self.buffer_size < self.num_envs:
             raise UsageError(f"--buffer-size must be at least --num-envs ({self.num_envs}), got {self.buffer_size}")
+        if self.target_return is not None and not self.eval_every:
+            raise UsageError("--target-return is compared with evaluations, and --eval-every 0 never evaluates")
         self._check_environment()
         self._check_optimizer()
         self._check_critic()

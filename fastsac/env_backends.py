@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -119,10 +120,12 @@ class _EnvPool:
         self.metadata: dict[str, Any] = pool.metadata
 
     def reset(self, seeds: Sequence[int] | None) -> Any:
-        if seeds is not None:  # a pool cannot be seeded again
-            self._pool.close()
-            self._pool = self._make(seeds)
-        return self._pool.reset()[0]
+        with warnings.catch_warnings():  # about float64 bounds cast to float32
+            warnings.simplefilter("ignore")
+            if seeds is not None:  # a pool cannot be seeded again
+                self._pool.close()
+                self._pool = self._make(seeds)
+            return self._pool.reset()[0]
 
     def streams(self) -> None:
         """Their state cannot be had, but follows from the seed and the number of resets."""

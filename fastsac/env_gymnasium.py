@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib
 import signal
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from numbers import Real
 from typing import Any
 
 import gymnasium
@@ -52,7 +55,7 @@ class Resumable(gymnasium.Wrapper):
         generator = _bit_generator(self.env)
         self.stream = None if seed is not None or generator is None else generator.state
         self._is_over = False
-        obs, info = self.env.reset(seed=seed, options=options)
+        obs, info = _parts("reset", "obs, info", self.env.reset(seed=seed, options=options))
         self._spaces.check(obs)
         return obs, info
 
@@ -61,8 +64,11 @@ class Resumable(gymnasium.Wrapper):
         if self._is_over:
             obs, info = self.reset()
             return obs, 0.0, False, False, info
-        obs, reward, terminated, truncated, info = self.env.step(action)
+        outcome = self.env.step(action)
+        obs, reward, terminated, truncated, info = _parts("step", "obs, reward, terminated, truncated, info", outcome)
         self._spaces.check(obs)
+        if not isinstance(reward, Real):
+            reward = _one_number(reward)
         return obs, reward, terminated, truncated, info
 
     def rewind(self, seeds: Sequence[int], streams: Sequence[Any]) -> Any:
@@ -142,6 +148,16 @@ class _Gymnasium:
 class _Async(_Gymnasium):
     """Each environment in a process of its own; they step while the learner updates."""
 
+    def __init__(self, envs: Any, seeds: Sequence[int]) -> None:
+        super().__init__(envs, seeds)
+        # `multiprocessing` waits at the interpreter's end for processes that it has sent SIGTERM, which ours ignore
+        close = weakref.WeakMethod(self.close)
+        atexit.register(lambda: (method := close()) and method())
+
+    def __del__(self) -> None:
+        """End the processes with the last reference."""
+        self.close()
+
     def reset(self, seeds: Sequence[int] | None) -> Any:
         with self._naming_the_dead():
             return super().reset(seeds)
@@ -186,6 +202,9 @@ class _Async(_Gymnasium):
 
     def close(self) -> None:
         """End the processes, by force if they do not end by themselves."""
+        if self._envs.closed:
+            return
+        self._envs.closed = True
         for pipe in self._envs.parent_pipes:
             if pipe is not None:
                 with suppress(OSError):
@@ -195,7 +214,6 @@ class _Async(_Gymnasium):
             process.join(max(0.0, end - time.monotonic()))
             process.kill()
             process.join()
-        self._envs.closed = True
 
 
 class _OwnVector(_Gymnasium):
@@ -305,13 +323,7 @@ def make_own(spec: EnvSpec, num_envs: int, seeds: list[int], render: bool) -> tu
         spaces = read_spaces(env_id, own.single_observation_space, own.single_action_space)
         return spaces, _OwnVector(own, seeds, borrowed=True)
     borrowed = isinstance(own, gymnasium.Env)
-
-    def make() -> Any:
-        env = own if borrowed else own()
-        if not isinstance(env, gymnasium.Env):
-            raise UsageError(f"envs must make a gymnasium.Env, got {env!r}")
-        return env
-
+    make = (lambda: own) if borrowed else own
     makers = [functools.partial(Resumable.of, make, env_id, index) for index in range(num_envs)]
     try:
         envs = SyncVectorEnv(makers)
@@ -327,6 +339,26 @@ def make_own(spec: EnvSpec, num_envs: int, seeds: list[int], render: bool) -> tu
 def _refuse_blind(envs: Any, env_id: str, render: bool) -> None:
     if render and envs.render_mode != "rgb_array":
         raise UsageError(f"{env_id} was made with render_mode {envs.render_mode!r}, and a video needs 'rgb_array'")
+
+
+class Factory:
+    """A user's function that makes an environment, watched: each time it must be a new one."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        """Take the function."""
+        self._make, self.__name__ = make, str(getattr(make, "__name__", type(make).__name__))
+        self._made: list[weakref.ref[Any]] = []
+
+    def __call__(self) -> Any:
+        """Make one; UsageError if it is none, or one that was made before."""
+        env = self._make()
+        if not isinstance(env, gymnasium.Env):
+            raise UsageError(f"envs must make a gymnasium.Env, got {env!r}")
+        self._made = [reference for reference in self._made if reference() is not None]
+        if any(reference() is env.unwrapped for reference in self._made):
+            raise UsageError(f"{self.__name__} gave the same environment twice, and must make a new one each time")
+        self._made.append(weakref.ref(env.unwrapped))
+        return env
 
 
 def describe_own(envs: object) -> tuple[str, int | None]:
@@ -367,6 +399,21 @@ def _make_one(spec: EnvSpec, render_mode: str | None, wrappers: Sequence[Any]) -
     for wrapper in wrappers:
         env = wrapper(env)
     return env
+
+
+def _parts(method: str, names: str, outcome: Any) -> Any:
+    number = names.count(",") + 1
+    if not isinstance(outcome, tuple | list) or len(outcome) != number:
+        found = f"{len(outcome)} values" if isinstance(outcome, tuple | list) else type(outcome).__name__
+        raise TypeError(f"{method} must return {names} (Gymnasium's interface), got {found}")
+    return outcome
+
+
+def _one_number(reward: Any) -> Any:
+    numbers = np.asarray(reward)
+    if numbers.size != 1 or numbers.dtype.kind not in "fiub":
+        raise TypeError(f"the reward must be one number, got {numbers.dtype} {list(numbers.shape)}")
+    return numbers.item()
 
 
 def _bit_generator(env: Any) -> Any:

@@ -182,15 +182,36 @@ class VectorEnv:
             yield
         except Exception as error:
             kind = EnvironmentMisfit if isinstance(error, OtherShape) else EnvironmentFailure
-            named = "" if isinstance(error, OtherShape | WorkerError) else f"{type(error).__name__}: "
-            raise kind(f"{self.env_id} failed at step {self._steps}: {named}{one_line(error)}") from error
+            named = [] if isinstance(error, OtherShape | WorkerError) else [type(error).__name__]
+            told = ": ".join([*named, one_line(error)] if str(error) else named)
+            raise kind(f"{self.env_id} failed at step {self._steps}: {told}") from error
 
 
 class OwnEnvs(NamedTuple):
     """Environments from Python: for training, and for evaluations."""
 
-    envs: Any = None
-    eval_envs: Any = None
+    envs: Any
+    eval_envs: Any
+
+    @classmethod
+    def of(cls, envs: Any, eval_envs: Any) -> OwnEnvs:
+        """Take what the user hands over.
+
+        Raises:
+            UsageError: if it is no environment, or the same one for both.
+        """
+        if envs is None and eval_envs is None:
+            return cls(None, None)
+        from fastsac.env_gymnasium import Factory, describe_own
+
+        if envs is None:
+            raise UsageError("eval_envs go with envs: the environments for training")
+        is_function = [each is not None and describe_own(each)[1] is None for each in (envs, eval_envs)]
+        if is_function[0]:
+            envs, eval_envs = Factory(envs), None if eval_envs is envs else eval_envs
+        elif getattr(eval_envs, "unwrapped", None) is envs.unwrapped:
+            raise UsageError("eval_envs must be other environments than envs: evaluations would disturb the episodes")
+        return cls(envs, Factory(eval_envs) if is_function[1] and eval_envs is not None else eval_envs)
 
     @property
     def for_evaluation(self) -> Any:
@@ -205,16 +226,12 @@ class OwnEnvs(NamedTuple):
         """Return the configuration for them.
 
         Raises:
-            UsageError: if they are no environments, or evaluations would disturb the episodes under way.
+            UsageError: if evaluations would disturb the episodes under way.
         """
         if self.envs is None:
-            if self.eval_envs is not None:
-                raise UsageError("eval_envs go with envs: the environments for training")
             return config
         from fastsac.env_gymnasium import describe_own
 
-        if self.eval_envs is not None:
-            describe_own(self.eval_envs)
         name, number = describe_own(self.envs)
         if config.eval_every and self.for_evaluation is None:
             raise UsageError(

@@ -26,7 +26,7 @@ class OwnNetworks(NamedTuple):
 
     def refuse_misfits(self, obs_size: int, action_size: int, num_critics: int) -> None:
         """Raise UsageError unless the modules do what is asked of them, tried on the CPU or wherever they are."""
-        batch = 2
+        batch = 1 + max(num_critics, action_size)  # so that [B, E] is not taken for [E, B]
         if self.actor is not None:
             place = _place("actor", self.actor)
             found = _shapes("actor", self.actor, torch.zeros(batch, obs_size, device=place))
@@ -90,7 +90,7 @@ def _shapes(name: str, module: nn.Module, *inputs: Tensor) -> list[Any]:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"the {name} failed for inputs {[list(each.shape) for each in inputs]}: {what}") from error
     for one, other in zip(*copies, strict=True):
-        if isinstance(one, Tensor) and not torch.equal(one, other):
+        if isinstance(one, Tensor) and not torch.equal(one.nan_to_num(), other.nan_to_num()):
             raise UsageError(f"the {name} gives other outputs for the same inputs: leave dropout out, or call eval()")
     return [list(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in outputs]
 

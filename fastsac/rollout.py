@@ -59,13 +59,19 @@ class Rollout:
     def envs(self) -> VectorEnv:
         """The training environments, created when they are first needed."""
         if self._envs is None:
-            config = self.config
-            envs = make_envs(self._spec, config.num_envs, self.progress.env_seed)
-            if self.spaces is not None and not self.spaces.same_as(envs.spaces):
-                envs.close()
-                raise UsageError(f"{config.env_id} has other observations or actions than this agent was trained with")
-            self._envs = envs
+            self._envs = self._make(self.config.num_envs, self.progress.env_seed)
         return self._envs
+
+    def refuse_misfits(self) -> None:
+        """Raise UsageError unless the environments can be made and fit the spaces."""
+        self._make(1, 0).close()
+
+    def _make(self, num_envs: int, seed: int) -> VectorEnv:
+        envs = make_envs(self._spec, num_envs, seed)
+        if self.spaces is not None and not self.spaces.same_as(envs.spaces):
+            envs.close()
+            raise UsageError(f"{self.config.env_id} has other observations or actions than this agent was trained with")
+        return envs
 
     @property
     def replay(self) -> Replay:

@@ -52,7 +52,7 @@ class RunLock:
                 self._descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
                 self._lock()
             os.ftruncate(self._descriptor, 0)
-            os.write(self._descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+            os.write(self._descriptor, _this_process().encode())
         except OSError as error:
             self.release()
             raise FastsacError(f"cannot write to the run directory {directory}: {error.strerror}") from error
@@ -62,9 +62,11 @@ class RunLock:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = os.read(self._descriptor, 300).decode(errors="replace") or "another process"
+            ours = owner == _this_process()
             os.close(self._descriptor)
             self._descriptor = -1
-            raise UsageError(f"{self.directory} is being written by {owner}: wait for it, or stop it") from None
+            advice = "this process itself: choose another directory" if ours else f"{owner}: wait for it, or stop it"
+            raise UsageError(f"{self.directory} is being written by {advice}") from None
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):  # a file system without locks
                 raise
@@ -85,8 +87,14 @@ class RunLock:
             self._descriptor = -1
 
 
+def _this_process() -> str:
+    return f"process {os.getpid()} on {platform.node()}"
+
+
 def refuse_if_taken(directory: Path) -> None:
-    """Raise UsageError if the directory already holds a run."""
+    """Raise UsageError if the directory already holds a run, or is none."""
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} is a file: choose another --run-dir")
     if any((directory / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS)):
         advice = "choose another directory, or go on with it (--resume, SAC.load)"
         raise UsageError(f"{directory} already holds a run: {advice}")

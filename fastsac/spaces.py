@@ -14,7 +14,10 @@ from fastsac.errors import OtherShape, UsageError
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 #: what makes numbers of other spaces
-FLATTEN = "--env-wrappers gymnasium.wrappers:FlattenObservation makes one of it"
+FLATTEN = (
+    "gymnasium.wrappers.FlattenObservation makes one of it (--env-wrappers gymnasium.wrappers:FlattenObservation, or "
+    "around an environment from Python)"
+)
 
 
 class Spaces(NamedTuple):
@@ -48,7 +51,8 @@ class Spaces(NamedTuple):
         columns = []
         for (key, part), shape in zip(self._parts(obs).items(), self.obs_shapes.values(), strict=True):
             if part.shape[1:] != shape:
-                raise OtherShape(f"observation {key or 'array'} must be [N, *{shape}], got {part.shape}")
+                wanted = ", ".join(map(str, ("N", *shape)))
+                raise OtherShape(f"observation {key or 'array'} must be [{wanted}], got {list(part.shape)}")
             columns.append(part.reshape(len(part), -1))
         return np.concatenate(columns, axis=1, dtype=np.float32, casting="same_kind")
 
@@ -113,8 +117,10 @@ def read_spaces(env_id: str, obs_space: Any, action_space: Any) -> Spaces:
     # rounded inwards: an environment may refuse what is beyond its own bounds by a bit
     low, high = _rounded(action_space.low, np.inf), _rounded(action_space.high, -np.inf)
     # some specifications say "unbounded" with the largest finite number
-    if not (np.isfinite(low).all() and np.isfinite(high).all() and (high - low < 1e30).all() and (low < high).all()):
+    if not (np.isfinite(low).all() and np.isfinite(high).all() and (high - low < 1e30).all()):
         raise UsageError(f"{env_id} has an unbounded action space; SAC needs finite bounds")
+    if not (low < high).all():
+        raise UsageError(f"{env_id} has an action whose lowest value is not below its highest: leave it out")
     shapes: dict[str, tuple[int, ...]] = {}
     _read_obs(env_id, obs_space, "", shapes)
     if not sum(math.prod(shape) for shape in shapes.values()):
@@ -134,10 +140,14 @@ def _read_obs(env_id: str, space: Any, path: str, shapes: dict[str, tuple[int, .
     if kind in ("Dict", "Tuple"):
         parts = space.spaces.items() if kind == "Dict" else enumerate(space.spaces)
         for key, part in parts:
+            if key == "":
+                raise UsageError(f"{env_id} has an observation whose name is empty")
             _read_obs(env_id, part, f"{path}/{key}" if path else str(key), shapes)
     elif kind != "Box":
         raise UsageError(f"{env_id} has a {kind} observation {path}".rstrip() + f", and SAC needs a Box; {FLATTEN}")
     elif len(space.shape) > 2:
         raise UsageError(f"{env_id} has observations of shape {space.shape}: pixels are not supported")
+    elif path in shapes:
+        raise UsageError(f"{env_id} has two observations that are both called {path!r} once they are flattened")
     else:
         shapes[path] = tuple(space.shape)

@@ -48,8 +48,11 @@ from fastsac.spaces import Floats, Spaces
 from fastsac.stored_state import refuse_other_state
 from fastsac.transfer import to_device, to_host
 
-#: settings that the weights depend on, although their shapes do not
-KEPT = ("activation", "normalize_obs", "normalize_reward", "v_min", "v_max")
+#: settings that the weights depend on
+KEPT = (
+    *("hidden_sizes", "activation", "layer_norm", "num_critics", "critic", "num_atoms", "v_min", "v_max"),
+    *("normalize_obs", "normalize_reward"),
+)
 
 
 class SAC:
@@ -82,18 +85,22 @@ class SAC:
         Raises:
             UsageError: if the configuration cannot be served on this machine, or a network does not fit.
         """
+        if not isinstance(config, Config):
+            raise UsageError(f"config must be a fastsac.Config, got {config!r}")
         choose(config)  # refuses what does not go together before anything is started
         self._own = own = OwnNetworks(actor, critic)
         if critic is not None and config.critic != "scalar":
             raise UsageError(f"a critic of your own gives one value, and --critic is {config.critic}: use scalar")
-        own_envs = OwnEnvs(envs, eval_envs)
+        own_envs = OwnEnvs.of(envs, eval_envs)
         config = own_envs.config(config)
-        spec = EnvSpec.of(config, envs)
+        spec = EnvSpec.of(config, own_envs.envs)
         self.config = config
         self.device = resolve_device(config.device)
         _, self.engine_reason = choose_engine(config, self.device, own)
         precisions(config, self.device, own)
         self._rollout = Rollout(config, spec, self.device, spaces)
+        if spaces is not None and envs is not None:
+            self._rollout.refuse_misfits()
         self._evaluator = Evaluator(spec._replace(own=own_envs.for_evaluation), self.spaces)
         if eval_envs is not None:
             self._evaluator.refuse_misfits()
@@ -516,12 +523,16 @@ class SAC:
         sizes = spaces.obs_size, spaces.action_size
         networks = OwnNetworks(own["actor"], own["critic"])
         networks.refuse_misfits(*sizes, config.num_critics)
-        refuse_other_networks(config, *sizes, checkpoint.tensor_shapes(path, "learner"), networks)
         for name in KEPT:
             old, new = getattr(stored, name), getattr(config, name)
             if old != new:
                 flag = name.replace("_", "-")
                 raise UsageError(f"--{flag} cannot be changed from {old} to {new}: the stored networks depend on it")
+        if choose(config).baseline == "value" != choose(stored).baseline:
+            raise UsageError("--baseline value cannot be taken up by a stored run, which has no value network")
+        if config.initial_alpha != stored.initial_alpha:
+            raise UsageError("--initial-alpha is where a run begins, and this one has begun")
+        refuse_other_networks(config, *sizes, checkpoint.tensor_shapes(path, "learner"), networks)
         choices = precisions(config, resolve_device(config.device), networks)
         if config.precision == "auto" and state["precision"] in choices:  # another measurement could choose another one
             agent = cls(dataclasses.replace(config, precision=state["precision"]), spaces, **own)

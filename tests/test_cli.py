@@ -176,6 +176,8 @@ def test_video_of_a_mujoco_task_from_envpool(tmp_path):
         ("--target-entropy x", "--target-entropy: it must be a number or auto, got 'x'"),
         ("--n-step 1001", "--n-step must be at most 1000, got 1001"),
         ("--num-atoms 51", "--num-atoms needs --critic categorical"),
+        ("--target-return 5 --eval-every 0", "--target-return is compared with evaluations, and --eval-every 0 never"),
+        ("--run-dir /dev/null", "/dev/null is a file: choose another --run-dir"),
         ("--num-atoms 5000 --critic categorical --v-min 0 --v-max 1", "--num-atoms must be at most 4096, got 5000"),
         ("--v-min -20", "--v-min needs --critic categorical"),
         ("--critic categorical --v-min -20 --v-max -3e1", "--v-min must be below --v-max, got -20 and -30"),

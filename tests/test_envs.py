@@ -1,4 +1,5 @@
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -65,8 +66,20 @@ BAD_SPACES = {
     "FastsacHalfBounded-v0": ({"action_space": Box(0.0, np.inf, (2,), np.float32)}, "unbounded"),
     "FastsacBogus-v0": ({"action_space": Box(-3.4e38, 3.4e38, (2,), np.float32)}, "unbounded"),
     "FastsacInteger-v0": ({"action_space": Box(0, 3, (2,), np.int64)}, r"Box of int64 \[2\] as its action space"),
+    "FastsacTwice-v0": (
+        {"observation_space": Dict({"a/b": Box(0.0, 1.0, (1,)), "a": Dict({"b": Box(0.0, 1.0, (2,))})})},
+        "has two observations that are both called 'a/b' once they are flattened",
+    ),
+    "FastsacUnnamed-v0": ({"observation_space": Dict({"": Box(0.0, 1.0, (1,))})}, "an observation whose name is empty"),
+    "FastsacFixed-v0": (
+        {"action_space": Box(np.array([0.0, 1.0]), np.array([0.0, 2.0]))},
+        "has an action whose lowest value is not below its highest",
+    ),
     "FastsacScalar-v0": ({"action_space": Box(-1.0, 1.0, ())}, r"Box of float32 \[\] as its action space"),
-    "FastsacMode-v0": ({"observation_space": Discrete(3)}, "Discrete observation, and SAC needs a Box; --env-wrappers"),
+    "FastsacMode-v0": (
+        {"observation_space": Discrete(3)},
+        "Discrete observation, and SAC needs a Box; gymnasium.wrappers.FlattenObservation",
+    ),
     "FastsacNested-v0": (
         {"observation_space": Tuple([UNIT, Dict({"b": Discrete(2)})])},
         "Discrete observation 1/b, and",
@@ -349,6 +362,13 @@ def test_scaled_actions_never_leave_the_space(dtype: Any) -> None:
     for number in np.linspace(-1.0, 1.0, 1001, dtype=np.float32):
         (action,) = spaces.scale(np.full((1, 2), number)).astype(dtype)
         assert space.contains(action)
+
+
+def test_making_a_pool_anew_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        make_envs(EnvSpec("Pendulum-v1"), 2, 0).reset(seed=1)
 
 
 @pytest.mark.parametrize("env_id", BAD_SPACES)

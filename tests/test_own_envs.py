@@ -1,6 +1,7 @@
 """Environments of the user's own: keyword arguments, wrappers, processes, and environments from Python."""
 
 import dataclasses
+import gc
 import os
 import re
 import signal
@@ -98,6 +99,8 @@ class Raising(gymnasium.Wrapper):
     def __init__(self, env):
         raise RuntimeError("no licence for it")
 
+
+ONE = Faulty()
 
 gymnasium.register("Arm-v0", Arm)
 
@@ -335,12 +338,71 @@ def test_what_a_process_raises_is_told_as_in_one_process(monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (np.array([1.5]), ""),
+        (True, ""),
+        (np.zeros(2), "TypeError: the reward must be one number, got float64 [2]"),
+        ("3.5", "TypeError: the reward must be one number, got <U3 []"),
+    ],
+    ids=str,
+)
+def test_a_reward_is_one_number(monkeypatch, reward, message):
+    monkeypatch.setattr(Doubled, "reward", lambda self, _: reward)
+    envs = make_envs(EnvSpec("Faulty", "python", own=lambda: Doubled(Faulty())), 2, 0)
+    envs.reset()
+    envs.send(np.zeros((2, 1), np.float32))
+    if message:
+        with pytest.raises(FastsacError, match=f"failed at step 1: {re.escape(message)}$"):
+            envs.recv()
+    else:
+        assert envs.recv().reward.tolist() == [float(np.ravel(reward)[0])] * 2
+
+
+def test_the_interface_before_gymnasium_is_told(monkeypatch):
+    envs = make_envs(EnvSpec("Faulty", "python", own=Faulty), 1, 0)
+    monkeypatch.setattr(Faulty, "step", lambda self, action: (np.zeros(2), 0.0, False, {}))
+    with pytest.raises(FastsacError, match=r"step must return obs, reward, terminated, .*, got 4 values"):
+        play(envs, 1)
+    monkeypatch.setattr(Faulty, "reset", lambda self, **_: np.zeros(2, np.float32))
+    with pytest.raises(FastsacError, match=r"reset must return obs, info .*, got ndarray"):
+        envs.reset()
+
+
 @pytest.mark.parametrize("backend", ["gymnasium", "gymnasium-async"])
 def test_an_error_of_the_environments_own_type(backend):
     envs = make_envs(spec(env_backend=backend, env_wrappers=here("Breaking")), 2, 0)
     with pytest.raises(FastsacError, match="failed at step 1: Special: a leak in the third joint"):
         play(envs, 1)
     envs.close()
+
+
+def test_a_script_ends_that_keeps_its_environments(tmp_path):
+    """At the interpreter's end, `multiprocessing` waits for processes that a global variable still holds."""
+    script = """
+        from fastsac import Config
+        from fastsac.env_backends import EnvSpec
+        from fastsac.envs import make_envs
+
+        if __name__ == "__main__":
+            envs = make_envs(EnvSpec.of(Config(env_id="Pendulum-v1", env_backend="gymnasium-async")), 2, 0)
+            envs.reset()
+    """
+    (tmp_path / "mine.py").write_text(textwrap.dedent(script))
+    ended = subprocess.run([sys.executable, tmp_path / "mine.py"], timeout=60, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_processes_end_with_the_last_reference():
+    envs = make_envs(spec(env_backend="gymnasium-async"), 2, 0)
+    others = envs._backend._envs.processes
+    os.kill(others[0].pid, signal.SIGKILL)
+    with pytest.raises(FastsacError, match="has ended with status -9"):
+        play(envs, 2)
+    del envs
+    gc.collect()
+    assert not any(process.is_alive() for process in others)
 
 
 def test_no_process_outlives_the_run(tmp_path):
@@ -453,8 +515,8 @@ def test_a_stored_run_plays_and_evaluates_with_environments_given_to_it(tmp_path
     assert all("come from Python" in line for line in capsys.readouterr().err.splitlines())
     given = SAC.load(tmp_path, envs=Faulty)
     assert np.array_equal(given.evaluate(3, seed=1).returns, agent.evaluate(3, seed=1).returns)
-    with pytest.raises(UsageError, match="has other observations or actions than this agent was trained with"):
-        SAC.load(tmp_path, envs=timed).learn(300)
+    with pytest.raises(UsageError, match="Arm has other observations or actions than this agent was trained with"):
+        SAC.load(tmp_path, envs=Arm)
 
 
 class Closing(Faulty):
@@ -499,6 +561,10 @@ def test_a_vector_environment_in_processes_of_its_own():
         ({"envs": lambda: 1 / 0}, "could not be made: ZeroDivisionError: division by zero"),
         ({"eval_envs": Faulty}, "eval_envs go with envs"),
         ({"envs": Faulty, "eval_envs": 3}, "envs must be a gymnasium.Env"),
+        ({"envs": ONE, "eval_envs": ONE}, "eval_envs must be other environments than envs"),
+        ({"envs": ONE, "eval_envs": TimeLimit(ONE, 3)}, "eval_envs must be other environments than envs"),
+        ({"envs": lambda: ONE}, "<lambda> gave the same environment twice, and must make a new one each time"),
+        ({"envs": lambda: TimeLimit(ONE, 3)}, "gave the same environment twice"),
         ({"envs": Faulty, "eval_envs": Arm}, "for evaluations have other observations or actions than Faulty had"),
         ({"envs": Faulty()}, "evaluations would disturb the episodes under way"),
         ({"envs": SyncVectorEnv([Faulty], autoreset_mode=AutoresetMode.SAME_STEP), "eval_envs": Faulty}, "NEXT_STEP"),

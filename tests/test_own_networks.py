@@ -48,6 +48,13 @@ class MyCritic(nn.Module):
         return torch.stack([each(x)[:, 0] for each in self.each])
 
 
+class Turned(MyCritic):
+    """The values of one pair in a row, [B, E]."""
+
+    def forward(self, obs, action):
+        return super().forward(obs, action).T
+
+
 class Wrapped(nn.Module):
     """One of ours, without the argument `frozen`."""
 
@@ -116,19 +123,20 @@ def test_one_of_them_alone():
 @pytest.mark.parametrize(
     ("networks", "settings", "message"),
     [
-        ({"actor": MyActor(4)}, {}, r"the actor failed for inputs \[\[2, 3\]\]: RuntimeError: mat1 and mat2"),
+        ({"actor": MyActor(4)}, {}, r"the actor failed for inputs \[\[3, 3\]\]: RuntimeError: mat1 and mat2"),
         (
             {"actor": MyActor(3, 2)},
             {},
-            r"mean and log_std, \[\[2, 1\], \[2, 1\]\] here, but gave \[\[2, 2\], \[2, 2\]\]",
+            r"mean and log_std, \[\[3, 1\], \[3, 1\]\] here, but gave \[\[3, 2\], \[3, 2\]\]",
         ),
-        ({"actor": nn.Linear(3, 1)}, {}, r"but gave \[\[2, 1\]\]"),
+        ({"actor": nn.Linear(3, 1)}, {}, r"but gave \[\[3, 1\]\]"),
         ({"actor": lambda obs: obs}, {}, "the actor must be a torch.nn.Module, got <function"),
         ({"actor": nn.Identity()}, {}, "the actor has no parameters to train"),
         ({"actor": MyActor().double()}, {}, r"parameters must be float32, got torch\.float64"),
         ({"actor": nn.Sequential(nn.BatchNorm1d(3), MyActor())}, {}, "the actor has a BatchNorm1d in training mode"),
         ({"actor": Forgetful()}, {}, "the actor gives other outputs for the same inputs"),
-        ({"critic": MyCritic(num_critics=3)}, {}, r"\[2, 2\] here with --num-critics 2, but gave \[\[3, 2\]\]"),
+        ({"critic": MyCritic(num_critics=3)}, {}, r"\[2, 3\] here with --num-critics 2, but gave \[\[3, 3\]\]"),
+        ({"critic": Turned()}, {}, r"\[2, 3\] here with --num-critics 2, but gave \[\[3, 2\]\]"),
         (
             {"critic": MyCritic()},
             {"engine": "fused"},

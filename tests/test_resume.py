@@ -244,8 +244,11 @@ CATEGORICAL = {"critic": "categorical", "v_min": -50.0, "v_max": 10.0, "engine":
         ({"normalize_reward": True}, {"normalize_reward": False}, "--normalize-reward cannot be changed from True to"),
         (CATEGORICAL, {"v_min": -40.0}, "--v-min cannot be changed from -50.0 to -40.0"),
         (CATEGORICAL, {"v_max": 20.0}, "--v-max cannot be changed from 10.0 to 20.0"),
-        (CATEGORICAL, {"num_atoms": 51}, "the checkpoint's networks do not fit this configuration"),
-        ({}, CATEGORICAL, "the checkpoint's networks do not fit this configuration"),
+        (CATEGORICAL, {"num_atoms": 51}, "--num-atoms cannot be changed from 101 to 51"),
+        ({}, CATEGORICAL, "--critic cannot be changed from scalar to categorical"),
+        ({}, {"num_critics": 3}, "--num-critics cannot be changed from 2 to 3"),
+        ({}, {"estimator": "score", "baseline": "value"}, "--baseline value cannot be taken up by a stored run"),
+        ({}, {"initial_alpha": 0.5}, "--initial-alpha is where a run begins, and this one has begun"),
     ],
     ids=str,
 )

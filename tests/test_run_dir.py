@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 import resource
 import shutil
 import struct
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 
 from fastsac import SAC, FastsacError, UsageError, checkpoint
 from fastsac.cli import main
-from fastsac.run_dir import RunLock, newest_step, read_config, write_config
+from fastsac.run_dir import LOCK, RunLock, newest_step, read_config, write_config
 from tests.runs import SMALL, rows_of
 
 ROOT = Path(__file__).parents[1]
@@ -56,10 +57,14 @@ def test_two_processes_never_write_one_run(run_dir, capsys):
     before = (run_dir / "metrics.jsonl").read_bytes()
     agent = SAC.load(run_dir)
     for write in (lambda: agent.learn(total_steps=200, run_dir=run_dir), lambda: agent.save(run_dir)):
-        with pytest.raises(UsageError, match=rf"is being written by process {os.getpid()} on .*: wait for it, or stop"):
+        (run_dir / LOCK).write_text("process 1 on that")
+        with pytest.raises(UsageError, match="is being written by process 1 on that: wait for it, or stop it"):
+            write()
+        (run_dir / LOCK).write_text(f"process {os.getpid()} on {platform.node()}")
+        with pytest.raises(UsageError, match="is being written by this process itself: choose another directory"):
             write()
     assert command_line("train", "--resume", run_dir, "--total-steps", 200) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"fastsac: {run_dir} is being written by process")
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"fastsac: {run_dir} is being written by")
     assert (run_dir / "metrics.jsonl").read_bytes() == before
     assert command_line("eval", run_dir, "--episodes", 1) == 0  # reading needs no lock
     lock.release()
