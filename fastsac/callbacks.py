@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from fastsac.errors import FastsacError, UsageError, did_you_mean
 
@@ -26,9 +27,10 @@ class Callback:
 
     A callback may read all that is public, notably `agent.steps`, `agent.updates`, `agent.metrics`, `agent.actor`,
     `agent.replay`, `agent.config` and `agent.last_evaluation`. It may call `agent.evaluate`, `agent.predict` and
-    `agent.save`, the latter with another directory than the run's own. It must not call `agent.learn`, or write to
-    the learner or the replay. `agent.replay.sample` and `agent.predict(obs, deterministic=False)` draw from the run's
-    own random numbers: the run goes on as well as before, but is no longer bit for bit the run without the callback.
+    `agent.save`, the latter with another directory than the run's own. It must not call `agent.learn`, `agent.close` or
+    `agent.new_episodes`, or write to the learner or the replay. `agent.replay.sample` and
+    `agent.predict(obs, deterministic=False)` draw from the run's own random numbers: the run goes on as well as before,
+    but is no longer bit for bit the run without the callback.
 
     What a callback keeps itself is not in checkpoints. With --step-timeout, its time counts as time without a step.
 
@@ -114,7 +116,7 @@ class Hooks:
                 raise
             except Exception as error:
                 raise UsageError(f"callback {name} failed at step {self._agent.steps:,}: {_told(error)}") from error
-            if isinstance(answer, bool | np.bool_) and not answer:  # comparisons with NumPy return np.False_
+            if _is_false(answer):
                 self.ended_by = self.ended_by or name
         return bool(self.ended_by)
 
@@ -148,6 +150,13 @@ def make_callback(place: str) -> Callback:
     if not isinstance(made, Callback):
         raise UsageError(f"--callback {place} must be a subclass of fastsac.Callback, got {made!r}")
     return made
+
+
+def _is_false(answer: Any) -> bool:
+    """Return whether it is False, or what a comparison of NumPy's or PyTorch's numbers gives instead."""
+    if isinstance(answer, np.bool_ | np.ndarray | torch.Tensor):
+        return str(answer.dtype) in ("bool", "torch.bool") and answer.ndim == 0 and not bool(answer)
+    return answer is False
 
 
 def _told(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import importlib
+import os
 import signal
 import time
 import warnings
@@ -150,6 +151,7 @@ class _Async(_Gymnasium):
 
     def __init__(self, envs: Any, seeds: Sequence[int]) -> None:
         super().__init__(envs, seeds)
+        self._process = os.getpid()
         # `multiprocessing` waits at the interpreter's end for processes that it has sent SIGTERM, which ours ignore
         close = weakref.WeakMethod(self.close)
         atexit.register(lambda: (method := close()) and method())
@@ -202,7 +204,7 @@ class _Async(_Gymnasium):
 
     def close(self) -> None:
         """End the processes, by force if they do not end by themselves."""
-        if self._envs.closed:
+        if self._envs.closed or os.getpid() != self._process:  # what a forked process has is a copy
             return
         self._envs.closed = True
         for pipe in self._envs.parent_pipes:
@@ -344,16 +346,17 @@ def _refuse_blind(envs: Any, env_id: str, render: bool) -> None:
 class Factory:
     """A user's function that makes an environment, watched: each time it must be a new one."""
 
-    def __init__(self, make: Callable[[], Any]) -> None:
-        """Take the function."""
-        self._make, self.__name__ = make, str(getattr(make, "__name__", type(make).__name__))
+    def __init__(self, make: Callable[[], Any], argument: str) -> None:
+        """Take the function, and the name under which it was handed over."""
+        self._make, self._argument = make, argument
+        self.__name__ = str(getattr(make, "__name__", type(make).__name__))
         self._made: list[weakref.ref[Any]] = []
 
     def __call__(self) -> Any:
         """Make one; UsageError if it is none, or one that was made before."""
         env = self._make()
         if not isinstance(env, gymnasium.Env):
-            raise UsageError(f"envs must make a gymnasium.Env, got {env!r}")
+            raise UsageError(f"{self._argument} must make a gymnasium.Env, got {env!r}")
         self._made = [reference for reference in self._made if reference() is not None]
         if any(reference() is env.unwrapped for reference in self._made):
             raise UsageError(f"{self.__name__} gave the same environment twice, and must make a new one each time")
@@ -418,7 +421,9 @@ def _one_number(reward: Any) -> Any:
 
 def _bit_generator(env: Any) -> Any:
     """Return what is behind the environment's `np_random`: its state is plain numbers if it is NumPy's default."""
-    generator = getattr(getattr(env.unwrapped, "np_random", None), "bit_generator", None)
+    generator = None
+    with suppress(Exception):  # an environment's own property may raise anything
+        generator = env.unwrapped.np_random.bit_generator
     return generator if isinstance(generator, np.random.PCG64) else None
 
 

@@ -208,10 +208,10 @@ class OwnEnvs(NamedTuple):
             raise UsageError("eval_envs go with envs: the environments for training")
         is_function = [each is not None and describe_own(each)[1] is None for each in (envs, eval_envs)]
         if is_function[0]:
-            envs, eval_envs = Factory(envs), None if eval_envs is envs else eval_envs
+            envs, eval_envs = Factory(envs, "envs"), None if eval_envs is envs else eval_envs
         elif getattr(eval_envs, "unwrapped", None) is envs.unwrapped:
             raise UsageError("eval_envs must be other environments than envs: evaluations would disturb the episodes")
-        return cls(envs, Factory(eval_envs) if is_function[1] and eval_envs is not None else eval_envs)
+        return cls(envs, Factory(eval_envs, "eval_envs") if is_function[1] and eval_envs is not None else eval_envs)
 
     @property
     def for_evaluation(self) -> Any:

@@ -26,22 +26,20 @@ class OwnNetworks(NamedTuple):
 
     def refuse_misfits(self, obs_size: int, action_size: int, num_critics: int) -> None:
         """Raise UsageError unless the modules do what is asked of them, tried on the CPU or wherever they are."""
-        batch = 1 + max(num_critics, action_size)  # so that [B, E] is not taken for [E, B]
-        if self.actor is not None:
-            place = _place("actor", self.actor)
-            found = _shapes("actor", self.actor, torch.zeros(batch, obs_size, device=place))
-            pair = [[batch, action_size]] * 2
-            if found != pair:
-                raise UsageError(f"the actor must map obs [B, O] to mean and log_std, {pair} here, but gave {found}")
-        if self.critic is not None:
-            place = _place("critic", self.critic)
-            inputs = (torch.zeros(batch, size, device=place) for size in (obs_size, action_size))
-            found, wanted = _shapes("critic", self.critic, *inputs), [num_critics, batch]
-            if found != [wanted]:
-                raise UsageError(
-                    f"the critic must map obs [B, O] and action [B, A] to q [E, B], {wanted} here with "
-                    f"--num-critics {num_critics}, but gave {found}"
-                )
+        for batch in (1 + max(num_critics, action_size), 1):  # the former is neither E nor A: [B, E] is no [E, B]
+            if self.actor is not None:
+                found, pair = _shapes("actor", self.actor, batch, [obs_size]), [[batch, action_size]] * 2
+                if found != pair:
+                    raise UsageError(
+                        f"the actor must map obs [B, O] to mean and log_std, {pair} here, but gave {found}"
+                    )
+            if self.critic is not None:
+                found, wanted = _shapes("critic", self.critic, batch, [obs_size, action_size]), [num_critics, batch]
+                if found != wanted:
+                    raise UsageError(
+                        f"the critic must map obs [B, O] and action [B, A] to q [E, B], {wanted} here with "
+                        f"--num-critics {num_critics}, but gave {found}"
+                    )
 
 
 STANDARD = OwnNetworks()
@@ -82,22 +80,35 @@ def _place(name: str, module: object) -> torch.device:
     return parameters[0].device
 
 
-def _shapes(name: str, module: nn.Module, *inputs: Tensor) -> list[Any]:
+def _shapes(name: str, module: nn.Module, batch: int, sizes: Sequence[int]) -> Any:
+    """Return the shape of the output, or a list of shapes if there are several.
+
+    Raises:
+        UsageError: if the module fails, draws random numbers, writes to its inputs or gives no gradients.
+    """
+    place, generator = _place(name, module), torch.Generator().manual_seed(0)
+    inputs = [(2.0 * torch.rand(batch, size, generator=generator) - 1.0).to(place) for size in sizes]
     try:
-        outputs = _outputs(module, inputs)
-        copies = [_outputs(copy.deepcopy(module), inputs, seed) for seed in range(2)]
+        with torch.no_grad():
+            output = module(*inputs)  # lazy ones make their parameters now
+        first, second = (_of_copy(module, inputs, seed) for seed in range(2))
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"the {name} failed for inputs {[list(each.shape) for each in inputs]}: {what}") from error
-    for one, other in zip(*copies, strict=True):
+    if any(each._version for each in inputs):
+        raise UsageError(f"the {name} writes to its inputs: leave out what changes them in place")
+    if not any(isinstance(each, Tensor) and each.requires_grad for each in first):
+        raise UsageError(f"the {name} gives outputs without gradients: leave out no_grad and detach")
+    for one, other in zip(first, second, strict=True):
         if isinstance(one, Tensor) and not torch.equal(one.nan_to_num(), other.nan_to_num()):
             raise UsageError(f"the {name} gives other outputs for the same inputs: leave dropout out, or call eval()")
-    return [list(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in outputs]
+    shapes = [list(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in first]
+    return shapes[0] if isinstance(output, Tensor) else shapes
 
 
-def _outputs(module: nn.Module, inputs: Sequence[Tensor], seed: int = 0) -> Sequence[Any]:
-    """Call the module; with another seed, other random numbers are drawn if it draws any."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+def _of_copy(module: nn.Module, inputs: Sequence[Tensor], seed: int) -> Sequence[Any]:
+    """Return what a copy gives; with another seed, other random numbers are drawn if it draws any."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        output = module(*inputs)
+        output = copy.deepcopy(module)(*inputs)
     return output if isinstance(output, tuple | list) else [output]

@@ -116,7 +116,7 @@ class SAC:
         self.last_evaluation: Evaluation | None = None
         self._run_dirs: dict[Path, Ours] = {}
         self._heartbeat = Heartbeat()
-        self._prepared = False
+        self._prepared = self._learns = False
 
     @property
     def spaces(self) -> Spaces:
@@ -228,9 +228,10 @@ class SAC:
 
         Raises:
             UsageError: if the replay does not fit, `run_dir` holds another run or is written by another process, or a
-                callback raises an exception.
+                callback raises an exception or calls this method.
             FastsacError: if an environment fails, training diverges or the last checkpoint cannot be written.
         """
+        self._refuse_in_callback("learn")
         if total_steps is not None:
             self.config = self._rollout.config = dataclasses.replace(self.config, total_steps=total_steps)
         directory = None if run_dir is None else Path(run_dir)
@@ -243,7 +244,15 @@ class SAC:
         ):
             if saver is not None:
                 saver.warn_user = logger.warn
-            self._learn(logger, stop, saver, hooks)
+            self._learns = True
+            try:
+                self._learn(logger, stop, saver, hooks)
+            finally:
+                self._learns = False
+
+    def _refuse_in_callback(self, method: str) -> None:
+        if self._learns:
+            raise UsageError(f"agent.{method} must not be called while the agent learns: not by a callback")
 
     def _learn(self, logger: Logger, stop: list[int], saver: Saver | None, hooks: Hooks | None) -> None:
         config, total_steps, progress = self.config, self.config.total_steps, self._progress
@@ -292,6 +301,7 @@ class SAC:
         Args:
             tries: another number gives other episodes.
         """
+        self._refuse_in_callback("new_episodes")
         self._rollout.new_episodes(tries)
 
     def _step(self, obs: Tensor, saver: Saver | None) -> Tensor:
@@ -379,6 +389,7 @@ class SAC:
 
     def close(self) -> None:
         """Give the environments' resources back; they are created anew, and brought to the same state, if need be."""
+        self._refuse_in_callback("close")
         self._evaluator.close()
         self._rollout.close()
 
@@ -530,7 +541,7 @@ class SAC:
                 raise UsageError(f"--{flag} cannot be changed from {old} to {new}: the stored networks depend on it")
         if choose(config).baseline == "value" != choose(stored).baseline:
             raise UsageError("--baseline value cannot be taken up by a stored run, which has no value network")
-        if config.initial_alpha != stored.initial_alpha:
+        if config.alpha == "auto" and config.initial_alpha != stored.initial_alpha:
             raise UsageError("--initial-alpha is where a run begins, and this one has begun")
         refuse_other_networks(config, *sizes, checkpoint.tensor_shapes(path, "learner"), networks)
         choices = precisions(config, resolve_device(config.device), networks)

@@ -122,6 +122,10 @@ def test_metrics_and_actor(tmp_path):
     [
         ("on_step", False, 80),
         ("on_step", np.False_, 80),  # what `returns.mean() < 5.0` gives
+        ("on_step", np.array(False), 80),
+        ("on_step", torch.tensor(False), 80),
+        ("on_step", np.zeros(3, bool), 200),
+        ("on_step", torch.tensor(0), 200),
         ("on_evaluation", False, 100),
         ("on_checkpoint", False, None),  # a write that began at step 60 or 120 has ended some steps later
         ("on_step", 0, 200),
@@ -179,6 +183,18 @@ def test_what_is_no_error_of_the_callback_passes_through(tmp_path, error):
     with pytest.raises(type(error)):
         SAC(CONFIG).learn(run_dir=tmp_path / "run", callback=Recorder("on_step", error))
     assert not (tmp_path / "run" / LOCK).exists()
+
+
+@pytest.mark.parametrize("method", ["learn", "close", "new_episodes"])
+def test_what_a_callback_must_not_call(method):
+    class Calling(Callback):
+        def on_step(self, agent):
+            getattr(agent, method)()
+
+    agent = SAC(CONFIG)
+    with pytest.raises(UsageError, match=rf"agent\.{method} must not be called while the agent learns"):
+        agent.learn(callback=Calling())
+    agent.learn(total_steps=60)
 
 
 @pytest.mark.parametrize("wrong", [Recorder, [Recorder(), print], "Recorder"])

@@ -405,6 +405,21 @@ def test_processes_end_with_the_last_reference():
     assert not any(process.is_alive() for process in others)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_leaves_them_alone(processes):
+    envs, _ = processes
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            envs._backend.close()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    envs.send(np.zeros((2, 1), np.float32))
+    envs.recv()
+
+
 def test_no_process_outlives_the_run(tmp_path):
     """Killed with no time to clean up; the script's own classes are known to the processes."""
     script = tmp_path / "mine.py"
@@ -558,6 +573,7 @@ def test_a_vector_environment_in_processes_of_its_own():
             "envs must be a gymnasium.Env, a gymnasium.vector.VectorEnv or a function that makes one Env, got 3",
         ),
         ({"envs": lambda: 3}, "envs must make a gymnasium.Env, got 3"),
+        ({"envs": Faulty, "eval_envs": lambda: None}, "eval_envs must make a gymnasium.Env, got None"),
         ({"envs": lambda: 1 / 0}, "could not be made: ZeroDivisionError: division by zero"),
         ({"eval_envs": Faulty}, "eval_envs go with envs"),
         ({"envs": Faulty, "eval_envs": 3}, "envs must be a gymnasium.Env"),

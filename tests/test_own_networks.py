@@ -55,6 +55,32 @@ class Turned(MyCritic):
         return super().forward(obs, action).T
 
 
+class Several(MyCritic):
+    def forward(self, obs, action):
+        return (super().forward(obs, action),)
+
+
+class Clamping(MyCritic):
+    def forward(self, obs, action):
+        return super().forward(obs, action.clamp_(-1.0, 1.0))
+
+
+class Noisy(MyActor):
+    def forward(self, obs):
+        return super().forward(obs * (1.0 + torch.randn_like(obs)))
+
+
+class Squeezed(MyActor):
+    def forward(self, obs):
+        return super().forward(obs.squeeze())
+
+
+class Detached(MyActor):
+    @torch.no_grad()
+    def forward(self, obs):
+        return super().forward(obs)
+
+
 class Wrapped(nn.Module):
     """One of ours, without the argument `frozen`."""
 
@@ -129,14 +155,19 @@ def test_one_of_them_alone():
             {},
             r"mean and log_std, \[\[3, 1\], \[3, 1\]\] here, but gave \[\[3, 2\], \[3, 2\]\]",
         ),
-        ({"actor": nn.Linear(3, 1)}, {}, r"but gave \[\[3, 1\]\]"),
+        ({"actor": nn.Linear(3, 1)}, {}, r"but gave \[3, 1\]"),
         ({"actor": lambda obs: obs}, {}, "the actor must be a torch.nn.Module, got <function"),
         ({"actor": nn.Identity()}, {}, "the actor has no parameters to train"),
         ({"actor": MyActor().double()}, {}, r"parameters must be float32, got torch\.float64"),
         ({"actor": nn.Sequential(nn.BatchNorm1d(3), MyActor())}, {}, "the actor has a BatchNorm1d in training mode"),
         ({"actor": Forgetful()}, {}, "the actor gives other outputs for the same inputs"),
-        ({"critic": MyCritic(num_critics=3)}, {}, r"\[2, 3\] here with --num-critics 2, but gave \[\[3, 3\]\]"),
-        ({"critic": Turned()}, {}, r"\[2, 3\] here with --num-critics 2, but gave \[\[3, 2\]\]"),
+        ({"critic": MyCritic(num_critics=3)}, {}, r"\[2, 3\] here with --num-critics 2, but gave \[3, 3\]"),
+        ({"critic": Turned()}, {}, r"\[2, 3\] here with --num-critics 2, but gave \[3, 2\]"),
+        ({"critic": Several()}, {}, r"here with --num-critics 2, but gave \[\[2, 3\]\]"),
+        ({"actor": Noisy()}, {}, "the actor gives other outputs for the same inputs"),
+        ({"actor": Squeezed()}, {}, r"the actor must map .*, \[\[1, 1\], \[1, 1\]\] here, but gave \[\[1\], \[1\]\]"),
+        ({"actor": Detached()}, {}, "the actor gives outputs without gradients"),
+        ({"critic": Clamping()}, {}, "the critic writes to its inputs"),
         (
             {"critic": MyCritic()},
             {"engine": "fused"},

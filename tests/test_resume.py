@@ -259,6 +259,14 @@ def test_what_the_stored_networks_depend_on_stays(tmp_path, settings, change, me
         SAC.load(tmp_path / "run", dataclasses.replace(config, **change))
 
 
+def test_alpha_may_become_fixed_and_learned_again(tmp_path):
+    SAC(exact(initial_alpha=0.5)).save(tmp_path / "run")
+    fixed = SAC.load(tmp_path / "run", exact(alpha=0.2))
+    assert fixed.learner.alpha.item() == pytest.approx(0.2)
+    fixed.save(tmp_path / "run2")
+    assert SAC.load(tmp_path / "run2", exact()).learner.alpha.item() == pytest.approx(0.2)
+
+
 def test_precision_is_measured_once_for_a_run(tmp_path, monkeypatch):
     agent = SAC(exact(precision="auto", hidden_sizes=(64, 64)))
     agent.learn(total_steps=202, run_dir=tmp_path / "run")
