@@ -49,6 +49,7 @@ class Rollout:
         self._envs: VectorEnv | None = None
         self._replay: Replay | None = None
         self.normalizer: Normalizer | None = None  # the learner's, which sees every step
+        self._cut = False  # a step or a reset that has not come to its end: the environments are in no known state
         self._obs: Tensor | None = None  # [N, O] to go on from; None while a step is made and where one was cut
         self.stored_envs: dict[str, Any] | None = None  # the environments' state in the checkpoint that was loaded
         self.spaces: Spaces = spaces  # type: ignore[assignment]
@@ -96,6 +97,8 @@ class Rollout:
         obs, self._obs = self._obs, None
         if obs is not None:
             return obs
+        if self._cut:
+            self.new_episodes()
         problem = ""
         if self.stored_envs is not None:
             stored, self.stored_envs = self.stored_envs, None
@@ -108,7 +111,9 @@ class Rollout:
             steps = self.progress.warm_up_left = self.config.learning_starts
             if updates and steps:
                 logger.say(f"the replay buffer is empty: {steps} steps refill it before updates go on, in new episodes")
+        self._cut = True
         obs = self.replay.begin(self.envs.reset())
+        self._cut = False
         if self.normalizer is not None and self.normalizer.active:
             self.normalizer.begin(obs)
         return obs
@@ -133,6 +138,7 @@ class Rollout:
         path = (self.progress.steps, tries) if tries else (self.progress.steps,)
         self.progress.env_seed = child_seed(self.config.seed, ENVS, *path)
         self.stored_envs = self._obs = None
+        self._cut = False
         if self._envs is not None:
             self._envs.close()
             self._envs = None
@@ -144,6 +150,7 @@ class Rollout:
 
     def send(self, action: Floats) -> None:
         """Start a step with actions [N, A] in [-1, 1]."""
+        self._cut = True
         self.envs.send(action)
 
     def recv(self, action: Tensor | Floats) -> Tensor:
@@ -153,6 +160,7 @@ class Rollout:
             What follows, [N, O] on the device.
         """
         step = self.envs.recv()
+        self._cut = False
         next_obs = self.replay.add(action, step.reward, step.terminated, step.obs, step.valid)
         progress, new_steps = self.progress, int(step.valid.sum())
         progress.episodes.add(step)

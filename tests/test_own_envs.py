@@ -329,6 +329,25 @@ def test_an_interrupt_is_the_parents_to_answer(processes):
     envs.recv()
 
 
+@pytest.mark.parametrize("backend", ["envpool", "gymnasium", "gymnasium-async"])
+@pytest.mark.parametrize("method", ["recv", "reset"])
+def test_what_was_interrupted_is_followed_by_new_episodes(monkeypatch, backend, method):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    agent = SAC(dataclasses.replace(CONFIG, env_id="Pendulum-v1", env_backend=backend, num_envs=2))
+    if method == "recv":
+        agent.learn(60)
+    monkeypatch.setattr(agent.envs._backend, method, interrupted)
+    if method == "reset" and backend == "gymnasium-async":  # its processes answer, and nobody has listened
+        agent.envs._backend._envs.reset_async()
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(80)
+    agent.learn(120)
+    assert agent.steps == 120
+    agent.close()
+
+
 def test_what_a_process_raises_is_told_as_in_one_process(monkeypatch, capfd):
     monkeypatch.setenv("FAULT", "raise:3")
     envs = make_envs(spec(env_backend="gymnasium-async"), 2, 0)
