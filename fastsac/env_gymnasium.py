@@ -1,4 +1,4 @@
-"""Gymnasium's environments, in this process or each in one of its own, and environments that come from Python."""
+"""Gymnasium's environments, in this process or each in one of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from gymnasium.vector.async_vector_env import _async_worker
 from numpy.typing import NDArray
 
@@ -95,7 +95,9 @@ class Resumable(gymnasium.Wrapper):
         return self._is_over
 
 
-class _Gymnasium:
+class GymnasiumEnvs:
+    """A vector of environments, each of which is a `Resumable`."""
+
     cannot_rewind = ""
 
     def __init__(self, envs: Any, seeds: Sequence[int], borrowed: bool = False) -> None:
@@ -106,6 +108,7 @@ class _Gymnasium:
         self._action: Any = None
 
     def reset(self, seeds: Sequence[int] | None) -> Any:
+        """Reset all environments; without seeds their random streams go on."""
         seeds = self._seeds if seeds is None else list(seeds)
         obs, _ = self._envs.reset(seed=seeds)
         self._seeds = None  # a second reset goes on with the streams
@@ -113,22 +116,27 @@ class _Gymnasium:
         return obs
 
     def streams(self) -> list[Any]:
+        """Return the state of each random stream as it was before the last reset."""
         return list(self._envs.get_attr("stream"))
 
     def rewind(self, resets: NDArray[np.int64], streams: list[Any]) -> Any:
+        """Bring new environments to the beginning of their last episodes."""
         seeds, self._seeds = self._seeds or [], None
         return _stack(self._envs.call("rewind", seeds, streams))
 
     def step_some(self, indices: NDArray[np.int64], action: Floats) -> Any:
+        """Step some of them again, after `rewind`."""
         actions = dict(zip(indices.tolist(), action.astype(self._envs.action_space.dtype), strict=True))
         obs = self._envs.call("step_again", actions)
         self._done = np.array(self._envs.call("is_over"), dtype=np.bool_)
         return _stack([obs[index] for index in indices])
 
     def send(self, action: Floats) -> None:
+        """Keep the actions: these environments step in `recv`."""
         self._action = action.astype(self._envs.action_space.dtype)
 
     def recv(self) -> tuple[Any, Any, Any, Any, Bools]:
+        """Step all environments, and return whether each made a step or was reset."""
         return self._finish(*self._envs.step(self._action))
 
     def _finish(
@@ -139,14 +147,16 @@ class _Gymnasium:
         return obs, reward, terminated, truncated, valid
 
     def render(self) -> Any:
+        """Return a picture of each environment."""
         return self._envs.render()
 
     def close(self) -> None:
+        """Close the environments, unless they are the user's."""
         if not self._borrowed:
             self._envs.close()
 
 
-class _Async(_Gymnasium):
+class _Async(GymnasiumEnvs):
     """Each environment in a process of its own; they step while the learner updates."""
 
     def __init__(self, envs: Any, seeds: Sequence[int]) -> None:
@@ -216,22 +226,6 @@ class _Async(_Gymnasium):
             process.join(max(0.0, end - time.monotonic()))
             process.kill()
             process.join()
-
-
-class _OwnVector(_Gymnasium):
-    """A vector environment of the user's own, of which no single environment can be reached."""
-
-    cannot_rewind = "a vector environment of your own cannot be brought back to them"
-
-    def reset(self, seeds: Sequence[int] | None) -> Any:
-        seeds = self._seeds if seeds is None else seeds
-        obs, _ = self._envs.reset(seed=None if seeds is None else seeds[0])  # not all take a list
-        self._seeds = None
-        self._done[:] = False
-        return obs
-
-    def streams(self) -> None:  # type: ignore[override]
-        """Nothing is known of them."""
 
 
 def _worker(index: int, env_fn: Any, pipe: Any, *others: Any) -> None:
@@ -306,78 +300,8 @@ def make_gymnasium(
         raise UsageError(f"unknown environment {spec.env_id!r}{hint}") from error
     except Exception as error:
         raise spec.refusal("Gymnasium", error) from error
-    kind = _Async if spec.backend == "gymnasium-async" else _Gymnasium
+    kind = _Async if spec.backend == "gymnasium-async" else GymnasiumEnvs
     return read_spaces(spec.env_id, envs.single_observation_space, envs.single_action_space), kind(envs, seeds)
-
-
-def make_own(spec: EnvSpec, num_envs: int, seeds: list[int], render: bool) -> tuple[Spaces, Backend]:
-    """Take environments from Python: one, a vector of them, or a function that makes one.
-
-    Raises:
-        UsageError: if they are none of these, or cannot be used.
-    """
-    own, env_id = spec.own, spec.env_id
-    if isinstance(own, gymnasium.vector.VectorEnv):
-        mode = own.metadata.get("autoreset_mode")
-        if mode != AutoresetMode.NEXT_STEP:
-            raise UsageError(f"{env_id} has the autoreset mode {mode}: fastsac needs AutoresetMode.NEXT_STEP")
-        _refuse_blind(own, env_id, render)
-        spaces = read_spaces(env_id, own.single_observation_space, own.single_action_space)
-        return spaces, _OwnVector(own, seeds, borrowed=True)
-    borrowed = isinstance(own, gymnasium.Env)
-    make = (lambda: own) if borrowed else own
-    makers = [functools.partial(Resumable.of, make, env_id, index) for index in range(num_envs)]
-    try:
-        envs = SyncVectorEnv(makers)
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"{env_id} could not be made: {type(error).__name__}: {one_line(error)}") from error
-    _refuse_blind(envs, env_id, render)
-    spaces = read_spaces(env_id, envs.single_observation_space, envs.single_action_space)
-    return spaces, _Gymnasium(envs, seeds, borrowed)
-
-
-def _refuse_blind(envs: Any, env_id: str, render: bool) -> None:
-    if render and envs.render_mode != "rgb_array":
-        raise UsageError(f"{env_id} was made with render_mode {envs.render_mode!r}, and a video needs 'rgb_array'")
-
-
-class Factory:
-    """A user's function that makes an environment, watched: each time it must be a new one."""
-
-    def __init__(self, make: Callable[[], Any], argument: str) -> None:
-        """Take the function, and the name under which it was handed over."""
-        self._make, self._argument = make, argument
-        self.__name__ = str(getattr(make, "__name__", type(make).__name__))
-        self._made: list[weakref.ref[Any]] = []
-
-    def __call__(self) -> Any:
-        """Make one; UsageError if it is none, or one that was made before."""
-        env = self._make()
-        if not isinstance(env, gymnasium.Env):
-            raise UsageError(f"{self._argument} must make a gymnasium.Env, got {env!r}")
-        self._made = [reference for reference in self._made if reference() is not None]
-        if any(reference() is env.unwrapped for reference in self._made):
-            raise UsageError(f"{self.__name__} gave the same environment twice, and must make a new one each time")
-        self._made.append(weakref.ref(env.unwrapped))
-        return env
-
-
-def describe_own(envs: object) -> tuple[str, int | None]:
-    """Return the name of environments from Python, and their number; None for a function that makes any number.
-
-    Raises:
-        UsageError: if they are none.
-    """
-    if not isinstance(envs, gymnasium.Env | gymnasium.vector.VectorEnv) and not callable(envs):
-        raise UsageError(
-            f"envs must be a gymnasium.Env, a gymnasium.vector.VectorEnv or a function that makes one Env, got {envs!r}"
-        )
-    if not isinstance(envs, gymnasium.Env | gymnasium.vector.VectorEnv):
-        return str(getattr(envs, "__name__", type(envs).__name__)), None
-    name = type(envs.unwrapped).__name__ if envs.spec is None else envs.spec.id
-    return name, 1 if isinstance(envs, gymnasium.Env) else envs.num_envs
 
 
 def _import(place: str) -> Any:

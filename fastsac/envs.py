@@ -202,7 +202,7 @@ class OwnEnvs(NamedTuple):
         """
         if envs is None and eval_envs is None:
             return cls(None, None)
-        from fastsac.env_gymnasium import Factory, describe_own
+        from fastsac.own_envs import Factory, describe_own
 
         if envs is None:
             raise UsageError("eval_envs go with envs: the environments for training")
@@ -216,7 +216,7 @@ class OwnEnvs(NamedTuple):
     @property
     def for_evaluation(self) -> Any:
         """What evaluations may use: their own, or a function that makes further ones."""
-        from fastsac.env_gymnasium import describe_own
+        from fastsac.own_envs import describe_own
 
         if self.eval_envs is not None or self.envs is None:
             return self.eval_envs
@@ -230,7 +230,7 @@ class OwnEnvs(NamedTuple):
         """
         if self.envs is None:
             return config
-        from fastsac.env_gymnasium import describe_own
+        from fastsac.own_envs import describe_own
 
         name, number = describe_own(self.envs)
         if config.eval_every and self.for_evaluation is None:
@@ -276,7 +276,8 @@ def make_envs(spec: EnvSpec, num_envs: int, seed: int, render: bool = False) -> 
             raise UsageError(f"EnvPool has no environment {env_id!r}{did_you_mean(env_id, known)}")
         if env_id in known:
             return VectorEnv(env_id, num_envs, "envpool", *make_envpool(spec, num_envs, seeds, render_mode))
-        from fastsac.env_gymnasium import describe_own, make_gymnasium, make_own
+        from fastsac.env_gymnasium import make_gymnasium
+        from fastsac.own_envs import describe_own, make_own
 
         if spec.backend == "python":
             if spec.own is None:
