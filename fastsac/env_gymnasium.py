@@ -164,7 +164,7 @@ class _Async(GymnasiumEnvs):
         self._process = os.getpid()
         # `multiprocessing` waits at the interpreter's end for processes that it has sent SIGTERM, which ours ignore
         close = weakref.WeakMethod(self.close)
-        atexit.register(lambda: (method := close()) and method())
+        self._at_exit = atexit.register(lambda: (method := close()) and method())
 
     def __del__(self) -> None:
         """End the processes with the last reference."""
@@ -216,6 +216,7 @@ class _Async(GymnasiumEnvs):
         """End the processes, by force if they do not end by themselves."""
         if self._envs.closed or os.getpid() != self._process:  # what a forked process has is a copy
             return
+        atexit.unregister(self._at_exit)
         self._envs.closed = True
         for pipe in self._envs.parent_pipes:
             if pipe is not None:

@@ -105,7 +105,6 @@ class SAC:
         if eval_envs is not None:
             self._evaluator.refuse_misfits()
         sizes = self.spaces.obs_size, self.spaces.action_size
-        own.refuse_misfits(*sizes, config.num_critics)
         self.setup = set_up_torch(config, self.device, *sizes, own)
         resolved = dataclasses.replace(config, precision=self.setup.precision)
         self.learner = make_learner(resolved, *sizes, self.device, child_seed(config.seed, LEARNER), own)
