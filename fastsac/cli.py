@@ -63,6 +63,7 @@ def default_run_dir(config: Config) -> Path:
     """Return a new name one level below `runs/`, whatever the environment's id contains."""
     env = re.sub(r"[^A-Za-z0-9._-]+", "-", config.env_id).strip(".-")
     estimator = config.estimator if config.baseline == "auto" else f"{config.estimator}-{config.baseline}"
+    estimator = estimator.replace(":", "-")
     return Path("runs") / f"{env}_{estimator}_s{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 

@@ -20,11 +20,16 @@ class Config:
     total_steps: int = 1_000_000
     """Environment steps, over all environments."""
     estimator: str = "pathwise"
-    """The actor's gradient estimator: `pathwise` or `score`."""
+    """The actor's gradient estimator: `pathwise`, `score`, `pathwise-stl`, `pathwise-antithetic`, `score-antithetic`,
+    `mix` or `measure-valued`; or your own, as `module:name`, where `module` registers it."""
     baseline: str = "auto"
-    """Baseline of the score function: `none`, `constant`, `value` or `loo`, which `auto` takes."""
+    """Baseline of the score function: `none`, `constant`, `value`, `mean-action` or `loo`, which `auto` takes."""
     num_action_samples: int | None = None
-    """Action samples per state in the actor's update (K). Default: 2 with `loo`, else 1."""
+    """Action samples per state in the actor's update (K). Default: as few as estimator and baseline need, which is 1,
+    or 2 with `loo`, in pairs or in a mix, or 4 with `loo` over pairs."""
+    entropy_split: float | Literal["auto"] = "auto"
+    """How much of the Gaussian's log-density is sampled in the actor's gradient, from 1 (all) to 0 (the exact gradient
+    of its entropy). `auto`: 1 for the score function and `pathwise-stl`, which is `pathwise` with 1; else 0."""
     seed: int = 0
     """Seeds the environments, the networks' initial weights and all noise."""
 
@@ -255,7 +260,7 @@ _OPTIONAL = (
     *("v_min", "v_max"),
 )
 #: the real numbers that may be left to the program
-_AUTOMATIC = ("alpha", "target_entropy")
+_AUTOMATIC = ("alpha", "target_entropy", "entropy_split")
 #: the values of each choice, for those who come by way of Python
 _CHOICES = {
     "env_backend": ("auto", "envpool", "gymnasium", "gymnasium-async", "python"),
@@ -283,6 +288,7 @@ _REALS = {
     "tau": (_TINY, 1.0, "in (0, 1]"),
     "alpha": (0.0, _HUGE, "`auto` or a finite number of at least 0"),
     "target_entropy": (-_HUGE, _HUGE, "`auto` or a finite number"),
+    "entropy_split": (0.0, 1.0, "`auto` or a number from 0 to 1"),
     "actor_lr": (_TINY, _HUGE, "above 0"),
     "critic_lr": (_TINY, _HUGE, "above 0"),
     "value_lr": (_TINY, _HUGE, "above 0"),

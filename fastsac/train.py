@@ -538,8 +538,10 @@ class SAC:
             if old != new:
                 flag = name.replace("_", "-")
                 raise UsageError(f"--{flag} cannot be changed from {old} to {new}: the stored networks depend on it")
-        if choose(config).baseline == "value" != choose(stored).baseline:
-            raise UsageError("--baseline value cannot be taken up by a stored run, which has no value network")
+        if choose(config).value_sign and not choose(stored).value_sign:
+            raise UsageError(
+                f"--baseline {config.baseline} cannot be taken up by a stored run, which has no value network"
+            )
         if config.alpha == "auto" and config.initial_alpha != stored.initial_alpha:
             raise UsageError("--initial-alpha is where a run begins, and this one has begun")
         refuse_other_networks(config, *sizes, checkpoint.tensor_shapes(path, "learner"), networks)

@@ -40,7 +40,8 @@ class Sampler(Protocol):
 class Draw(NamedTuple):
     """What an estimator samples its actions with."""
 
-    rng: PhiloxState | Tensor  # a generator's state, or standard normal numbers [K, B, A]
+    #: a generator's state, or standard normal numbers [K, B, A] (or as many as `Entry.num_noise` says in place of K)
+    rng: PhiloxState | Tensor
     num_samples: int  # K
     backend: Backend = "reference"  # of all kernels in the estimator
 
@@ -55,6 +56,15 @@ class Estimate(NamedTuple):
     loss: Tensor  # scalar; differentiable in mean and log_std
     log_prob: Tensor  # [K, B], detached
     q: Tensor  # [K, E, B], detached: the critics at the sampled actions
+
+    @classmethod
+    def of_gradient(
+        cls, mean: Tensor, log_std: Tensor, gradient: ActorGradient, f: Tensor, q: Tensor, log_prob: Tensor
+    ) -> Estimate:
+        """Return an estimate with this gradient, which is a constant; its loss has the value of f's mean, f [K, B]."""
+        head = mean * gradient.mean.mean(0) + log_std * gradient.log_std.mean(0)
+        linear = head.sum(-1).mean()
+        return cls(f.detach().mean() + (linear - linear.detach()), log_prob, q)
 
     def soft_value(self, alpha: Tensor) -> Tensor:
         """Return the mean over K of min_E q - alpha * log_prob, [B]: an unbiased estimate of V(s)."""

@@ -1,4 +1,6 @@
 import math
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -6,12 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastsac.cli import main
 from fastsac.config import Config
 from fastsac.errors import UsageError
-from fastsac.estimators import ESTIMATORS, choose
+from fastsac.estimators import ESTIMATORS, Entry, choose, register
+from fastsac.lab.arms import parse_arm
+from fastsac.train import SAC
 from fastsac.types import Draw, Estimate, QFunction
 
 PAIRS = [(name, baseline) for name, entry in ESTIMATORS.items() for baseline in entry.baselines or ("auto",)]
+#: those whose expectation a grid of noise gives: not so where rows weigh each other, or where signs make edges
+SMOOTH = [pair for pair in PAIRS if pair[0] not in ("mix", "measure-valued")]
 every_pair = pytest.mark.parametrize(("name", "baseline"), PAIRS)
 ALPHA = torch.tensor(0.3, dtype=torch.float64)
 
@@ -28,14 +35,28 @@ def quadrature(nodes: int, samples: int, action_size: int) -> tuple[Tensor, Tens
     return noise, torch.cartesian_prod(*[w / w.sum()] * size).view(-1, size).prod(1)
 
 
+def samples_of(name: str, noise: Tensor) -> int:
+    """K for so many normal vectors."""
+    entry = ESTIMATORS[name]
+    return len(noise) * (2 if entry.pairs else 1) // entry.normals
+
+
 def estimate(
-    name: str, baseline: str | float, mean: Tensor, log_std: Tensor, noise: Tensor, q: QFunction
+    name: str,
+    baseline: str | float,
+    mean: Tensor,
+    log_std: Tensor,
+    noise: Tensor,
+    q: QFunction,
+    split: float | str = "auto",
 ) -> tuple[Tensor, Estimate]:
     """One state's parameters [A], repeated over noise [K, B, A]: the gradients [B, 2A] of each row, and the rest."""
     batch = noise.shape[1]
     mean, log_std = (each.expand(batch, -1).clone().requires_grad_() for each in (mean, log_std))
     b = tensor(baseline).expand(batch) if isinstance(baseline, float) else baseline
-    result = ESTIMATORS[name].estimator(mean, log_std, Draw(noise, len(noise)), q, ALPHA, b)
+    result = choose(Config(estimator=name, entropy_split=split)).estimator(
+        mean, log_std, Draw(noise, samples_of(name, noise)), q, ALPHA, b
+    )
     return batch * torch.cat(torch.autograd.grad(result.loss, (mean, log_std)), 1), result
 
 
@@ -75,18 +96,79 @@ POLICIES = {
 }
 
 
-@every_pair
+@pytest.mark.parametrize("split", ["auto", 0.25])
+@pytest.mark.parametrize(("name", "baseline"), SMOOTH)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_expected_gradient(name: str, baseline: str, policy: str) -> None:
+def test_expected_gradient(name: str, baseline: str, policy: str, split: float | str) -> None:
     mean, log_std = POLICIES[policy]
-    samples = choose(Config(estimator=name, baseline=baseline)).num_action_samples
+    split = "auto" if name == "pathwise-stl" else split
+    samples = choose(Config(estimator=name, baseline=baseline)).num_noise
     expected = oracle(mean, log_std, 128)
     torch.testing.assert_close(oracle(mean, log_std, 64), expected, rtol=1e-9, atol=1e-9)
     nodes = 64 if samples * len(mean) <= 2 else 10
     for number in (nodes, 2 * nodes):
         noise, weights = quadrature(number, samples, len(mean))
-        rows, _ = estimate(name, -0.7 if baseline == "value" else baseline, mean, log_std, noise, twin_q)
+        rows, _ = estimate(name, -0.7 if baseline == "value" else baseline, mean, log_std, noise, twin_q, split)
         torch.testing.assert_close(weights @ rows, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("split", ["auto", 0.25])
+@pytest.mark.parametrize(("name", "baseline"), [pair for pair in PAIRS if pair not in SMOOTH])
+def test_expected_gradient_by_sampling(name: str, baseline: str, split: float | str) -> None:
+    mean, log_std = POLICIES["A=2"]
+    choice, batch = choose(Config(estimator=name, baseline=baseline)), 200_000
+    noise = torch.randn(choice.num_noise, batch, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    rows, _ = estimate(name, -0.7 if baseline == "value" else baseline, mean, log_std, noise, twin_q, split)
+    z = (rows.mean(0) - oracle(mean, log_std, 128)) / (rows.std(0) / math.sqrt(batch))
+    assert z.abs().max() < 3.5
+
+
+def test_the_mix_weighs_by_the_variances_of_the_other_states() -> None:
+    problem = Problem(samples=3, batch=5)
+    problem.run("mix", "none").loss.backward()
+    found = torch.stack([problem.mean.grad, problem.log_std.grad])
+    parts = {}
+    for name in ("score", "pathwise"):
+        each = Problem(samples=3, batch=5)
+        per_sample = []
+        for k in range(3):
+            one = Problem(samples=3, batch=5)
+            arguments = one.mean, one.log_std, Draw(each.vectors[k : k + 1], 1), one.q_function, ALPHA, "none"
+            ESTIMATORS[name].estimator(*arguments, entropy_split=0.0).loss.backward()
+            per_sample.append(5 * torch.stack([one.mean.grad, one.log_std.grad]))
+        parts[name] = torch.stack(per_sample)  # [K, 2, B, A]
+    variance = {name: part.var(0) for name, part in parts.items()}  # [2, B, A]
+    expected = torch.zeros(2, 5, 2, dtype=torch.float64)
+    for b in range(5):
+        others = [other for other in range(5) if (other < 2) != (b < 2)]
+        of_score, of_pathwise = (variance[name][:, others].mean(1) for name in ("score", "pathwise"))
+        weight = of_pathwise / (of_score + of_pathwise)
+        expected[:, b] = weight * parts["score"][:, :, b].mean(0) + (1 - weight) * parts["pathwise"][:, :, b].mean(0)
+    torch.testing.assert_close(found, expected / 5)
+
+
+def test_pathwise_stl_detaches_mean_and_log_std_in_the_gaussian_only() -> None:
+    problem, naive = Problem(), Problem()
+    problem.run("pathwise-stl", "auto").loss.backward()
+    u = naive.mean + naive.log_std.exp() * problem.noise
+    log_normal = torch.distributions.Normal(naive.mean.detach(), naive.log_std.detach().exp()).log_prob(u).sum(-1)
+    log_prob = log_normal - 2.0 * (math.log(2.0) - u - torch.nn.functional.softplus(-2.0 * u)).sum(-1)
+    (ALPHA * log_prob - naive.q_function(torch.tanh(u)).amin(1)).mean().backward()
+    torch.testing.assert_close(problem.mean.grad, naive.mean.grad)
+    torch.testing.assert_close(problem.log_std.grad, naive.log_std.grad)
+
+
+def test_the_sticking_landing_has_no_noise_at_the_optimum() -> None:
+    """Where the policy is proportional to exp(Q / alpha): here before squashing."""
+    mean, log_std = tensor(0.3, -0.2), tensor(-0.5, -1.0)
+
+    def q_function(action: Tensor) -> Tensor:
+        return (ALPHA * squashed_log_prob(mean, log_std, torch.atanh(action))).unsqueeze(1)
+
+    noise = torch.randn(1, 1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = {name: estimate(name, "auto", mean, log_std, noise, q_function)[0] for name in ("pathwise", "pathwise-stl")}
+    assert rows["pathwise-stl"].abs().max() < 1e-9
+    assert rows["pathwise"].abs().max() > 0.1
 
 
 class Quadratic(NamedTuple):
@@ -182,11 +264,12 @@ def test_no_baseline_biases_and_the_notes_sign_only_adds_variance() -> None:
 class Problem:
     """Random states [B] with K samples each, and crossing critics whose weights are leaves."""
 
-    def __init__(self, samples: int = 3, batch: int = 5, action_size: int = 2) -> None:
+    def __init__(self, samples: int = 4, batch: int = 5, action_size: int = 2) -> None:
         rng = torch.Generator().manual_seed(1)
-        shapes = (batch, action_size), (batch, action_size), (samples, batch, action_size), (2, action_size)
+        shapes = (batch, action_size), (batch, action_size), (3 * samples, batch, action_size), (2, action_size)
         leaves = [torch.randn(shape, generator=rng, dtype=torch.float64).requires_grad_() for shape in shapes]
         self.mean, self.log_std, self.noise, self.weight = leaves
+        self.samples, self.vectors = samples, self.noise.detach()
         self.b = torch.linspace(-1.0, 1.0, batch, dtype=torch.float64).requires_grad_()
 
     def q_function(self, action: Tensor) -> Tensor:
@@ -195,9 +278,11 @@ class Problem:
 
     def run(self, name: str, baseline: str, alpha: Tensor = ALPHA) -> Estimate:
         argument = self.b if baseline == "value" else baseline
-        return ESTIMATORS[name].estimator(
-            self.mean, self.log_std, Draw(self.noise.detach(), len(self.noise)), self.q_function, alpha, argument
-        )
+        entry = ESTIMATORS[name]
+        drawn = self.vectors[: entry.num_noise(self.samples)]
+        self.noise = torch.cat([drawn, -drawn]) if entry.pairs else drawn[-self.samples :]  # of the actions
+        draw = Draw(drawn, self.samples)
+        return entry.estimator(self.mean, self.log_std, draw, self.q_function, alpha, argument)
 
 
 @every_pair
@@ -248,12 +333,20 @@ def test_loo_refuses_a_single_sample() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"estimator": "pathwis"}, "unknown --estimator 'pathwis'; did you mean pathwise?"),
+        ({"estimator": "pathwis"}, "unknown --estimator 'pathwis'; did you mean pathwise or pathwise-stl?"),
         ({"estimator": "xyz"}, f"unknown --estimator 'xyz'; known: {', '.join(ESTIMATORS)}"),
         ({"baseline": "loo"}, "--estimator pathwise takes no --baseline (it was given 'loo')"),
         ({"baseline": "none"}, "--estimator pathwise takes no --baseline (it was given 'none')"),
         ({"estimator": "score", "baseline": "valu"}, "unknown --baseline 'valu' for --estimator score; did you mean"),
         ({"estimator": "score", "baseline": ""}, "unknown --baseline '' for --estimator score; known: loo, value,"),
+        ({"estimator": "pathwise-stl", "entropy_split": 0.5}, "takes no --entropy-split (it was given 0.5)"),
+        ({"estimator": "pathwise-antithetic", "num_action_samples": 3}, "must be even, got 3"),
+        ({"estimator": "score-antithetic", "num_action_samples": 2}, "--num-action-samples must be at least 4"),
+        ({"estimator": "mix", "num_action_samples": 1}, "--num-action-samples must be at least 2"),
+        ({"estimator": "mix", "batch_size": 1}, "--batch-size must be at least 2"),
+        ({"estimator": "mix", "baseline": "value-as"}, "did you mean value?"),
+        ({"estimator": "no_such_module:toy"}, "cannot import 'no_such_module' for --estimator no_such_module:toy"),
+        ({"estimator": "math:toy"}, "math registers no estimator 'toy'"),
         ({"estimator": "score", "num_action_samples": 1}, "--num-action-samples must be at least 2"),
         ({"estimator": "score", "baseline": "loo", "num_action_samples": 1}, "--num-action-samples must be at least 2"),
     ],
@@ -272,10 +365,91 @@ def test_choose_refuses(settings: dict[str, object], message: str) -> None:
         ({"num_action_samples": 4}, ("pathwise", "none", 4)),
         ({"estimator": "score"}, ("score", "loo", 2)),
         ({"estimator": "score", "num_action_samples": 5}, ("score", "loo", 5)),
-        *(({"estimator": "score", "baseline": b}, ("score", b, 1)) for b in ("none", "constant", "value")),
+        *(
+            ({"estimator": "score", "baseline": b}, ("score", b, 1))
+            for b in ("none", "constant", "value", "mean-action")
+        ),
+        ({"estimator": "score", "entropy_split": 1}, ("score", "loo", 2)),
+        ({"estimator": "pathwise-stl"}, ("pathwise-stl", "none", 1)),
+        ({"estimator": "pathwise-antithetic"}, ("pathwise-antithetic", "none", 2)),
+        ({"estimator": "score-antithetic"}, ("score-antithetic", "loo", 4)),
+        ({"estimator": "score-antithetic", "baseline": "value"}, ("score-antithetic", "value", 2)),
+        ({"estimator": "mix", "baseline": "none"}, ("mix", "none", 2)),
+        ({"estimator": "measure-valued"}, ("measure-valued", "none", 1)),
+        ({"estimator": "score", "baseline": "value-as-printed"}, ("score", "value-as-printed", 1)),
     ],
 )
 def test_choose_resolves_the_defaults(settings: dict[str, object], resolved: tuple[str, str, int]) -> None:
     name, *rest = resolved
     entry = ESTIMATORS[name]
-    assert choose(Config(**settings)) == (entry.estimator, *rest, entry.gradient)
+    assert choose(Config(**settings))[:4] == (entry.estimator, *rest, entry.gradient)
+
+
+def test_an_estimator_from_outside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/estimators.md describes it: one file, one line, and what is special about it in a test."""
+    name = "tests.toy_estimator:normalized"
+    assert len(Path("tests/toy_estimator.py").read_text().splitlines()) < 60
+    command = [*("train", "--env-id", "Pendulum-v1", "--estimator", name, "--total-steps", "300"), "--num-envs", "2"]
+    command += [*("--learning-starts", "100", "--eval-every", "0", "--hidden-sizes", "8")]
+    command += ["--run-dir", str(tmp_path / "run")]
+    try:
+        main(command)
+        agent = SAC.load(tmp_path / "run")
+        assert (agent.config.estimator, agent.engine, agent.steps) == (name, "reference", 300)
+        assert agent.updates > 150
+        assert "no written-out gradient" in agent.engine_reason
+        assert parse_arm(f"{name}:4") == (name, "auto", 4)
+        with pytest.raises(ValueError, match="there is an estimator 'normalized' already"):
+            register("normalized", Entry(ESTIMATORS["score"].estimator))
+        # what is special about it: the gradient does not depend on the critics' scale
+        gradients = []
+        for scale in (1.0, 10.0):
+            problem = Problem()
+            q_function = problem.q_function
+            problem.q_function = lambda action, q=q_function, scale=scale: scale * q(action)
+            problem.run("normalized", "none", 0.0 * ALPHA).loss.backward()
+            gradients.append(problem.mean.grad)
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    finally:
+        ESTIMATORS.pop("normalized", None)
+        sys.modules.pop("tests.toy_estimator", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "arm", "label"),
+    [
+        ("pathwise", ("pathwise", "auto", None), "pathwise"),
+        ("pathwise:2", ("pathwise", "auto", 2), "pathwise:2"),
+        ("pathwise:1", ("pathwise", "auto", 1), "pathwise"),
+        ("score", ("score", "auto", None), "score:loo:2"),
+        ("score:4", ("score", "auto", 4), "score:loo:4"),
+        ("score:none", ("score", "none", None), "score:none"),
+        ("score:none:2", ("score", "none", 2), "score:none:2"),
+        ("score:value-as-printed", ("score", "value-as-printed", None), "score:value-as-printed"),
+        ("score-antithetic", ("score-antithetic", "auto", None), "score-antithetic:loo:4"),
+        ("mix:mean-action", ("mix", "mean-action", None), "mix:mean-action"),
+    ],
+)
+def test_arms(text: str, arm: tuple[object, ...], label: str) -> None:
+    assert parse_arm(text) == arm
+    assert parse_arm(text).label == label
+    assert parse_arm(label).label == label
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "an arm is estimator[:baseline[:K]]"),
+        ("score:", "an arm is estimator[:baseline[:K]]"),
+        ("score:loo:2:2", "an arm is estimator[:baseline[:K]]"),
+        ("scor:loo", "cannot import 'scor' for --estimator scor:loo; did you mean score"),
+        ("score:lo", "arm 'score:lo': unknown --baseline 'lo'"),
+        ("score:loo:1", "--num-action-samples must be at least 2"),
+        ("pathwise:none", "takes no --baseline"),
+        ("pathwise:0", "--num-action-samples must be a whole number of at least 1"),
+    ],
+)
+def test_arms_refuse(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_arm(text)
+    assert message in str(caught.value)

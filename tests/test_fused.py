@@ -18,7 +18,8 @@ from fastsac.types import Batch, Draw, Sampler
 from tests.pretend_cuda import pretended
 from tests.test_graphed import A, O, assert_equal, filled, tensors_of
 
-PAIRS = [(name, baseline) for name, entry in ESTIMATORS.items() for baseline in entry.baselines or ("auto",)]
+WRITTEN_OUT = {name: entry for name, entry in ESTIMATORS.items() if entry.gradient is not None}
+PAIRS = [(name, baseline) for name, entry in WRITTEN_OUT.items() for baseline in entry.baselines or ("auto",)]
 RATES = {"actor_lr": 1e-3, "critic_lr": 1e-3, "value_lr": 1e-3, "alpha_lr": 1e-3}
 
 
@@ -44,7 +45,8 @@ CASES = [
     (*pair, activation, SHAPES[index % len(SHAPES)])
     for index, (pair, activation) in enumerate(itertools.product(PAIRS, ACTIVATIONS))
 ]
-CASES += [(name, "auto", "relu", shape) for name in ESTIMATORS for shape in SHAPES]
+CASES += [(name, "auto", "relu", shape) for name in WRITTEN_OUT for shape in SHAPES]
+CASES = [case for case in CASES if case[0] != "mix" or case[3].batch_size > 1]  # which needs another state
 
 
 class Fixed:
@@ -73,8 +75,8 @@ class Noting(Learner):
         self.noise: list[Tensor] = []
         self.grads: dict[str, list[Tensor]] = {}
 
-    def _draw(self, purpose: int, num_samples: int, mean: Tensor) -> Draw:
-        draw = super()._draw(purpose, num_samples, mean)
+    def _draw(self, purpose: int, num_samples: int, mean: Tensor, num_noise: int | None = None) -> Draw:
+        draw = super()._draw(purpose, num_samples, mean, num_noise)
         self.noise.append(draw.rng)
         return draw
 
@@ -87,13 +89,14 @@ class Noting(Learner):
 class Oracle(Noting):
     """The reference engine in float64, with another one's noise."""
 
-    def _draw(self, purpose: int, num_samples: int, mean: Tensor) -> Draw:
+    def _draw(self, purpose: int, num_samples: int, mean: Tensor, num_noise: int | None = None) -> Draw:
         return Draw(self.noise.pop(0).double(), num_samples)
 
 
 def config_of(name: str, baseline: str, activation: str, shape: Shape, **settings: Any) -> Config:
-    samples = max(shape.num_action_samples, 2) if (name, baseline) in (("score", "loo"), ("score", "auto")) else None
-    given = shape._asdict() | {"num_action_samples": samples or shape.num_action_samples}
+    entry = WRITTEN_OUT[name]
+    least = entry.least(entry.baselines[0] if baseline == "auto" and entry.baselines else baseline)
+    given = shape._asdict() | {"num_action_samples": max(shape.num_action_samples, least)}
     sizes = {key: given[key] for key in ("batch_size", "hidden_sizes", "num_critics", "num_action_samples")}
     fixed = {"estimator": name, "baseline": baseline, "activation": activation, "precision": "fp32"}
     return Config(**(fixed | sizes | RATES | settings))
@@ -169,8 +172,8 @@ class Shuffled(Learner):
     def _sample_batch(self, replay: Sampler) -> Batch:
         return Batch(*(part[self._order()] for part in super()._sample_batch(replay)[:5]))
 
-    def _draw(self, purpose: int, num_samples: int, mean: Tensor) -> Draw:
-        draw = super()._draw(purpose, num_samples, mean)
+    def _draw(self, purpose: int, num_samples: int, mean: Tensor, num_noise: int | None = None) -> Draw:
+        draw = super()._draw(purpose, num_samples, mean, num_noise)
         return draw._replace(rng=draw.rng[:, self._order()])
 
 
@@ -324,7 +327,8 @@ def test_it_acts_as_the_reference_engine_does(precision: str) -> None:
         actions = [learner.act(obs[:rows]) for learner in learners]
         torch.testing.assert_close(*actions, rtol=1e-5, atol=1e-6)
         assert not actions[0].is_inference()
-    assert torch.equal(*(learner.act(obs, deterministic=True) for learner in learners))
+    actions = [learner.act(obs, deterministic=True) for learner in learners]
+    torch.testing.assert_close(*actions, rtol=1e-5, atol=1e-6)  # weights lie otherwise: some CPUs add up otherwise
 
 
 def test_an_estimator_without_a_written_out_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,12 @@ EXACT = [
     {"num_action_samples": 3, "num_critics": 3, "actor_every": 2, "hidden_sizes": (8, 8, 8)},
     {"estimator": "score", "baseline": "loo"},
     {"estimator": "score", "baseline": "value"},
+    {"estimator": "score", "baseline": "mean-action", "num_action_samples": 2},
+    {"estimator": "score", "baseline": "mean-action", "entropy_split": 0.3},
+    {"estimator": "score", "baseline": "value-as-printed", "entropy_split": 0.3},
+    {"estimator": "pathwise", "entropy_split": 0.3, "num_action_samples": 2},
+    {"estimator": "pathwise-stl"},
+    {"estimator": "mix", "baseline": "mean-action"},
     {"activation": "silu"},
     {"activation": "elu", "hidden_sizes": (8,)},
 ]
@@ -74,7 +80,9 @@ MUTATIONS = [
     ("learner.fused", '["critic"].values, self.config.tau', '["critic"].values, 0.5 * self.config.tau'),
     ("learner.fused", "entropy - self.target_entropy", "entropy + self.target_entropy"),
     ("learner.fused", "value + f.mean(0)", "value - f.mean(0)"),
-    ("learner.fused", "baseline = -value", "baseline = value"),
+    ("learner.fused", "self.choice.value_sign * value", "-value"),
+    ("learner.fused", "min_q.view(rows, batch)[-1]", "min_q.view(rows, batch)[0]"),
+    ("learner.fused", "sample.log_prob[-1]", "sample.log_prob[0]"),
     ("learner.fused", "squashed[-1]", "squashed[0]"),
     ("learner.fused", "self.updates % every == 0", "True"),
     ("learner.fused", "weight[:, -action_size:].mT", "weight[:, :action_size].mT"),
@@ -86,7 +94,13 @@ MUTATIONS = [
     ("estimators.pathwise", "grad_mean * sample.deviation", "grad_mean * sample.noise"),
     ("estimators.score", "sample.noise / sample.sigma", "sample.noise * sample.sigma"),
     ("estimators.score", "square().sub_(1.0)", "square().sub_(0.5)"),
-    ("estimators.score", "(log_normal * advantage)", "advantage"),
+    ("estimators.score", "(log_normal(sample.noise, sample.log_std) * advantage)", "advantage"),
+    ("estimators.score", "grad_log_std.sub_(exact)", "grad_log_std.add_(exact)"),
+    ("estimators.score", "f = f - exact", "f = f + exact"),
+    ("estimators.score", "baseline = shifted(baseline, sample.log_std[0], alpha, entropy_split)", "pass"),
+    ("estimators.pathwise", "share * sample.noise / sample.sigma", "share * sample.noise"),
+    ("estimators.pathwise", "share * (sample.noise.square() - 1.0)", "share * sample.noise.square()"),
+    ("estimators.mix", "score[:, part], weight", "score[:, part], 1.0 - weight"),
 ]
 
 

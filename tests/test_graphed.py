@@ -111,8 +111,8 @@ class Drawn(GraphedLearner):
         self.batches.append(batch)
         return super()._update_critic(batch, measure)
 
-    def _draw(self, purpose: int, num_samples: int, mean: Tensor) -> Draw:
-        draw = super()._draw(purpose, num_samples, mean)
+    def _draw(self, purpose: int, num_samples: int, mean: Tensor, num_noise: int | None = None) -> Draw:
+        draw = super()._draw(purpose, num_samples, mean, num_noise)
         self.draws.append((philox_normal(draw.rng, (draw.num_samples, *mean.shape)), draw.num_samples))
         return draw
 

@@ -43,6 +43,11 @@ def _gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         {},
         {"estimator": "score", "actor_every": 3},
         {"estimator": "score", "baseline": "value"},
+        {"estimator": "score", "baseline": "mean-action", "entropy_split": 0.5},
+        {"estimator": "pathwise-stl"},
+        {"estimator": "score-antithetic"},
+        {"estimator": "mix"},
+        {"estimator": "measure-valued"},
         {"alpha": 0.0},
         {
             **{"critic": "categorical", "v_min": -20.0, "v_max": 20.0, "critic_reduction": "mean", "layer_norm": True},

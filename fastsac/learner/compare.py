@@ -58,9 +58,9 @@ class SameNumbers(Learner):
         dtype = self.log_alpha.dtype
         return Batch._make(part if part is None or part.dtype == torch.bool else part.to(dtype) for part in batch)
 
-    def _draw(self, purpose: int, num_samples: int, mean: Tensor) -> Draw:
+    def _draw(self, purpose: int, num_samples: int, mean: Tensor, num_noise: int | None = None) -> Draw:
         rng = self.acting_rng if purpose == ACTING else self.rng.of_stream(purpose)
-        return Draw(philox_normal(rng, (num_samples, *mean.shape)).to(mean.dtype), num_samples)
+        return Draw(philox_normal(rng, (num_noise or num_samples, *mean.shape)).to(mean.dtype), num_samples)
 
 
 class Errors:

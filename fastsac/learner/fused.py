@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fastsac.config import Config
 from fastsac.estimators import choose
+from fastsac.estimators.gaussian import mean_action_baseline
 from fastsac.learner.flat import FlatAdam, FlatGradients, FlatNetwork, Memory
 from fastsac.learner.optimizers import Groups, weight_decay
 from fastsac.learner.reference import Learner, Metrics, Moments
@@ -105,10 +106,13 @@ class FusedLearner(Learner):
 
     def _make_passes(self, obs_size: int, action_size: int) -> None:
         """Make the inputs, with views of their parts, and bind each pass to its own."""
-        batch, samples, like = self.config.batch_size, self.choice.num_action_samples, self.log_alpha.detach()
+        batch, like = self.config.batch_size, self.log_alpha.detach()
+        # a baseline at the mean action takes one row more for each state: a sample without noise
+        samples = self._rows = self.choice.num_action_samples + (self.choice.baseline == "mean-action")
         self._log_std_middle = torch.full_like(like, LOG_STD_MIDDLE)
-        noise = like.new_empty(1 + samples, batch, action_size)
-        self._next_noise, self._sample_noise, self._noise = noise[:1], noise[1:], noise
+        noise = like.new_zeros(1 + samples, batch, action_size)
+        self._next_noise, self._sample_noise = noise[:1], noise[1 : 1 + self.choice.num_action_samples]
+        self._noise = noise
         # [1 | obs | action]: next_obs with its sampled action, obs with K sampled ones, obs with the batch's
         columns = 1 + obs_size + action_size
         x = self._memory.zeros([2 + samples, batch, columns], self._flat["critic"].layers[0].block.dtype)
@@ -192,9 +196,8 @@ class FusedLearner(Learner):
         mean, raw = output.view(-1, self.config.batch_size, output.shape[2]).chunk(2, -1)
         squashed = torch.tanh(raw)
         log_std = torch.add(self._log_std_middle, squashed, alpha=LOG_STD_HALF_RANGE)
-        samples = self.choice.num_action_samples
-        if with_actor and samples > 1:
-            mean, log_std = (torch.cat([part[:1], part[1:].expand(samples, -1, -1)]) for part in (mean, log_std))
+        if with_actor and self._rows > 1:
+            mean, log_std = (torch.cat([part[:1], part[1:].expand(self._rows, -1, -1)]) for part in (mean, log_std))
         noise = self._noise if with_actor else self._next_noise
         sigma = log_std.exp()
         deviation = sigma * noise
@@ -232,11 +235,12 @@ class FusedLearner(Learner):
     def _descend_actor_and_alpha(
         self, sample: Sample, squashed: Tensor, alpha: Tensor, metrics: Metrics | None
     ) -> None:
-        samples, batch, _ = sample.action.shape
+        rows, batch, action_size = sample.action.shape
+        samples = self.choice.num_action_samples
         averages = self.config.critic_reduction == "mean"
-        q = self._sampled_pass.forward()  # [E, K B, 1]
+        q = self._sampled_pass.forward()  # [E, K B, 1], or (K + 1) B
         min_q = self._reduced(q)
-        f = torch.mul(alpha, sample.log_prob).sub_(min_q.view(samples, batch))  # [K, B]
+        f = torch.mul(alpha, sample.log_prob).sub_(min_q.view(rows, batch))[:samples]  # [K, B]
 
         def q_gradient() -> Tensor:
             share = self._sampled_pass.grad_output
@@ -246,12 +250,16 @@ class FusedLearner(Learner):
                 torch.eq(q, min_q, out=share)
                 share /= share.sum(0)
             d = self._sampled_pass.backward()  # [E, K B, H]
-            return torch.bmm(d, self._action_weight).sum(0, dtype=q.dtype).view(sample.action.shape)
+            gradient = torch.bmm(d, self._action_weight).sum(0, dtype=q.dtype)
+            return gradient.view(rows, batch, action_size)[:samples]
 
         baseline: str | Tensor = self.choice.baseline
         if self._value_pass is not None:
             value = self._value_pass.forward()  # [1, B, 1]
-            baseline = -value.view(batch)
+            baseline = self.choice.value_sign * value.view(batch)
+        elif rows > samples:
+            baseline = mean_action_baseline(sample.log_prob[-1], min_q.view(rows, batch)[-1], action_size, alpha)
+            sample = Sample(*(part[:samples] for part in sample))
         gradient = self._gradient(sample, f, q_gradient, alpha, baseline)
         grad_mean, grad_log_std = (
             each[0] if samples == 1 else each.sum(0) for each in (gradient.mean, gradient.log_std)

@@ -208,7 +208,7 @@ class GraphedLearner(Learner):
     def _sample_batch(self, replay: Sampler) -> Batch:
         return replay.sample(self.config.batch_size, self.rng.of_stream(BATCH), self.backend)
 
-    def _draw(self, purpose: int, num_samples: int, mean: Tensor) -> Draw:
+    def _draw(self, purpose: int, num_samples: int, mean: Tensor, num_noise: int | None = None) -> Draw:
         rng = self.acting_rng if purpose == ACTING else self.rng.of_stream(purpose)
         return Draw(rng, num_samples, self.backend)
 

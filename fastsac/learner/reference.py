@@ -120,7 +120,7 @@ class Learner:
     @property
     def uses_value(self) -> bool:
         """Whether the baseline is a learned soft value."""
-        return self.choice.baseline == "value"
+        return self.choice.value_sign != 0.0
 
     @property
     def alpha(self) -> Tensor:
@@ -202,11 +202,11 @@ class Learner:
 
     def _update_actor_and_alpha(self, obs: Tensor, measure: bool) -> Metrics:
         mean, log_std = self.actor(obs)
-        draw = self._draw(ACTION, self.choice.num_action_samples, mean)
+        draw = self._draw(ACTION, self.choice.num_action_samples, mean, self.choice.num_noise)
         alpha = self.alpha
         baseline: str | Tensor = self.choice.baseline
         if self.value is not None:
-            baseline = -self.value(obs, frozen=True)
+            baseline = self.choice.value_sign * self.value(obs, frozen=True)
         estimate = self.choice.estimator(
             mean, log_std, draw, lambda action: self._q_of_samples(obs, action), alpha, baseline
         )
@@ -236,8 +236,8 @@ class Learner:
             nn.utils.clip_grad_norm_(self._parameters[name], self.config.max_grad_norm)
         self.optimizers[name].step()
 
-    def _draw(self, purpose: int, num_samples: int, mean: Tensor) -> Draw:
-        noise = torch.randn((num_samples, *mean.shape), device=self.device, generator=self.generator)
+    def _draw(self, purpose: int, num_samples: int, mean: Tensor, num_noise: int | None = None) -> Draw:
+        noise = torch.randn((num_noise or num_samples, *mean.shape), device=self.device, generator=self.generator)
         return Draw(noise, num_samples, self.backend)
 
     def _moments(self) -> dict[str, Moments]:

@@ -35,7 +35,7 @@ from fastsac.own_networks import STANDARD, OwnNetworks
 
 #: settings that decide which kernels run, with which shapes
 SETTINGS = (
-    *("estimator", "baseline", "num_action_samples", "batch_size", "hidden_sizes", "activation"),
+    *("estimator", "baseline", "num_action_samples", "entropy_split", "batch_size", "hidden_sizes", "activation"),
     *("num_critics", "precision", "num_envs", "n_step", "normalize_obs", "normalize_reward", "layer_norm", "critic"),
     *("critic_reduction", "num_atoms", "optimizer"),
 )

@@ -1,0 +1,1 @@
+"""The estimator lab: toy problems, gradients of trained runs, costs, comparisons and their report."""
