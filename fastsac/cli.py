@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from fastsac.arguments import Doctor, Eval, Presets, Train, parse
 from fastsac.config import Config
 from fastsac.errors import EnvironmentFailure, FastsacError, UsageError
+from fastsac.estimators import AS_PRINTED
 from fastsac.presets import AUTO, find, presets, table
 from fastsac.run_dir import newest_step, read_config, refuse_if_taken
 from fastsac.signals import ENVIRONMENT_FAILED, Heartbeat
@@ -69,6 +70,11 @@ def default_run_dir(config: Config) -> Path:
 
 def _train(command: Train, arguments: Sequence[str]) -> None:
     heartbeat = Heartbeat()
+    if command.config.baseline == AS_PRINTED:
+        raise UsageError(
+            f"--baseline {AS_PRINTED} has the wrong sign on purpose, for comparisons: "
+            f"fastsac compare --arms score:value score:{AS_PRINTED} ..."
+        )
     if command.restarts < 0:
         raise UsageError(f"--restarts must be a whole number of at least 0, got {command.restarts}")
     if command.step_timeout is not None and not 0.0 <= command.step_timeout <= 1e9:

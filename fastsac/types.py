@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsac_kernels import PhiloxState, sample_squashed_gaussian
 from fastsac_kernels.launch import Backend
+from fastsac_kernels.squashed_gaussian import noise_of
 
 #: actions [K, B, A] -> the critics there, [K, E, B]
 QFunction = Callable[[Tensor], Tensor]
@@ -48,6 +49,10 @@ class Draw(NamedTuple):
     def sample(self, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
         """Return K actions [K, B, A] and their log-probabilities [K, B] for mean and log_std [B, A]."""
         return sample_squashed_gaussian(mean, log_std, *self)
+
+    def noise(self, mean: Tensor, num_vectors: int | None = None) -> Tensor:
+        """Return the normal numbers that the samples are made of, [K, B, A], or as many vectors as are asked for."""
+        return noise_of(self.rng, (num_vectors or self.num_samples, *mean.shape), mean.dtype)
 
 
 class Estimate(NamedTuple):

@@ -16,7 +16,7 @@ def normalized(mean, log_std, draw, q_function, alpha, baseline):
         q = q_function(action)  # [K, E, B]
         f = alpha * log_prob - q.amin(1)
         advantage = (f - f.mean()) / (f.std() + 1e-6)
-        u = mean + log_std.exp() * draw.rng  # the noise; on a GPU: fastsac_kernels.philox_normal
+        u = mean + log_std.exp() * draw.noise(mean)
     log_normal = torch.distributions.Normal(mean, log_std.exp()).log_prob(u).sum(-1)
     return Estimate((log_normal * advantage).mean(), log_prob, q)
 

@@ -13,12 +13,11 @@ from fastsac.estimators.gaussian import log_normal
 from fastsac.estimators.pathwise import pathwise
 from fastsac.estimators.score import score
 from fastsac.types import ActorGradient, Draw, Estimate, QFunction
-from fastsac_kernels.squashed_gaussian import noise_of
 
 
 def mirrored(draw: Draw, mean: Tensor) -> Draw:
     """Return K samples from K / 2 noise vectors: [eps, -eps]."""
-    noise = noise_of(draw.rng, (draw.num_samples // 2, *mean.shape), mean.dtype)
+    noise = draw.noise(mean, draw.num_samples // 2)
     return Draw(torch.cat([noise, -noise]), draw.num_samples, draw.backend)
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fastsac.estimators.gaussian import log_normal
 from fastsac.types import ActorGradient, Draw, Estimate, QFunction
-from fastsac_kernels.squashed_gaussian import noise_of
 
 
 @torch.no_grad()
@@ -46,7 +45,7 @@ def measure_valued(
     """Return the estimate (see `fastsac.types.Estimator`); `draw` has three normal vectors for each sample."""
     samples, (batch, size) = draw.num_samples, mean.shape
     with torch.no_grad():
-        noise = _perturbed(noise_of(draw.rng, (3 * samples, batch, size), mean.dtype)).flatten(0, 1)
+        noise = _perturbed(draw.noise(mean, 3 * samples)).flatten(0, 1)
         action, log_prob = Draw(noise, len(noise), draw.backend).sample(mean, log_std)
         q = q_function(action)
         f = alpha * (log_prob - (1.0 - entropy_split) * log_normal(noise, log_std)) - q.amin(1)

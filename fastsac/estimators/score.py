@@ -21,7 +21,6 @@ from fastsac.estimators.gaussian import log_normal, mean_action, shifted
 from fastsac.types import ActorGradient, Draw, Estimate, QFunction, Sample
 from fastsac_kernels import score_function_loss
 from fastsac_kernels.score_function_loss import baseline_values
-from fastsac_kernels.squashed_gaussian import noise_of
 
 
 def score(
@@ -41,8 +40,7 @@ def score(
             baseline = mean_action(mean, log_std, draw, q_function, alpha)
         baseline, weighed = shifted(baseline, log_std, alpha, entropy_split), log_prob
         if entropy_split != 1.0:
-            noise = noise_of(draw.rng, action.shape, mean.dtype)
-            weighed = log_prob - (1.0 - entropy_split) * log_normal(noise, log_std)
+            weighed = log_prob - (1.0 - entropy_split) * log_normal(draw.noise(mean), log_std)
     loss = score_function_loss(mean, log_std, draw.rng, q, alpha, baseline, draw.backend, weighed)
     if entropy_split != 1.0:
         loss = loss - alpha.detach() * (1.0 - entropy_split) * log_std.sum(-1).mean()

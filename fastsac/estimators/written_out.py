@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastsac.estimators.gaussian import mean_action
 from fastsac.types import ActorGradient, Draw, Estimate, QFunction, Sample
-from fastsac_kernels.squashed_gaussian import noise_of
 
 
 def from_gradient(
@@ -25,7 +24,7 @@ def from_gradient(
     """Return the estimate whose gradient `gradient` writes out; its loss has the value of mean f."""
     with torch.no_grad():
         action, log_prob = draw.sample(mean, log_std)
-        noise = noise_of(draw.rng, action.shape, mean.dtype)
+        noise = draw.noise(mean)
         if isinstance(baseline, str) and baseline == "mean-action":
             baseline = mean_action(mean, log_std, draw, q_function, alpha)
     with torch.enable_grad():
