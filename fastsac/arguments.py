@@ -17,6 +17,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from fastsac.config import Config
 from fastsac.errors import UsageError
+from fastsac.lab.arguments import Compare, Lab, Report
 from fastsac.presets import find, without_unused
 from fastsac.run_dir import read_config
 
@@ -76,7 +77,7 @@ class Doctor:
     """Print one JSON object, for a report."""
 
 
-Command = Train | Eval | Presets | Doctor
+Command = Train | Eval | Presets | Doctor | Compare | Report | Lab
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -94,7 +95,10 @@ def parse(arguments: Sequence[str]) -> Command:
                 Annotated[Train, tyro.conf.subcommand("train", default=default)]
                 | Annotated[Eval, tyro.conf.subcommand("eval")]
                 | Annotated[Presets, tyro.conf.subcommand("presets")]
-                | Annotated[Doctor, tyro.conf.subcommand("doctor")],
+                | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+                | Annotated[Compare, tyro.conf.subcommand("compare")]
+                | Annotated[Report, tyro.conf.subcommand("report")]
+                | Annotated[Lab, tyro.conf.subcommand("lab")],
                 args=arguments,
                 prog="fastsac",
                 description="Soft Actor-Critic at speed, with the actor's gradient estimator as a choice.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from fastsac.arguments import Doctor, Eval, Presets, Train, parse
 from fastsac.config import Config
 from fastsac.errors import EnvironmentFailure, FastsacError, UsageError
 from fastsac.estimators import AS_PRINTED
+from fastsac.lab.arguments import Compare, Cost, Gradients, Lab, Report, Toy
 from fastsac.presets import AUTO, find, presets, table
 from fastsac.run_dir import newest_step, read_config, refuse_if_taken
 from fastsac.signals import ENVIRONMENT_FAILED, Heartbeat
@@ -33,8 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _eval(command)
         elif isinstance(command, Presets):
             _presets(command)
-        else:
+        elif isinstance(command, Doctor):
             _doctor(command)
+        else:
+            _lab(command)
         sys.stdout.flush()
     except FastsacError as error:
         _fail(str(error), error.exit_status)
@@ -175,6 +179,23 @@ def _presets(command: Presets) -> None:
         print(json.dumps({name: preset._asdict() for name, preset in presets().items()}, indent=2))
     else:
         print(table())
+
+
+def _lab(command: Compare | Report | Lab) -> None:
+    from fastsac.lab.report import write_report
+
+    if isinstance(command, Compare):
+        from fastsac.lab.compare import compare
+        from fastsac.lab.outcome import table
+
+        print(table(compare(command)))
+        print(f"report: {write_report(command.out)}")
+    elif isinstance(command, Report):
+        print(f"report: {write_report(command.directory)}")
+    else:
+        name = {Toy: "toy", Gradients: "gradients", Cost: "cost"}[type(command.what)]
+        module = importlib.import_module(f"fastsac.lab.{name}")
+        print(module.table(module.run(command.what)))
 
 
 def _doctor(command: Doctor) -> None:

@@ -1,0 +1,122 @@
+"""What came out of a comparison: curves, final returns, areas under the curve and tests, from its runs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fastsac.lab.statistics import Numbers, area, bootstrap, equivalence
+
+Runs = list[dict[str, Any]]
+
+
+def summarize(
+    runs: Runs, random_return: dict[str, float], reference: str, settings: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return `summary`, `best` and `overall` of comparison.json.
+
+    A return is normalised to 0 for uniformly random actions and 1 for the mean final return of the reference arm. Where
+    a setting is varied, an arm's best value of it, by the area under the curve, is what is tested: it is chosen on the
+    runs that are tested, in every arm alike.
+
+    Args:
+        runs: of comparison.json.
+        random_return: for each environment.
+        reference: label of the arm that the others are held against.
+        settings: of comparison.json.
+    """
+    summary, best, normalised = dict[str, Any](), dict[str, dict[str, str]](), dict[str, list[dict[str, Numbers]]]()
+    for env_id in dict.fromkeys(run["env_id"] for run in runs):
+        by_label: dict[str, Runs] = {}
+        for run in runs:
+            if run["env_id"] == env_id:
+                by_label.setdefault(run["arm"], []).append(run)
+        labels = sorted(by_label, key=lambda label: _place(label, settings["arms"]))
+        summary[env_id] = {label: _of_arm(by_label[label]) for label in labels}
+        best[env_id] = _best(summary[env_id])
+        anchor = best[env_id].get(reference)
+        if anchor is None:
+            continue
+        finals = {label: summary[env_id][label]["final"]["values"] for label in labels}
+        zero = random_return.get(env_id, math.nan)
+        scale = float(np.mean(finals[anchor])) - zero
+        for label in best[env_id].values():
+            if label != anchor:
+                found = equivalence(finals[anchor], finals[label], scale, settings["margin"])
+                summary[env_id][label]["equivalence"] = {
+                    **{"against": anchor, "margin": settings["margin"]},
+                    **found._asdict(),
+                }
+        for base, label in best[env_id].items():
+            arm = summary[env_id][label]
+            shares = {name: (np.array(arm[name]["values"]) - zero) / scale for name in ("final", "auc")}
+            normalised.setdefault(base, []).append(shares)
+    overall = {
+        base: {name: bootstrap([each[name] for each in shares]).json() for name in ("final", "auc")}
+        for base, shares in normalised.items()
+        if len(shares) == len(summary) > 1
+    }
+    return {"summary": summary, "best": best, "overall": overall}
+
+
+def common_curve(runs: Runs) -> tuple[Numbers, Numbers]:
+    """Return steps [S] and returns [runs, S]; evaluations pass a multiple of their interval by a few steps."""
+    steps = np.array(max((run["steps"] for run in runs), key=len), dtype=np.float64)
+    returns = [np.array(run["eval_return"], dtype=np.float64) for run in runs]
+    return steps, np.stack([np.interp(steps, run["steps"], each) for run, each in zip(runs, returns, strict=True)])
+
+
+def _of_arm(runs: Runs) -> dict[str, Any]:
+    steps, returns = common_curve(runs)
+    final, areas = returns[:, -1], np.array([area(steps, each) for each in returns])
+    return {
+        "seeds": len(runs),
+        "final": {**bootstrap([final]).json(), "values": final.tolist()},
+        "auc": {**bootstrap([areas]).json(), "values": areas.tolist()},
+        "curve": {"steps": steps.tolist(), **bootstrap([returns]).json()},
+        "time_s": float(np.median([run["time_s"] for run in runs])),
+    }
+
+
+def _best(of_env: dict[str, Any]) -> dict[str, str]:
+    """Return for each arm the label of its best settings; there is one label for each where nothing is varied."""
+    best: dict[str, str] = {}
+    for label in of_env:
+        base = label.split(" ")[0]
+        if base not in best or of_env[label]["auc"]["iqm"] > of_env[best[base]]["auc"]["iqm"]:
+            best[base] = label
+    return best
+
+
+def _place(label: str, arms: list[str]) -> tuple[int, str]:
+    base = label.split(" ")[0]
+    return (arms.index(base) if base in arms else len(arms)), label
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the outcome for people to read."""
+    rows = [["task", "arm", "seeds", "final return (95 %)", "area (95 %)", "beside the first arm", "verdict", "time"]]
+    for env_id, arms in result["summary"].items():
+        for label, arm in arms.items():
+            final, auc = (
+                "{iqm:,.1f} ({low:,.1f} to {high:,.1f})".format(
+                    **{name: math.nan if arm[key][name] is None else arm[key][name] for name in ("iqm", "low", "high")}
+                )
+                for key in ("final", "auc")
+            )
+            test, beside, verdict = arm.get("equivalence"), "", ""
+            if test is not None:
+                verdict = test["verdict"]
+                if verdict != "not tested":
+                    beside = "{difference:+.1%} ({low:+.1%} to {high:+.1%})".format(**test)
+            rows.append([env_id, label, str(arm["seeds"]), final, auc, beside, verdict, f"{arm['time_s']:.0f} s"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    margin = result["settings"]["margin"]
+    lines.append(
+        f"interquartile means; differences as shares of the first arm's gain over random actions, with 90 % intervals; "
+        f"equivalent: within {margin:.0%} by two one-sided tests; not shown: neither that nor a difference"
+    )
+    return "\n".join(lines)

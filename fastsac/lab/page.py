@@ -1,0 +1,284 @@
+"""The report's page: its frame and style, text that cannot become markup, tables, and pictures."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+#: Okabe and Ito's colours, which the colour-blind can tell apart, but for the yellow, which is faint on white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ((), (5, 1.5), (1.5, 1.5), (6, 1.5, 1.5, 1.5), (9, 2.5))
+MARKERS = "os^DvPX"
+PNG_START = b"\x89PNG\r\n\x1a\n"
+LONGEST_LABEL = 24
+WIDE = 1000  # pixels
+KEPT = "\n\N{NO-BREAK SPACE}"
+NO_NUMBER = "–"
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1a1f26; --soft: #4d5866; --page: #fff; --card: #f4f6f8; --line: #d3d9e0;
+  --link: #0060a0; --good: #00664a; --bad: #a84300; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6e9ed; --soft: #aab4c0; --page: #14181d; --card: #1e242b;
+  --line: #3a434e; --link: #7cc0f5; --good: #5fd3ac; --bad: #ff9a5c; } }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem 1rem 4rem; background: var(--page); color: var(--text);
+  font: 1.0625rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 1rem 0 .5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.35rem; margin: 2.75rem 0 .5rem; padding-top: .75rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.1rem; margin: 1.5rem 0 .25rem; overflow-wrap: anywhere; }
+p, dl, ul { max-width: 46rem; } p { overflow-wrap: break-word; }
+a { color: var(--link); } nav a { display: inline-block; padding: .3rem .9rem .3rem 0; }
+.answer { font-size: 1.125rem; padding: 1rem 1.25rem; margin: 1rem 0; max-width: none; background: var(--card);
+  border-left: .3rem solid var(--link); border-radius: .25rem; }
+.note, figcaption, caption { color: var(--soft); font-size: 1rem; }
+.arm { font-family: ui-monospace, "DejaVu Sans Mono", Consolas, monospace; font-size: 1rem; overflow-wrap: anywhere; }
+.panels { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+figure { margin: 0; max-width: 40rem; } figure.wide { max-width: none; overflow-x: auto; }
+figure img { display: block; width: 100%; height: auto; background: #fff; padding: .4rem; border-radius: .4rem;
+  border: 1px solid var(--line); }
+figure.wide img { min-width: 44rem; }
+.scroll { overflow-x: auto; margin: .5rem 0 1rem; border: 1px solid var(--line); border-radius: .4rem; }
+table { border-collapse: collapse; min-width: 100%; font-size: 1rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding: .5rem .7rem; }
+th, td { padding: .45rem .7rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
+thead th { background: var(--card); vertical-align: bottom; white-space: normal; min-width: 5.5rem; }
+tbody th { font-weight: 500; background: var(--page); position: sticky; left: 0; }
+th:first-child, .words th, .words td { text-align: left; } .words td { white-space: normal; min-width: 9rem;
+  overflow-wrap: anywhere; }
+.key { width: 2.4rem; height: .8rem; margin-right: .5rem; background: #fff; border-radius: .2rem; }
+.equivalent { color: var(--good); font-weight: 600; } .different { color: var(--bad); font-weight: 600; }
+pre { font: 1rem/1.45 ui-monospace, "DejaVu Sans Mono", Consolas, monospace; white-space: pre-wrap;
+  margin: .3rem 0 1rem; overflow-wrap: anywhere; background: var(--card); padding: .6rem .8rem; border-radius: .4rem; }
+details { border: 1px solid var(--line); border-radius: .4rem; padding: 0 .8rem; margin: .6rem 0; }
+summary { cursor: pointer; padding: .6rem 0; font-weight: 600; overflow-wrap: anywhere; }
+dt { font-weight: 600; margin-top: .8rem; } dd { margin: 0; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+@media screen and (max-width: 40rem) { tbody th { max-width: 10rem; white-space: normal; overflow-wrap: anywhere; } }
+@media print {
+  :root { color-scheme: light; --text: #000; --soft: #222; --page: #fff; --card: #fff; --line: #999; --link: #000;
+    --good: #000; --bad: #000; }
+  @page { margin: 14mm; }
+  body { max-width: none; padding: 0; font-size: 10.5pt; } nav { display: none; } .answer { border: 1px solid #000; }
+  .answer, p.note, figcaption, caption, .arm { font-size: 10.5pt; } table, .panels + .scroll { font-size: 8.5pt; }
+  pre, table .arm { font-size: 8.5pt; } h2, h3, summary { break-after: avoid; }
+  .scroll, figure.wide { overflow: visible; border: 0; } figure.wide img { min-width: 0; max-height: 230mm; width: auto;
+    max-width: 100%; }
+  th, td { white-space: normal; padding: .2rem .35rem; } tbody th { position: static; } .key { display: none; }
+  thead th, .words td { min-width: 0; } .scroll, .run { break-inside: avoid; }
+  .panels { grid-template-columns: 1fr 1fr; } figure, tr, pre, .answer { break-inside: avoid; }
+  thead { display: table-header-group; } details { border: 0; padding: 0; }
+  details::details-content { content-visibility: visible; display: block; block-size: auto; }
+}
+"""
+
+
+class Markup(str):
+    """HTML as it is; any other text is escaped before it comes to the page."""
+
+
+def markup(value: object) -> Markup:
+    """Return text as HTML that shows it, and HTML as it is."""
+    if isinstance(value, Markup):
+        return value
+    shown = "".join(
+        letter if letter.isprintable() or letter in KEPT else "\N{REPLACEMENT CHARACTER}" for letter in str(value)
+    )
+    return Markup(html.escape(shown))
+
+
+def join(parts: Iterable[object], between: str = "\n") -> Markup:
+    """Return the parts, escaped where they are text."""
+    return Markup(between.join(map(markup, parts)))
+
+
+def element(tag: str, content: object, **attributes: object) -> Markup:
+    """Return ``<tag attributes>content</tag>``; `class_` stands for `class`."""
+    named = "".join(f' {name.strip("_").replace("_", "-")}="{markup(value)}"' for name, value in attributes.items())
+    return Markup(f"<{tag}{named}>{markup(content)}</{tag}>")
+
+
+def number(value: object) -> str:
+    """Return a number to be read: thousands are separated, and small ones have three digits that count."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return NO_NUMBER
+    if isinstance(value, int) or abs(value) >= 1e15:
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.2e}"
+    elif abs(value) >= 100:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:.3g}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def ends(values: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Return the middle and both ends of an interval, None for what is not there."""
+    middle = next((values[key] for key in ("iqm", "difference", "median", "mean") if key in values), None)
+    return middle, values.get("low"), values.get("high")
+
+
+def interval(values: object) -> str:
+    """Return ``middle [low, high]`` of a mapping with such keys, without the interval where there is none."""
+    if not isinstance(values, Mapping):
+        return number(values)
+    middle, low, high = map(number, ends(values))
+    return middle if NO_NUMBER in (low, high) else f"{middle} [{low},\N{NO-BREAK SPACE}{high}]"
+
+
+def table(headers: Sequence[object], rows: Iterable[Sequence[object]], label: str, class_: str = "") -> Markup:
+    """Return a table in a box of its own, which scrolls where the page is narrow; the first column names the rows."""
+    head = element("tr", join((element("th", header, scope="col") for header in headers), ""))
+    body = []
+    for first, *rest in rows:
+        cells = [element("th", first, scope="row"), *(element("td", cell) for cell in rest)]
+        body.append(element("tr", join(cells, "")))
+    parts = [element("caption", label), element("thead", head), element("tbody", join(body))]
+    whole = element("table", join(parts), class_=class_)
+    return element("div", whole, class_="scroll", tabindex=0, role="region", aria_label=label)
+
+
+def figure(png: bytes, alt: str, caption: object = "") -> Markup:
+    """Return a figure with the picture in it; one of many pixels scrolls where the page is narrow."""
+    wide = int.from_bytes(png[16:20], "big") > WIDE
+    image = Markup(f'<img alt="{markup(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">')
+    parts = [image, element("figcaption", caption)] if caption else [image]
+    return element("figure", join(parts), class_="wide" if wide else "plain")
+
+
+def page(title: str, body: Iterable[Markup]) -> str:
+    """Return the whole document."""
+    head = [
+        Markup('<meta charset="utf-8">'),
+        Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        element("title", title),
+        Markup(f"<style>{STYLE}</style>"),
+    ]
+    return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{join(head)}\n</head>\n<body>\n{join(body)}\n</body>\n</html>\n'
+
+
+class Look(NamedTuple):
+    """How one arm is drawn, the same in every picture."""
+
+    label: str
+    colour: str
+    dashes: tuple[float, ...]
+    marker: str
+
+    @classmethod
+    def of(cls, label: str) -> Look:
+        """A name that is not drawn."""
+        return cls(label, "", (), "")
+
+    @property
+    def short(self) -> str:
+        """The label for a picture."""
+        text = "".join(character if character.isprintable() else "?" for character in self.label)
+        return text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
+
+    @property
+    def key(self) -> Markup:
+        """The label with the line that stands for it."""
+        dashes = ",".join(str(3 * length) for length in self.dashes) or "none"
+        line = f'<path d="M2 8H46" stroke="{self.colour}" stroke-width="4" stroke-dasharray="{dashes}"/>'
+        drawn = Markup(f'<svg class="key" viewBox="0 0 48 16" aria-hidden="true">{line}</svg>')
+        return element("span", join([drawn, self.label], ""), class_="arm")
+
+
+def looks(arms: Iterable[str]) -> list[Look]:
+    """Return a look for each arm; neighbours differ in colour, line and marker."""
+    return [
+        Look(arm, *(choices[index % len(choices)] for choices in (COLOURS, DASHES, MARKERS)))  # type: ignore[arg-type]
+        for index, arm in enumerate(arms)
+    ]
+
+
+def draw(
+    parts: Sequence[Callable[[Any], None]], size: tuple[float, float], key: Sequence[Look] = (), columns: int = 1
+) -> bytes:
+    """Return a PNG with one pair of axes of `size` inches per drawing function, and the arms' key below them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+
+    rows, lines = -(-len(parts) // columns), -(-len(key) // (2 * columns))
+    figsize = size[0] * columns, size[1] * rows + 0.25 * lines
+    settings: Any = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
+                     "axes.grid": True, "grid.alpha": 0.3, "text.parse_math": False}  # fmt: skip
+    with plt.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # names in scripts that the font lacks
+        chart, axes = plt.subplots(rows, columns, figsize=figsize, layout="constrained", squeeze=False)
+        try:
+            for place in axes.flat[len(parts) :]:
+                place.set_axis_off()
+            for place, function in zip(axes.flat, parts, strict=False):
+                function(place)
+            if key:
+                handles = [Line2D([], [], color=look.colour, dashes=look.dashes or (None, None), lw=2) for look in key]
+                labels = ["\N{HAIR SPACE}" + look.short for look in key]  # a label that starts with _ would be left out
+                chart.legend(handles, labels, loc="outside lower center", ncols=2 * columns, frameon=False)
+            file = io.BytesIO()
+            chart.savefig(file, dpi=170, format="png")
+        finally:
+            plt.close(chart)
+    return file.getvalue()
+
+
+def finite(values: object) -> np.ndarray[Any, Any]:
+    """Return an array of floats; what is no number (null, infinity) is NaN."""
+    array = np.array(values, dtype=float)
+    return np.where(np.isfinite(array), array, np.nan)
+
+
+def draw_curves(
+    axes: Any, env_id: str, curves: Mapping[str, Mapping[str, Any]], key: Sequence[Look], random: object
+) -> None:
+    """Draw the interquartile mean of each arm over the steps, with its band."""
+    from matplotlib.ticker import EngFormatter
+
+    for look in key:
+        if look.label not in curves:
+            continue
+        curve = {name: finite(curves[look.label][name]) for name in ("steps", "iqm", "low", "high")}
+        axes.fill_between(curve["steps"], curve["low"], curve["high"], color=look.colour, alpha=0.18, linewidth=0)
+        (line,) = axes.plot(curve["steps"], curve["iqm"], color=look.colour, lw=2)
+        line.set_dashes(look.dashes or (None, None))
+    if number(random) != NO_NUMBER:
+        axes.axhline(random, color="#666666", lw=1)
+        axes.annotate("random policy", (1, random), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                      fontsize=9, color="#444444", xytext=(0, 1), textcoords="offset points")  # fmt: skip
+    axes.set_title(Look.of(env_id).short)
+    axes.set_xlabel("environment steps")
+    axes.set_ylabel("evaluation return")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def draw_dots(axes: Any, title: str, xlabel: str, rows: Sequence[tuple[Look, Mapping[str, Any]]], band: float = 0.0,
+              zero: float | None = None) -> None:  # fmt: skip
+    """Draw a row per arm: a dot with its interval, each run's value faintly, and a band around the line at `zero`."""
+    if zero is not None:
+        axes.axvline(zero, color="#444444", lw=1)
+        axes.axvspan(zero - band, zero + band, color="#000000", alpha=0.1, linewidth=0)
+    for place, (look, values) in enumerate(rows):
+        single = finite(values.get("values", []))
+        axes.plot(single, np.full(len(single), place), "|", color=look.colour, alpha=0.6, markersize=9)
+        middle, low, high = finite(ends(values))
+        axes.plot([low, high], [place, place], color=look.colour, lw=3, solid_capstyle="butt")
+        axes.plot([middle], [place], look.marker, color=look.colour, markersize=8)
+        if np.isnan(middle):
+            axes.text(0.02, place, "no number", transform=axes.get_yaxis_transform(), va="center", color="#444444")
+    axes.set_yticks(range(len(rows)), [look.short for look, _ in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.locator_params(axis="x", nbins=5)
+    axes.set_title(title)
+    axes.set_xlabel(xlabel)

@@ -1,0 +1,108 @@
+"""What comparisons say of a few seeds: interquartile means, stratified bootstrap intervals, tests of equivalence.
+
+Interquartile means and intervals are those that Agarwal et al. 2021 (arXiv 2108.13264) recommend for few runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Numbers = NDArray[np.float64]
+RESAMPLES = 2000
+#: arrays of this many resampled numbers at a time
+CHUNK = 4_000_000
+
+
+def iqm(values: Numbers, axis: int = 0) -> Any:
+    """Return the mean of the middle half of the values along an axis; of fewer than four, the mean of all."""
+    return stats.trim_mean(values, 0.25, axis=axis)
+
+
+class Interval(NamedTuple):
+    """An interquartile mean with its 95 % interval; each a number, or an array over steps."""
+
+    iqm: Any
+    low: Any
+    high: Any
+
+    def json(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {name: np.asarray(value).tolist() for name, value in self._asdict().items()}
+
+
+def bootstrap(strata: Sequence[Numbers], seed: int = 0) -> Interval:
+    """Return the interquartile mean over all seeds, and its percentile interval from the stratified bootstrap.
+
+    Args:
+        strata: for each environment [seeds] or [seeds, steps]; seeds are drawn anew within each environment.
+        seed: of the resampling.
+    """
+    rng = np.random.default_rng(seed)
+    numbers = sum(stratum.size for stratum in strata)
+    resampled, left = [], RESAMPLES
+    while left:
+        part = min(left, max(1, CHUNK // numbers))
+        drawn = [stratum[rng.integers(len(stratum), size=(part, len(stratum)))] for stratum in strata]
+        resampled.append(iqm(np.concatenate(drawn, axis=1), axis=1))
+        left -= part
+    low, high = np.percentile(np.concatenate(resampled), [2.5, 97.5], axis=0)
+    return Interval(iqm(np.concatenate(strata)), low, high)
+
+
+def area(steps: Numbers, values: Numbers) -> float:
+    """Return the area under a learning curve over its range: the mean return over training."""
+    if len(steps) < 2:
+        return float(values[-1])
+    return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
+
+
+class Equivalence(NamedTuple):
+    """A mean beside a reference's, in shares of `scale`."""
+
+    difference: float
+    low: float  # of the interval of confidence 1 - 2 level
+    high: float
+    p: float  # the larger one of the two one-sided tests'
+    verdict: str  # "equivalent", "different", "not shown" or "not tested"
+
+
+def equivalence(
+    reference: Sequence[float], other: Sequence[float], scale: float, margin: float, level: float = 0.05
+) -> Equivalence:
+    """Test whether two means are within a margin of each other: two one-sided Welch tests (Schuirmann 1987).
+
+    Not finding a difference would prove nothing: with few seeds nothing is found. "equivalent": both tests reject at
+    `level`, which is to say that the interval lies within the margin. "different": they do not, and a two-sided Welch
+    test at `level` finds a difference. "not shown": neither.
+
+    Args:
+        reference: a return for each seed.
+        other: likewise.
+        scale: what a difference of 1 is, in units of return.
+        margin: the largest share of `scale` that counts as no difference.
+        level: of each test.
+    """
+    nothing = Equivalence(math.nan, math.nan, math.nan, math.nan, "not tested")
+    if min(len(reference), len(other)) < 2 or not scale > 0.0 or not math.isfinite(scale):
+        return nothing
+    a, b = np.asarray(reference, dtype=np.float64) / scale, np.asarray(other, dtype=np.float64) / scale
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return nothing
+    variances = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    difference, error = float(b.mean() - a.mean()), math.sqrt(sum(variances))
+    if error == 0.0:
+        verdict = "equivalent" if abs(difference) < margin else "different"
+        return Equivalence(difference, difference, difference, 0.0 if verdict == "equivalent" else 1.0, verdict)
+    freedom = sum(variances) ** 2 / (variances[0] ** 2 / (len(a) - 1) + variances[1] ** 2 / (len(b) - 1))
+    t = stats.t(freedom)
+    p = float(max(t.sf((difference + margin) / error), t.sf((margin - difference) / error)))
+    half = float(error * t.isf(level))
+    differs = 2.0 * t.sf(abs(difference) / error) < level
+    verdict = "equivalent" if p < level else "different" if differs else "not shown"
+    return Equivalence(difference, difference - half, difference + half, p, verdict)

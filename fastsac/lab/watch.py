@@ -1,0 +1,84 @@
+"""The display of a comparison: all of its runs, and those under way."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from fastsac.lab.plan import Run
+from fastsac.run_dir import METRICS
+
+
+class Watch:
+    """One bar for all runs and one for each that is under way; without a terminal, one line for each that ends."""
+
+    def __init__(self, directory: Path, runs: list[Run], missing: list[Run]) -> None:
+        """Show nothing yet.
+
+        Args:
+            directory: of the comparison.
+            runs: all of them.
+            missing: those that are still to be made.
+        """
+        console = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %")
+        self._progress = Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
+        self._directory, self._lock = directory, threading.Lock()
+        self._bars: dict[tuple[str, str, int], tuple[Run, TaskID]] = {}
+        self._total, self._done = len(runs), len(runs) - len(missing)
+        self._all = self._progress.add_task("all runs", total=max(1, self._total), completed=self._done)
+
+    def __enter__(self) -> Watch:
+        """Begin to show."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        """Leave the terminal as it was."""
+        self._progress.stop()
+
+    def begin(self, run: Run) -> None:
+        """Take a run in that is under way."""
+        with self._lock:
+            bar = self._progress.add_task(run.name(), total=run.config.total_steps)
+            self._bars[run.key] = run, bar
+
+    def end(self, run: Run, status: int) -> None:
+        """Take a run out that has ended with an exit status."""
+        with self._lock:
+            _, bar = self._bars.pop(run.key, (run, None))
+            if bar is not None:
+                self._progress.remove_task(bar)
+        self._done += status == 0
+        if self._progress.disable:
+            word = {0: "complete"}.get(status, f"ended with status {status}")
+            print(f"{run.name()}: {word} ({self._done} of {self._total})", file=sys.stderr, flush=True)
+
+    def show(self, steps: dict[tuple[str, str, int], int] | None = None) -> None:
+        """Show how far the runs are: by their files, or by `steps`."""
+        if self._progress.disable:
+            return
+        with self._lock:
+            shares = 0.0
+            for key, (run, bar) in self._bars.items():
+                step = steps.get(key, 0) if steps is not None else newest_logged_step(self._directory / run.run_dir)
+                shares += step / run.config.total_steps
+                self._progress.update(bar, completed=step)
+            self._progress.update(self._all, completed=self._done + shares)
+
+
+def newest_logged_step(run_dir: Path) -> int:
+    """Return the step of the last whole line of metrics.jsonl; 0 where there is none."""
+    try:
+        with (run_dir / METRICS).open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 4096))
+            lines = file.read().split(b"\n")[:-1]
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
