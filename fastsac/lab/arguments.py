@@ -96,8 +96,8 @@ class Cost:
 class Lab:
     """Look at the estimators themselves: on a toy problem, on a trained run, and what they cost."""
 
-    what: (
+    what: tyro.conf.OmitArgPrefixes[
         Annotated[Toy, tyro.conf.subcommand("toy", prefix_name=False)]
         | Annotated[Gradients, tyro.conf.subcommand("gradients", prefix_name=False)]
         | Annotated[Cost, tyro.conf.subcommand("cost", prefix_name=False)]
-    )
+    ]
