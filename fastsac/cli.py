@@ -1,4 +1,4 @@
-"""The command line: `fastsac train`, `fastsac eval`, `fastsac presets` and `fastsac doctor`."""
+"""The command line: `fastsac train | eval | presets | doctor | compare | report | lab`."""
 
 from __future__ import annotations
 
@@ -182,15 +182,13 @@ def _presets(command: Presets) -> None:
 
 
 def _lab(command: Compare | Report | Lab) -> None:
-    from fastsac.lab.report import write_report
-
     if isinstance(command, Compare):
-        from fastsac.lab.compare import compare
-        from fastsac.lab.outcome import table
+        from fastsac.lab.compare import run
 
-        print(table(compare(command)))
-        print(f"report: {write_report(command.out)}")
+        run(command)
     elif isinstance(command, Report):
+        from fastsac.lab.report import write_report
+
         print(f"report: {write_report(command.directory)}")
     else:
         name = {Toy: "toy", Gradients: "gradients", Cost: "cost"}[type(command.what)]
