@@ -41,14 +41,14 @@ a { color: var(--link); } nav a { display: inline-block; padding: .3rem .9rem .3
 .note, figcaption, caption { color: var(--soft); font-size: 1rem; }
 .arm { font-family: ui-monospace, "DejaVu Sans Mono", Consolas, monospace; font-size: 1rem; overflow-wrap: anywhere; }
 .panels { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
-figure { margin: 0; max-width: 40rem; } figure.wide { max-width: none; overflow-x: auto; }
+figure { margin: 0; max-width: 40rem; } figure.wide { max-width: none; overflow-x: auto; grid-column: 1 / -1; }
 figure img { display: block; width: 100%; height: auto; background: #fff; padding: .4rem; border-radius: .4rem;
   border: 1px solid var(--line); }
 figure.wide img { min-width: 44rem; }
 .scroll { overflow-x: auto; margin: .5rem 0 1rem; border: 1px solid var(--line); border-radius: .4rem; }
 table { border-collapse: collapse; min-width: 100%; font-size: 1rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .5rem .7rem; }
-th, td { padding: .45rem .7rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
+th, td { padding: .45rem .55rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
 thead th { background: var(--card); vertical-align: bottom; white-space: normal; min-width: 5.5rem; }
 tbody th { font-weight: 500; background: var(--page); position: sticky; left: 0; }
 th:first-child, .words th, .words td { text-align: left; } .words td { white-space: normal; min-width: 9rem;
@@ -61,7 +61,8 @@ details { border: 1px solid var(--line); border-radius: .4rem; padding: 0 .8rem;
 summary { cursor: pointer; padding: .6rem 0; font-weight: 600; overflow-wrap: anywhere; }
 dt { font-weight: 600; margin-top: .8rem; } dd { margin: 0; }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
-@media screen and (max-width: 40rem) { tbody th { max-width: 10rem; white-space: normal; overflow-wrap: anywhere; } }
+@media screen and (max-width: 40rem) {
+  tbody th { min-width: 9rem; max-width: 11rem; white-space: normal; overflow-wrap: anywhere; } }
 @media print {
   :root { color-scheme: light; --text: #000; --soft: #222; --page: #fff; --card: #fff; --line: #999; --link: #000;
     --good: #000; --bad: #000; }
@@ -71,7 +72,8 @@ dt { font-weight: 600; margin-top: .8rem; } dd { margin: 0; }
   pre, table .arm { font-size: 8.5pt; } h2, h3, summary { break-after: avoid; }
   .scroll, figure.wide { overflow: visible; border: 0; } figure.wide img { min-width: 0; max-height: 230mm; width: auto;
     max-width: 100%; }
-  th, td { white-space: normal; padding: .2rem .35rem; } tbody th { position: static; } .key { display: none; }
+  th, td { white-space: normal; padding: .2rem .35rem; }
+  th .arm { overflow-wrap: break-word; } tbody th { position: static; } .key { display: none; }
   thead th, .words td { min-width: 0; } .scroll, .run { break-inside: avoid; }
   .panels { grid-template-columns: 1fr 1fr; } figure, tr, pre, .answer { break-inside: avoid; }
   thead { display: table-header-group; } details { border: 0; padding: 0; }
@@ -128,8 +130,14 @@ def interval(values: object) -> str:
     """Return ``middle [low, high]`` of a mapping with such keys, without the interval where there is none."""
     if not isinstance(values, Mapping):
         return number(values)
-    middle, low, high = map(number, ends(values))
-    return middle if NO_NUMBER in (low, high) else f"{middle} [{low},\N{NO-BREAK SPACE}{high}]"
+    parts = ends(values)
+    middle, low, high = map(number, parts)
+    if NO_NUMBER in (low, high):
+        return middle
+    if middle != NO_NUMBER and 0.0 < (largest := max(map(abs, parts))) < 100.0:  # to the same place after the point
+        places = min(8, 2 - math.floor(math.log10(largest)))
+        middle, low, high = (f"{part:.{places}f}".replace("-", "\N{MINUS SIGN}") for part in parts)
+    return f"{middle} [{low},\N{NO-BREAK SPACE}{high}]"
 
 
 def table(headers: Sequence[object], rows: Iterable[Sequence[object]], label: str, class_: str = "") -> Markup:

@@ -39,15 +39,21 @@ Json = dict[str, Any]
 MINUS, NONE = "\N{MINUS SIGN}", "–"
 SIGNS = {"equivalent": "=", "different": "≠", "not shown": "?"}
 PANEL = (5.2, 3.4)  # inches
+LONG = 30  # rows
 NUMBER = (int, float, type(None))
 EACH = "*"
 MIDDLE = {"iqm": NUMBER, "low": NUMBER, "high": NUMBER}
 LINE = {name: [NUMBER] for name in ("steps", "iqm", "low", "high")}
 FINAL_NOTE = (
-    "First the IQM of the final returns (dot), its 95 % interval (bar) and each run (ticks). Then the difference to "
-    "{first} with its interval; the grey band is the equivalence margin, so a bar wholly inside it shows equivalence."
+    "First the IQM of the final returns (dot), its 95 % interval (bar) and each run (ticks). Then the difference of "
+    "the means to {first} with its 90 % interval; the grey band is the equivalence margin, and a bar wholly inside it "
+    "shows equivalence."
 )
-RATIOS = {"update_ratio": "a whole update", "actor_step_ratio": "the actor's step"}
+RATIOS = {
+    "update_ratio": "a whole update, engine {engine}",
+    "reference_update_ratio": "a whole update, engine reference",
+    "actor_step_ratio": "the actor's step",
+}
 PICTURES = {
     "gradients": {"gradients.png": "Variance of each estimator's gradient at checkpoints of a trained run."},
     "toy": {
@@ -72,12 +78,12 @@ WORDS = {
     "IQM": "The interquartile mean: the mean of the middle half of the runs. A lucky or a broken run hardly moves it.",
     "Interval, band": "95 % stratified bootstrap: the runs are drawn again with replacement many times, and 95 % "
     "of the results lie inside. With few seeds such intervals are too narrow rather than too wide.",
-    "Equivalence margin": "The largest difference that does not matter, fixed before the runs. Two arms are "
-    "equivalent if the interval of their difference lies within it.",
-    "Verdicts": "Equivalent: the difference is shown to be smaller than the margin. Different: the interval of the "
-    "difference excludes zero. Not shown: neither, so these runs leave it open. No significant difference is "
-    "not equality.",
-    "Normalised return": "The return on a scale on which a random policy has 0, which joins environments.",
+    "Equivalence margin": "The largest difference that does not matter, fixed before the runs.",
+    "Verdicts": "Equivalent: two one-sided Welch tests at 5 % each show that the means differ by less than the margin; "
+    "that is, the 90 % interval lies within it. Different: they do not, and a two-sided test finds a difference. Not "
+    "shown: neither, so these runs leave it open. No significant difference is not equality.",
+    "Normalised return": "0 is the mean return of random actions, 1 the first arm's mean final return, in each "
+    "environment.",
     "Area under the curve": "The mean return over the whole run: it is higher where learning is faster.",
     "Arm": "An estimator of the actor's gradient, its baseline and its number of action samples, written "
     "estimator:baseline:samples; what is left out has its default.",
@@ -234,23 +240,33 @@ def title(results: Mapping[str, Json]) -> str:
     return f"{what} on {where if len(env_ids) <= 3 else f'{len(env_ids)} environments'}"
 
 
+def labels(comparison: Json) -> list[str]:
+    """Return the arms, and where a setting is varied, each of an arm's labels in its place; the first arm's first."""
+    arms = comparison["settings"]["arms"]
+    seen = dict.fromkeys(label for found in comparison["summary"].values() for label in found)
+    without = [arm for arm in arms if not any(arm in (label, label.partition(" ")[0]) for label in seen)]
+    order = {arm: place for place, arm in enumerate(arms)}
+    return sorted([*seen, *without], key=lambda label: order.get(label, order.get(label.partition(" ")[0], len(arms))))
+
+
 def answer(comparison: Json | None) -> Markup:
     """Return what the comparison says, in one paragraph."""
     if comparison is None:
         return element("p", "There is no comparison of trained agents here (no comparison.json).", class_="answer")
     settings, summary = comparison["settings"], comparison["summary"]
     (first, *others), env_ids, seeds = settings["arms"], settings["env_ids"], len(settings["seeds"])
-    found: dict[str, dict[str, list[Markup]]] = {}  # places by verdict and arm
+    found: dict[str, dict[str, list[Markup]]] = {}  # places by verdict and label
     margins: dict[str, str] = {}
     for arm, env_id in itertools.product(others, env_ids):
-        equivalence = part(summary, env_id, arm, "equivalence")
+        label = part(comparison, "best", env_id, arm) or arm
+        equivalence = part(summary, env_id, label, "equivalence")
         verdict, place = part(equivalence, "verdict") or "not tested", markup(env_id)
         if verdict == "different":
             side = "lower" if number(equivalence["difference"]).startswith(MINUS) else "higher"
             place = join([env_id, f" ({side}: {interval(equivalence)})"], "")
         if part(equivalence, "margin") is not None:
             margins[env_id] = f"±{number(equivalence['margin'])}{share(settings, equivalence)}"
-        found.setdefault(verdict, {}).setdefault(arm, []).append(place)
+        found.setdefault(verdict, {}).setdefault(label, []).append(place)
 
     def at(places: list[Markup]) -> Markup:
         everywhere = 2 < len(env_ids) == len(places) and all(map(operator.eq, places, map(markup, env_ids)))
@@ -277,6 +293,10 @@ def answer(comparison: Json | None) -> Markup:
         told.append("No significant difference is not equality: only an interval inside the margin shows equivalence.")
     else:
         told.append("There is one arm only, and nothing to compare it with.")
+    if len(labels(comparison)) > len(settings["arms"]):
+        told.append(
+            "Only an arm's best settings are tested, and they were chosen on the same seeds, which flatters them."
+        )
     failed = sum(part(values, "failed") or 0 for arms in summary.values() for values in arms.values())
     if failed:
         told.append(element("strong", f"{failed} of {plural(len(comparison['runs']), 'run')} failed."))
@@ -291,7 +311,7 @@ def share(settings: Json, equivalence: Json | None) -> str:
 def curves_section(comparison: Json, pictures: dict[str, bytes]) -> Markup:
     """Return one panel per environment, and put all of them in curves.png."""
     settings, summary = comparison["settings"], comparison["summary"]
-    key, figures, functions = looks(settings["arms"]), [], []
+    key, figures, functions = looks(labels(comparison)), [], []
     for env_id in settings["env_ids"]:
         arms, random = summary.get(env_id, {}), part(comparison, "random_return", env_id)
         curves = {arm: values["curve"] for arm, values in arms.items()}
@@ -312,7 +332,7 @@ def curves_section(comparison: Json, pictures: dict[str, bytes]) -> Markup:
 def final_section(comparison: Json, pictures: dict[str, bytes]) -> Markup:
     """Return dots and a table per environment, and put all the dots in final.png."""
     settings, summary = comparison["settings"], comparison["summary"]
-    key, functions = looks(settings["arms"]), list[Any]()
+    key, functions = looks(labels(comparison)), list[Any]()
     size = PANEL[0], 1.0 + 0.42 * len(key)
     parts = [element("p", FINAL_NOTE.format(first=settings["arms"][0]), class_="note")]
     for env_id in settings["env_ids"]:
@@ -345,22 +365,22 @@ def final_section(comparison: Json, pictures: dict[str, bytes]) -> Markup:
 
 def final_table(env_id: str, key: list[Look], arms: Json, difference: str) -> Markup:
     """Return one row per arm."""
-    rows = []
+    against = (part(values, "equivalence", "against") for values in arms.values())
+    first, rows = next(filter(None, against), key[0].label), []
     for look in key:
         values = arms.get(look.label)
         if values is None:
-            rows.append([look.key, *["–"] * 7])
+            rows.append([look.key, *[NONE] * 7])
             continue
         test = values.get("equivalence")
-        verdict = part(test, "verdict") or "not tested"
-        shown = element(
-            "span", f"{SIGNS.get(verdict, '')}\N{NO-BREAK SPACE}{verdict}", class_=verdict.replace(" ", "-")
-        )
-        against = [interval(test), shown] if test else ["–", "the first arm" if look is key[0] else shown]
+        verdict = "the first arm" if look.label == first else part(test, "verdict") or "not tested"
+        sign = SIGNS[verdict] + "\N{NO-BREAK SPACE}" if verdict in SIGNS else ""
+        shown = element("span", sign + verdict, class_=verdict.replace(" ", "-"))
         returns = [interval(values[name]) for name in ("final", "auc")]
-        last = [duration(values.get("time_s")), number(values.get("failed", 0))]
-        rows.append([look.key, number(values["seeds"]), *returns, *against, *last])
-    headers = ["arm", "seeds", "final return: IQM", "area under the curve", difference]
+        diverged = f" ({number(values['diverged'])} diverged)" if values.get("diverged") else ""
+        last = [duration(values.get("time_s")), number(values.get("failed", 0)) + diverged]
+        rows.append([look.key, number(values["seeds"]), *returns, interval(test) if test else NONE, shown, *last])
+    headers = ["arm", "seeds", "final return: IQM", "area under the curve", f"{difference} [90 % interval]"]
     return table([*headers, "verdict", "median time", "failed runs"], rows, f"{env_id}: IQM [95 % interval]")
 
 
@@ -369,19 +389,22 @@ def cost_section(cost: Json, pictures: dict[str, bytes]) -> Markup:
     key = {look.label: look for look in looks(dict.fromkeys(row["arm"] for row in cost["rows"]))}
     functions, figures = list[Any](), []
     size = PANEL[0], 1.0 + 0.42 * len(key)
-    for engine, name in itertools.product(dict.fromkeys(row["engine"] for row in cost["rows"]), RATIOS):
-        rows = [(key[row["arm"]], row[name]) for row in cost["rows"] if row["engine"] == engine and part(row, name)]
+    engines = dict.fromkeys(row["engine"] for row in cost["rows"])
+    # one row an arm: each with the fastest engine that serves it, beside one another
+    groups = {"the fastest": [*engines]} if len(key) == len(cost["rows"]) else {engine: [engine] for engine in engines}
+    for (group, members), (name, words) in itertools.product(groups.items(), RATIOS.items()):
+        rows = [(key[row["arm"]], row[name]) for row in cost["rows"] if row["engine"] in members and part(row, name)]
         if rows:
-            what = f"{RATIOS[name]}, engine {engine}"
+            what = words.format(engine=next(iter(members)) if len(members) == 1 else group)
             label = f"time relative to {next(iter(key.values())).short}"
             functions.append(partial(draw_dots, title=what, xlabel=label, rows=rows, zero=1.0))
             said = ", ".join(f"{look.label} {interval(values)}" for look, values in rows)
             figures.append(figure(draw(functions[-1:], size), f"Time of {what}, relative to the first arm: {said}."))
     if functions:
         pictures["cost.png"] = draw(functions, size, columns=min(len(functions), 2))
-    note = "Time relative to the first arm, which is 1; the bar is the range that the table shows. Less is faster."
+    note = "Time relative to the first arm, which is 1; the bar spans the quartiles. Less is faster."
     panels = element("div", join(figures), class_="panels")
-    return join([element("p", note, class_="note"), panels, rows_section(cost, [], "Cost: median [range]")])
+    return join([element("p", note, class_="note"), panels, rows_section(cost, [], "Cost: median [quartiles]")])
 
 
 def rows_section(result: Json, figures: list[Markup], label: str) -> Markup:
@@ -392,13 +415,9 @@ def rows_section(result: Json, figures: list[Markup], label: str) -> Markup:
             flat = [flattened(row) for row in rows]
             columns = list(dict.fromkeys(key for row in flat for key in row))
             cells = ([row.get(column, NONE) for column in columns] for row in flat)
-            parts.append(
-                table(
-                    [column.replace("_", " ") for column in columns],
-                    cells,
-                    label if name == "rows" else name.replace("_", " "),
-                )
-            )
+            heading = label if name == "rows" else f"{label}: {name.replace('_', ' ')}"
+            shown = table([column.replace("_", " ") for column in columns], cells, heading)
+            parts.append(folded(f"{heading}, all {len(rows)} rows", shown) if len(rows) > LONG else shown)
     return join(parts)
 
 
@@ -408,8 +427,10 @@ def flattened(row: Json, before: str = "") -> dict[str, object]:
     for name, value in row.items():
         if isinstance(value, dict) and not {"low", "high"} <= value.keys():
             flat |= flattened(value, f"{before}{name} ")
-        elif isinstance(value, list):
-            flat[before + name] = ", ".join(map(number, value)) if len(value) <= 4 else f"{len(value)} values"
+        elif isinstance(value, list):  # a long one is for the pictures
+            flat |= {before + name: ", ".join(map(number, value))} if len(value) <= 4 else {}
+        elif isinstance(value, bool):
+            flat[before + name] = "yes" if value else "no"
         else:
             flat[before + name] = value if isinstance(value, str) else interval(value)
     return flat
@@ -485,7 +506,7 @@ def machines_table(results: Mapping[str, Json]) -> Markup:
     columns: dict[tuple[tuple[str, str], ...], dict[str, list[Any]]] = {}
     for name, result in results.items():
         for entry in [*result.get("runs", []), result] if name == "comparison" else [result]:
-            machine = part(entry, "machine")
+            machine = entry if "cpu" in entry else part(entry, "machine")
             if isinstance(machine, dict):
                 seen = columns.setdefault(tuple(machine_facts(machine).items()), {"what": [], "date": [], "load": []})
                 seen["what"].append("runs" if "run_dir" in entry else name)
