@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from fastsac.errors import UsageError
-from fastsac.lab.page import draw, interval, looks, number
+from fastsac.lab.page import interval, number
+from fastsac.lab.pictures import draw, looks
 from fastsac.lab.report import write_report
 
 EVIL = "<script>alert(1)</script>&\"'"

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
-
-#: Okabe and Ito's colours, which the colour-blind can tell apart, but for the yellow, which is faint on white
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ((), (5, 1.5), (1.5, 1.5), (6, 1.5, 1.5, 1.5), (9, 2.5))
-MARKERS = "os^DvPX"
 PNG_START = b"\x89PNG\r\n\x1a\n"
-LONGEST_LABEL = 24
-WIDE = 1000  # pixels
 KEPT = "\n\N{NO-BREAK SPACE}"
 NO_NUMBER = "–"
+WIDE = 1000  # pixels
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1a1f26; --soft: #4d5866; --page: #fff; --card: #f4f6f8; --line: #d3d9e0;
@@ -171,122 +162,41 @@ def page(title: str, body: Iterable[Markup]) -> str:
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{join(head)}\n</head>\n<body>\n{join(body)}\n</body>\n</html>\n'
 
 
-class Look(NamedTuple):
-    """How one arm is drawn, the same in every picture."""
-
-    label: str
-    colour: str
-    dashes: tuple[float, ...]
-    marker: str
-
-    @classmethod
-    def of(cls, label: str) -> Look:
-        """A name that is not drawn."""
-        return cls(label, "", (), "")
-
-    @property
-    def short(self) -> str:
-        """The label for a picture."""
-        text = "".join(character if character.isprintable() else "?" for character in self.label)
-        return text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
-
-    @property
-    def key(self) -> Markup:
-        """The label with the line that stands for it."""
-        dashes = ",".join(str(3 * length) for length in self.dashes) or "none"
-        line = f'<path d="M2 8H46" stroke="{self.colour}" stroke-width="4" stroke-dasharray="{dashes}"/>'
-        drawn = Markup(f'<svg class="key" viewBox="0 0 48 16" aria-hidden="true">{line}</svg>')
-        return element("span", join([drawn, self.label], ""), class_="arm")
+def part(value: object, *keys: str) -> Any:
+    """Return what lies under the keys, or None."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
-def looks(arms: Iterable[str]) -> list[Look]:
-    """Return a look for each arm; neighbours differ in colour, line and marker."""
-    return [
-        Look(arm, *(choices[index % len(choices)] for choices in (COLOURS, DASHES, MARKERS)))  # type: ignore[arg-type]
-        for index, arm in enumerate(arms)
-    ]
+def arm_text(label: object) -> Markup:
+    """Return an arm's label as it is typed."""
+    return element("span", label, class_="arm")
 
 
-def draw(
-    parts: Sequence[Callable[[Any], None]], size: tuple[float, float], key: Sequence[Look] = (), columns: int = 1
-) -> bytes:
-    """Return a PNG with one pair of axes of `size` inches per drawing function, and the arms' key below them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
-
-    rows, lines = -(-len(parts) // columns), -(-len(key) // (2 * columns))
-    figsize = size[0] * columns, size[1] * rows + 0.25 * lines
-    settings: Any = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
-                     "axes.grid": True, "grid.alpha": 0.3, "text.parse_math": False}  # fmt: skip
-    with plt.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # names in scripts that the font lacks
-        chart, axes = plt.subplots(rows, columns, figsize=figsize, layout="constrained", squeeze=False)
-        try:
-            for place in axes.flat[len(parts) :]:
-                place.set_axis_off()
-            for place, function in zip(axes.flat, parts, strict=False):
-                function(place)
-            if key:
-                handles = [Line2D([], [], color=look.colour, dashes=look.dashes or (None, None), lw=2) for look in key]
-                labels = ["\N{HAIR SPACE}" + look.short for look in key]  # a label that starts with _ would be left out
-                chart.legend(handles, labels, loc="outside lower center", ncols=2 * columns, frameon=False)
-            file = io.BytesIO()
-            chart.savefig(file, dpi=170, format="png")
-        finally:
-            plt.close(chart)
-    return file.getvalue()
+def plural(count: int, word: str) -> str:
+    """Return ``1 run`` or ``3 runs``."""
+    return f"{number(count)} {word}{'s' * (count != 1)}"
 
 
-def finite(values: object) -> np.ndarray[Any, Any]:
-    """Return an array of floats; what is no number (null, infinity) is NaN."""
-    array = np.array(values, dtype=float)
-    return np.where(np.isfinite(array), array, np.nan)
+def duration(seconds: object) -> str:
+    """Return a time in a unit that suits it."""
+    if not isinstance(seconds, int | float) or number(seconds) == NO_NUMBER:
+        return NO_NUMBER
+    units = (("s", 1, 120), ("min", 60, 7200), ("h", 3600, math.inf))
+    unit, size = next((unit, size) for unit, size, most in units if seconds <= most)
+    return f"{seconds / size:.3g} {unit}"
 
 
-def draw_curves(
-    axes: Any, env_id: str, curves: Mapping[str, Mapping[str, Any]], key: Sequence[Look], random: object
-) -> None:
-    """Draw the interquartile mean of each arm over the steps, with its band."""
-    from matplotlib.ticker import EngFormatter
-
-    for look in key:
-        if look.label not in curves:
-            continue
-        curve = {name: finite(curves[look.label][name]) for name in ("steps", "iqm", "low", "high")}
-        axes.fill_between(curve["steps"], curve["low"], curve["high"], color=look.colour, alpha=0.18, linewidth=0)
-        (line,) = axes.plot(curve["steps"], curve["iqm"], color=look.colour, lw=2)
-        line.set_dashes(look.dashes or (None, None))
-    if number(random) != NO_NUMBER:
-        axes.axhline(random, color="#666666", lw=1)
-        axes.annotate("random policy", (1, random), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                      fontsize=9, color="#444444", xytext=(0, 1), textcoords="offset points")  # fmt: skip
-    axes.set_title(Look.of(env_id).short)
-    axes.set_xlabel("environment steps")
-    axes.set_ylabel("evaluation return")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+def in_words(value: object) -> str:
+    """Return a setting's value as it would be typed."""
+    if isinstance(value, list):
+        return ", ".join(map(in_words, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={in_words(inner)}" for name, inner in value.items()) or "none"
+    return "none" if value is None else str(value)
 
 
-def draw_dots(axes: Any, title: str, xlabel: str, rows: Sequence[tuple[Look, Mapping[str, Any]]], band: float = 0.0,
-              zero: float | None = None) -> None:  # fmt: skip
-    """Draw a row per arm: a dot with its interval, each run's value faintly, and a band around the line at `zero`."""
-    if zero is not None:
-        axes.axvline(zero, color="#444444", lw=1)
-        axes.axvspan(zero - band, zero + band, color="#000000", alpha=0.1, linewidth=0)
-    for place, (look, values) in enumerate(rows):
-        single = finite(values.get("values", []))
-        axes.plot(single, np.full(len(single), place), "|", color=look.colour, alpha=0.6, markersize=9)
-        middle, low, high = finite(ends(values))
-        axes.plot([low, high], [place, place], color=look.colour, lw=3, solid_capstyle="butt")
-        axes.plot([middle], [place], look.marker, color=look.colour, markersize=8)
-        if np.isnan(middle):
-            axes.text(0.02, place, "no number", transform=axes.get_yaxis_transform(), va="center", color="#444444")
-    axes.set_yticks(range(len(rows)), [look.short for look, _ in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", visible=False)
-    axes.locator_params(axis="x", nbins=5)
-    axes.set_title(title)
-    axes.set_xlabel(xlabel)
+def folded(heading: str, content: Markup) -> Markup:
+    """Return what a click opens, and print shows."""
+    return element("details", join([element("summary", heading), content]))

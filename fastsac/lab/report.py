@@ -7,8 +7,6 @@ no scripts, no other files.
 from __future__ import annotations
 
 import itertools
-import json
-import math
 import operator
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -16,23 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from fastsac.errors import FastsacError, UsageError
+from fastsac.lab.how import WORDS, how_section
 from fastsac.lab.page import (
     PNG_START,
-    Look,
     Markup,
-    draw,
-    draw_curves,
-    draw_dots,
+    arm_text,
+    duration,
     element,
     figure,
+    folded,
     interval,
     join,
-    looks,
     markup,
     number,
     page,
+    part,
+    plural,
     table,
 )
+from fastsac.lab.pictures import Look, draw, draw_curves, draw_dots, looks
+from fastsac.lab.results import read_results
 from fastsac.run_dir import temporary_sibling
 
 Json = dict[str, Any]
@@ -40,10 +41,6 @@ MINUS, NONE = "\N{MINUS SIGN}", "–"
 SIGNS = {"equivalent": "=", "different": "≠", "not shown": "?"}
 PANEL = (5.2, 3.4)  # inches
 LONG = 30  # rows
-NUMBER = (int, float, type(None))
-EACH = "*"
-MIDDLE = {"iqm": NUMBER, "low": NUMBER, "high": NUMBER}
-LINE = {name: [NUMBER] for name in ("steps", "iqm", "low", "high")}
 FINAL_NOTE = (
     "First the IQM of the final returns (dot), its 95 % interval (bar) and each run (ticks). Then the difference of "
     "the means to {first} with its 90 % interval; the grey band is the equivalence margin, and a bar wholly inside it "
@@ -60,33 +57,6 @@ PICTURES = {
         "toy.png": "Toy problem with a known answer: each estimator's variance as measured beside its formula.",
         "toy_ripple.png": "Toy problem with a rippled reward: how each estimator fares as the ripple grows.",
     },
-}
-#: what a file must have to be shown; whatever else it has is shown where it is there
-SHAPES: dict[str, Json] = {
-    "comparison": {
-        "format": int,
-        "command": str,
-        "settings": {"env_ids": [str], "arms": [str], "seeds": [int], "total_steps": NUMBER},
-        "runs": [{"env_id": str, "arm": str, "seed": int, "command": str}],
-        "summary": {EACH: {EACH: {"seeds": int, "final": MIDDLE, "auc": MIDDLE, "curve": LINE}}},
-    },
-    "cost": {"command": str, "rows": [{"arm": str, "engine": str}]},
-    "gradients": {},
-    "toy": {},
-}
-WORDS = {
-    "IQM": "The interquartile mean: the mean of the middle half of the runs. A lucky or a broken run hardly moves it.",
-    "Interval, band": "95 % stratified bootstrap: the runs are drawn again with replacement many times, and 95 % "
-    "of the results lie inside. With few seeds such intervals are too narrow rather than too wide.",
-    "Equivalence margin": "The largest difference that does not matter, fixed before the runs.",
-    "Verdicts": "Equivalent: two one-sided Welch tests at 5 % each show that the means differ by less than the margin; "
-    "that is, the 90 % interval lies within it. Different: they do not, and a two-sided test finds a difference. Not "
-    "shown: neither, so these runs leave it open. No significant difference is not equality.",
-    "Normalised return": "0 is the mean return of random actions, 1 the first arm's mean final return, in each "
-    "environment.",
-    "Area under the curve": "The mean return over the whole run: it is higher where learning is faster.",
-    "Arm": "An estimator of the actor's gradient, its baseline and its number of action samples, written "
-    "estimator:baseline:samples; what is left out has its default.",
 }
 
 
@@ -126,59 +96,6 @@ def write_report(directory: Path) -> Path:
     return directory / "report.html"
 
 
-def read_results(directory: Path) -> dict[str, Json]:
-    """Return what there is by name: comparison, cost, gradients, toy.
-
-    Raises:
-        UsageError: if there is nothing, or a file is not what it should be.
-    """
-    results: dict[str, Json] = {}
-    for name, shape in SHAPES.items():
-        path = directory / f"{name}.json"
-        try:
-            result = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise UsageError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path} is damaged, it is no JSON: {error}") from error
-        if not isinstance(result, dict):
-            raise UsageError(f"{path} is damaged: it holds no object")
-        if result.get("format", 1) != 1:
-            raise UsageError(f"{path} has format {result['format']!r}, and this version of fastsac reads format 1")
-        try:
-            check(result, shape, name)
-        except ValueError as error:
-            raise UsageError(f"{path} is damaged: {error}") from error
-        results[name] = result
-    if not results:
-        files = ", ".join(f"{name}.json" for name in SHAPES)
-        raise UsageError(f"{directory} has none of {files}: make one with `fastsac compare` first")
-    return results
-
-
-def check(value: object, shape: object, where: str) -> None:
-    """Raise ValueError, which names the place, if `value` is not of the shape."""
-    if isinstance(shape, dict):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is no object")
-        for key, inner in shape.items():
-            if key != EACH and key not in value:
-                raise ValueError(f"{where} has no {key!r}")
-            for name in value if key == EACH else [key]:
-                check(value[name], inner, f"{where}[{name!r}]")
-        if shape is LINE and len({len(value[name]) for name in LINE}) > 1:
-            raise ValueError(f"{where} has lists that differ in length")
-    elif isinstance(shape, list):
-        if not isinstance(value, list) or (not value and shape == [str]):
-            raise ValueError(f"{where} is no list, or an empty one")
-        for index, part in enumerate(value):
-            check(part, shape[0], f"{where}[{index}]")
-    elif not isinstance(value, shape):  # type: ignore[arg-type]
-        raise ValueError(f"{where} is {value!r:.60}, not a {'number' if shape is NUMBER else shape.__name__}")  # type: ignore[attr-defined]
-
-
 def write(path: Path, content: bytes) -> None:
     """Write the whole file or none of it."""
     temporary = temporary_sibling(path)
@@ -191,41 +108,15 @@ def write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def part(value: object, *keys: str) -> Any:
-    """Return what lies under the keys, or None."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
 def listed(words: Iterable[object]) -> Markup:
     """Return ``a, b and c``."""
     *rest, last = [markup(word) for word in words]
     return join([join(rest, ", "), last], " and ") if rest else last
 
 
-def arm_text(label: object) -> Markup:
-    """Return an arm's label as it is typed."""
-    return element("span", label, class_="arm")
-
-
-def plural(count: int, word: str) -> str:
-    """Return ``1 run`` or ``3 runs``."""
-    return f"{number(count)} {word}{'s' * (count != 1)}"
-
-
 def spoken(arms: Json, name: str) -> str:
     """Return each arm's interval in words, for those who do not see the picture."""
     return ", ".join(f"{arm} {interval(values[name])}" for arm, values in arms.items()) or "no results"
-
-
-def duration(seconds: object) -> str:
-    """Return a time in a unit that suits it."""
-    if not isinstance(seconds, int | float) or number(seconds) == NONE:
-        return NONE
-    units = (("s", 1, 120), ("min", 60, 7200), ("h", 3600, math.inf))
-    unit, size = next((unit, size) for unit, size, most in units if seconds <= most)
-    return f"{seconds / size:.3g} {unit}"
 
 
 def title(results: Mapping[str, Json]) -> str:
@@ -454,100 +345,3 @@ def found_pictures(directory: Path, name: str) -> list[Markup]:
             raise UsageError(f"{directory / file} is damaged, it is no PNG picture")
         figures.append(figure(content, alt, alt))
     return figures
-
-
-def how_section(results: Mapping[str, Json]) -> Markup:
-    """Return the commands, settings, machines and runs."""
-    commands = [result["command"] for result in results.values() if isinstance(result.get("command"), str)]
-    parts = [element("pre", "\n".join(commands))] if commands else []
-    parts += [machines_table(results)]
-    if comparison := results.get("comparison"):
-        runs, settings = comparison["runs"], comparison["settings"]
-        shown = [[name, in_words(value)] for name, value in settings.items()]
-        parts.insert(1, table(["setting", "value"], shown, "Settings of the comparison", "words"))
-        configs = [config for run in runs if isinstance(config := run.get("config"), dict)]
-        if configs:
-            same = [[n, in_words(v)] for n, v in configs[0].items() if all(c.get(n, ...) == v for c in configs)]
-            parts.append(folded("What all runs have in common", table(["option", "value"], same, "Options", "words")))
-        for env_id in settings["env_ids"]:
-            chosen = [run_text(run) for run in runs if run["env_id"] == env_id]
-            parts.append(folded(f"{env_id}: {plural(len(chosen), 'run')}, each with its command", join(chosen)))
-    return join(parts)
-
-
-def run_text(run: Json) -> Markup:
-    """Return one run's outcome and command."""
-    last = run["eval_return"][-1] if isinstance(run.get("eval_return"), list) and run["eval_return"] else None
-    engine = " ".join(str(run[name]) for name in ("engine", "precision") if name in run)
-    told = [f", seed {run['seed']}: last evaluation {number(last)}, {number(run.get('updates'))} updates, "
-            f"{duration(run.get('time_s'))}", f", engine {engine}" * bool(engine)]  # fmt: skip
-    if run.get("error"):
-        told.append(f", failed: {run['error']}")
-    parts = [element("p", join([arm_text(run["arm"]), *told], "")), element("pre", run["command"])]
-    return element("div", join(parts), class_="run")
-
-
-def folded(heading: str, content: Markup) -> Markup:
-    """Return what a click opens, and print shows."""
-    return element("details", join([element("summary", heading), content]))
-
-
-def in_words(value: object) -> str:
-    """Return a setting's value as it would be typed."""
-    if isinstance(value, list):
-        return ", ".join(map(in_words, value)) or "none"
-    if isinstance(value, dict):
-        return ", ".join(f"{name}={in_words(inner)}" for name, inner in value.items()) or "none"
-    return "none" if value is None else str(value)
-
-
-def machines_table(results: Mapping[str, Json]) -> Markup:
-    """Return what was run on what: a column for each machine, set of versions and commit."""
-    columns: dict[tuple[tuple[str, str], ...], dict[str, list[Any]]] = {}
-    for name, result in results.items():
-        for entry in [*result.get("runs", []), result] if name == "comparison" else [result]:
-            machine = entry if "cpu" in entry else part(entry, "machine")
-            if isinstance(machine, dict):
-                seen = columns.setdefault(tuple(machine_facts(machine).items()), {"what": [], "date": [], "load": []})
-                seen["what"].append("runs" if "run_dir" in entry else name)
-                seen["date"].append(str(machine.get("date")))
-                load = machine.get("load_average")
-                seen["load"] += load[:1] if isinstance(load, list) else []
-    if not columns:
-        return element("p", "Nothing is recorded of the machine.", class_="note")
-    facts, all_seen = [dict(column) for column in columns], columns.values()
-    rows = [
-        [name, *(column.get(name, NONE) for column in facts)] for name in dict.fromkeys(n for f in facts for n in f)
-    ]
-    rows.insert(0, ["used for", *(uses(seen["what"]) for seen in all_seen)])
-    rows.append(["dates", *(" to ".join(dict.fromkeys([min(seen["date"]), max(seen["date"])])) for seen in all_seen)])
-    loads = (f"{min(seen['load'])} to {max(seen['load'])}" if seen["load"] else NONE for seen in all_seen)
-    rows.append(["load average, 1 minute", *loads])
-    commits = {column.get("commit") for column in facts}
-    told = f"{plural(len(columns), 'combination')} of machine, versions and commit; {plural(len(commits), 'commit')}."
-    heads = ["", *("all" if len(columns) == 1 else f"machine {n}" for n in range(1, len(columns) + 1))]
-    return join([element("p", told, class_="note"), table(heads, rows, "Hardware, versions and commit", "words")])
-
-
-def uses(what: list[str]) -> str:
-    """Return ``12 runs, cost``."""
-    return ", ".join(plural(what.count(use), "run") if use == "runs" else use for use in dict.fromkeys(what))
-
-
-def machine_facts(machine: Json) -> dict[str, str]:
-    """Return what makes two machines different."""
-    cpu, gpu, git = (part(machine, name) for name in ("cpu", "gpu", "git"))
-    facts = {
-        "CPU": f"{part(cpu, 'model')}, {in_words(part(cpu, 'cores_allowed') or part(cpu, 'cores'))} cores",
-        "memory": f"{number(machine.get('memory_gib'))} GiB",
-        "GPU": f"{part(gpu, 'name')}, {number(part(gpu, 'memory_gib'))} GiB, CUDA {part(gpu, 'cuda')}"
-        if gpu
-        else "none",
-        "operating system": in_words(machine.get("os")),
-        "Python": in_words(machine.get("python")),
-        "PyTorch threads": in_words(machine.get("torch_threads")),
-    }
-    if isinstance(versions := machine.get("versions"), dict):
-        facts |= {str(name): in_words(version) for name, version in versions.items()}
-    facts["commit"] = str(part(git, "commit")) + ", with changes that are not in it" * bool(part(git, "dirty"))
-    return facts
