@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import equivalence, paper_cpu, paper_model, step_time, update_sizes
+from benchmarks import equivalence, lab_tables, paper_cpu, paper_model, step_time, update_sizes
 from benchmarks.bench_table import draw, table
 
 README = Path("README.md")
@@ -25,6 +25,7 @@ KERNELS_README = Path("kernels/README.md")
 PERFORMANCE = Path("docs/performance.md")
 RELIABILITY = Path("docs/reliability.md")
 GUIDE = Path("docs/guide.md")
+ESTIMATORS = Path("docs/estimators.md")
 RESULTS = Path("benchmarks/results")
 PEERS = {
     "sb3": "Stable-Baselines3",
@@ -201,6 +202,7 @@ PAGES = {
     KERNELS_README: KERNELS_TABLES,
     PERFORMANCE: PERFORMANCE_TABLES,
     RELIABILITY: RELIABILITY_TABLES,
+    ESTIMATORS: {"lab_toy": lab_tables.toy, "lab_ripples": lab_tables.ripples},
     GUIDE: {"presets": lambda: learning_table(*PRESET_SUITES, what="preset")},
 }
 
