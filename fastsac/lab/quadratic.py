@@ -177,7 +177,8 @@ def measure(problem: Quadratic, choice: Choice, num_samples: int, seed: int, err
     rng, size, parts = torch.Generator().manual_seed(seed), len(problem.mean), list[Tensor]()
     while True:
         while sum(map(len, parts)) < num_samples:
-            rows = min(ROWS, num_samples - sum(map(len, parts)))
+            left = num_samples - sum(map(len, parts))
+            rows = -(-left // -(-left // ROWS))  # even batches: `mix` has no weights where a batch is one row
             noise = torch.randn(choice.num_noise, rows, size, generator=rng, dtype=torch.float64)
             parts.append(gradients(problem, choice, noise))
         found = torch.cat(parts)
