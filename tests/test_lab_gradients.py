@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from fastsac.estimators import ESTIMATORS, Entry, choose
 from fastsac.lab import gradients
 from fastsac.lab.arguments import Gradients
 from fastsac.lab.arms import parse_arm
-from fastsac.lab.gradients import Head, Oracle, measure_arm, oracles, run, statistics
-from fastsac.types import Estimate
+from fastsac.lab.gradients import Counted, Head, Moments, Oracle, Trial, oracles, run
+from fastsac.types import Draw, Estimate
 
 SIZES = {"hidden_sizes": (8, 8), "num_envs": 2, "learning_starts": 100, "eval_every": 200, "eval_episodes": 2}
 
@@ -34,31 +35,97 @@ def head(run_dir) -> Head:
     return Head(agent, gradients.states(agent, 6, 0)[0], 0)
 
 
+def oracle_of(gradient: Tensor, error: float = 0.0) -> Oracle:
+    """An oracle whose other direction is the last coordinate."""
+    last = torch.zeros_like(gradient, dtype=torch.float64)
+    last[-1] = 1.0
+    directions = torch.stack([gradient.double() / gradient.double().norm(), last])
+    return Oracle(gradient.double(), directions, torch.full((2,), error, dtype=torch.float64))
+
+
+def statistics(estimates: Tensor, truth: Oracle) -> dict[str, float]:
+    moments = Moments(truth)
+    for part in estimates.split(7000):
+        moments.add(part)
+    return moments.statistics()
+
+
 def test_statistics_of_numbers_drawn_by_hand() -> None:
-    g = torch.Generator().manual_seed(0)
+    g, number = torch.Generator().manual_seed(0), 20_000
     gradient = torch.tensor([3.0, 4.0, 0.0])
-    estimates = gradient + torch.tensor([1.0, 2.0, 0.5]) * torch.randn(20_000, 3, generator=g)
-    found = statistics(estimates, Oracle(gradient, 0.0))
+    estimates = gradient + torch.tensor([1.0, 2.0, 0.5]) * torch.randn(number, 3, generator=g)
+    found = statistics(estimates, oracle_of(gradient))
+    assert found["variance"] == pytest.approx(np.trace(np.cov(estimates.double().numpy().T)) / 25, rel=1e-9)
     assert found["variance"] == pytest.approx((1 + 4 + 0.25) / 25, rel=0.03)
-    assert found["signal_to_noise"] == pytest.approx(found["variance"] ** -0.5)
+    assert found["signal_to_noise"] == pytest.approx(5 / 5.25**0.5, rel=0.03)
     assert abs(found["bias_sigmas"]) < 3.0
+    assert abs(found["bias_random_sigmas"]) < 3.0
     cosines = torch.nn.functional.cosine_similarity(estimates, gradient.expand_as(estimates))
     assert found["cosine"] == pytest.approx(cosines.mean().item(), rel=1e-4)
-    error = math.sqrt((0.6**2 * 1 + 0.8**2 * 4) / 20_000)
-    shifted = statistics(estimates + 0.1 * gradient, Oracle(gradient, 0.0))["bias_sigmas"] - found["bias_sigmas"]
-    assert shifted == pytest.approx(0.5 / error, rel=0.03)
-    unsure = statistics(estimates + 0.1 * gradient, Oracle(gradient, 1.0))["bias_sigmas"]
-    assert abs(unsure) < 1.0
+    # off along the gradient, which is ten times as long then
+    error = math.sqrt((0.6**2 * 1 + 0.8**2 * 4) / number)
+    longer = statistics(estimates + 9 * gradient, oracle_of(gradient))
+    assert longer["bias_sigmas"] - found["bias_sigmas"] == pytest.approx(45 / error, rel=0.03)
+    assert longer["bias_random_sigmas"] == pytest.approx(found["bias_random_sigmas"], abs=1e-3)
+    assert longer["signal_to_noise"] == pytest.approx(50 / 5.25**0.5, rel=0.03)
+    assert longer["variance"] == pytest.approx(found["variance"], rel=1e-6)
+    assert abs(statistics(estimates + 0.1 * gradient, oracle_of(gradient, 1.0))["bias_sigmas"]) < 1.0
+    # off across it
+    across = statistics(estimates + torch.tensor([0.0, 0.0, 0.1]), oracle_of(gradient))
+    assert across["bias_sigmas"] == pytest.approx(found["bias_sigmas"], abs=1e-3)
+    more = across["bias_random_sigmas"] - found["bias_random_sigmas"]
+    assert more == pytest.approx(0.1 * math.sqrt(number) / 0.5, rel=0.03)
+
+
+def test_a_mean_that_is_all_noise_is_no_signal() -> None:
+    noise = torch.randn(400, 50, generator=torch.Generator().manual_seed(0))
+    found = statistics(noise, oracle_of(torch.full((50,), 1e-3)))
+    assert found["signal_to_noise"] < 0.5 * (noise.mean(0).norm() / noise.var(0).sum().sqrt()).item()
+
+
+@pytest.mark.parametrize("arm", ["pathwise:2", "score:loo:3"])
+def test_an_arm_against_brute_force(head: Head, arm: str) -> None:
+    """Estimates made one by one as the learner makes them, all of them kept."""
+    learner, choice, number = head.learner, parse_arm(arm).choice, 40
+    truth = oracles(head, 1000)
+    state = head.rng.get_state()
+    trial = Trial(arm, choice, choice.baseline, truth)
+    for _ in range(number):
+        trial.add(head)
+    head.rng.set_state(state)
+    estimates: dict[str, list[Tensor]] = {"head": [], "parameters": []}
+    for _ in range(number):
+        outputs = learner.actor(head.obs)
+        draw = Draw(head.noise(choice.num_noise), choice.num_action_samples)
+        loss = choice.estimator(*outputs, draw, head.q_function, learner.alpha, choice.baseline).loss
+        for name, inputs in (("head", outputs), ("parameters", tuple(learner.actor.parameters()))):
+            found = torch.autograd.grad(loss, inputs, retain_graph=True)
+            estimates[name].append(torch.cat([each.flatten() for each in found]))
+    row = trial.row()
+    for name, each in estimates.items():
+        kept, gradient = torch.stack(each).double().numpy(), truth[name].gradient.numpy()
+        size, mean, trace = np.linalg.norm(gradient), kept.mean(0), np.trace(np.cov(kept.T))
+        assert row[name]["variance"] == pytest.approx(trace / size**2, rel=1e-4)
+        signal = max(0.0, mean @ mean - trace / number)
+        assert row[name]["signal_to_noise"] == pytest.approx(math.sqrt(signal / trace), rel=1e-4)
+        cosines = kept @ gradient / size / np.linalg.norm(kept, axis=1)
+        assert row[name]["cosine"] == pytest.approx(cosines.mean(), rel=1e-4, abs=1e-6)
+        directions, errors = truth[name].directions.numpy(), truth[name].errors.numpy()
+        for key, direction, error in zip(("bias_sigmas", "bias_random_sigmas"), directions, errors, strict=True):
+            assert np.linalg.norm(direction) == pytest.approx(1.0)
+            own = (kept @ direction).std(ddof=1) / math.sqrt(number)
+            off = (mean - gradient) @ direction / math.hypot(own, error)
+            assert row[name][key] == pytest.approx(off, rel=1e-3, abs=1e-4)
 
 
 def test_the_parameters_gradient_is_that_of_the_loss(head: Head) -> None:
     """The gradient at the head, gone back through the actor, is what the learner's own backward pass would find."""
     learner, choice = head.learner, choose(Config(estimator="score", baseline="none"))
     state = head.rng.get_state()
-    found = head.through(head.gradient(choice, 1, 1, "none"))
+    found = head.through(head.gradient(choice, "none"))
     head.rng.set_state(state)
     mean, log_std = learner.actor(head.obs)
-    draw = gradients.Draw(head.noise(1), 1)
+    draw = Draw(head.noise(1), 1)
     estimate = choice.estimator(mean, log_std, draw, head.q_function, learner.alpha, "none")
     expected = torch.autograd.grad(estimate.loss, list(learner.actor.parameters()))
     torch.testing.assert_close(found, torch.cat([each.flatten() for each in expected]))
@@ -67,10 +134,43 @@ def test_the_parameters_gradient_is_that_of_the_loss(head: Head) -> None:
 def test_the_oracle_is_the_mean_of_many_samples(head: Head) -> None:
     few, many = oracles(head, 2000), oracles(head, 20_000)
     for name in ("head", "parameters"):
-        direction = many[name].gradient / many[name].gradient.norm()
-        off = ((few[name].gradient - many[name].gradient) @ direction).item()
-        assert abs(off) < 4.0 * math.hypot(few[name].error, many[name].error)
-        assert few[name].error == pytest.approx(math.sqrt(10) * many[name].error, rel=0.5)
+        off = many[name].directions @ (few[name].gradient - many[name].gradient)
+        assert (off.abs() < 4.0 * torch.hypot(few[name].errors, many[name].errors)).all()
+        ratio = (few[name].errors / many[name].errors).tolist()
+        assert ratio == pytest.approx([math.sqrt(10)] * 2, rel=0.5)
+    # a single sample has the variance of `pathwise` with K = 1
+    trial = Trial("pathwise", choose(Config()), "none", many)
+    for _ in range(300):
+        trial.add(head)
+    along = torch.cat(trial._moments["head"]._along)
+    assert (along.std(0) / math.sqrt(20_000)).tolist() == pytest.approx(many["head"].errors.tolist(), rel=0.4)
+
+
+def test_an_oracle_is_sure_of_nothing_from_a_few_samples(head: Head) -> None:
+    assert all((oracle.errors > 0.0).all() and oracle.errors.isfinite().all() for oracle in oracles(head, 100).values())
+
+
+def test_memory_is_bounded(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert head.chunks(250) == [100, 100, 50]
+    monkeypatch.setattr(gradients, "ROWS", 20)  # three samples of six states
+    assert head.chunks(7) == [3, 3, 1]
+    seen: list[int] = []
+    q_function = head.q_function
+    monkeypatch.setattr(head, "q_function", lambda action: seen.append(len(action)) or q_function(action))
+    oracles(head, 700)
+    head.value()
+    assert set(seen) == {1, 3}
+    assert sum(seen) == 700 + gradients.VALUE_SAMPLES
+
+
+def test_the_value_without_lag(head: Head) -> None:
+    """It is the mean of what the estimators hold against f."""
+    draw = Draw(head.noise(4000), 4000)
+    with torch.no_grad():
+        action, log_prob = draw.sample(head.mean, head.log_std)
+        soft = head.q_function(action).amin(1) - head.learner.alpha * log_prob
+    error = soft.std(0) * math.sqrt(1 / gradients.VALUE_SAMPLES + 1 / 4000)
+    assert ((head.value() - soft.mean(0)).abs() < 4.5 * error).all()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +178,9 @@ def test_the_oracle_is_the_mean_of_many_samples(head: Head) -> None:
     [
         ("pathwise", 2),
         ("pathwise:3", 6),
+        ("pathwise-stl", 2),
         ("score:none", 1),
+        ("score:constant:2", 2),
         ("score:loo:2", 2),
         ("score:mean-action", 2),
         ("score:mean-action:3", 4),
@@ -89,15 +191,40 @@ def test_the_oracle_is_the_mean_of_many_samples(head: Head) -> None:
     ],
 )
 def test_critic_evaluations_are_counted(head: Head, arm: str, evaluations: int) -> None:
-    """In one dimension; measure-valued derivatives take 3 A + 1."""
-    truth = {name: Oracle(torch.ones_like(of), 0.0) for name, of in _shapes(head).items()}
-    choice = parse_arm(arm).choice
-    assert measure_arm(head, choice, choice.baseline, truth, 10)["evaluations"] == evaluations
+    """In one dimension."""
+    trial = Trial(arm, parse_arm(arm).choice, parse_arm(arm).choice.baseline, {})
+    for _ in range(3):
+        trial.add(head)
+    row = trial.row()
+    assert row["evaluations"] == evaluations
+    assert row["K"] == parse_arm(arm).choice.num_action_samples
 
 
-def _shapes(head: Head) -> dict[str, Tensor]:
-    gradient = head.gradient(choose(Config()), 1, 1, "none")
-    return {"head": gradient.flatten(), "parameters": head.through(gradient)}
+@pytest.mark.parametrize(
+    ("arm", "evaluations"), [("measure-valued:2", 2 * (3 * 3 + 1)), ("pathwise:2", 4), ("score:mean-action:2", 3)]
+)
+def test_critic_evaluations_in_three_dimensions(arm: str, evaluations: int) -> None:
+    choice, weight = parse_arm(arm).choice, torch.ones(3, requires_grad=True)  # as a critic's parameters
+    mean, log_std = torch.zeros(5, 3, requires_grad=True), torch.zeros(5, 3, requires_grad=True)
+    q_function = Counted(lambda action: (action @ weight).unsqueeze(1).expand(-1, 2, -1))
+    draw = Draw(torch.randn(choice.num_noise, 5, 3), choice.num_action_samples)
+    loss = choice.estimator(mean, log_std, draw, q_function, torch.tensor(0.1), choice.baseline).loss
+    torch.autograd.grad(loss, (mean, log_std))
+    assert q_function.evaluations == evaluations
+
+
+def test_arms_take_turns(run_dir, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+    add = Trial.add
+    monkeypatch.setattr(Trial, "add", lambda trial, head: turns.append(trial.label) or add(trial, head))
+    rows = run(Gradients(run_dir, ("score:none", "score:loo"), 2, 10, 100))["rows"]
+    labels = ["pathwise", "score:none", "score:loo:2"]
+    checkpoints = sorted({row["checkpoint"] for row in rows})
+    assert [(row["checkpoint"], row["arm"]) for row in rows] == [(at, arm) for at in checkpoints for arm in labels]
+    rounds = [turns[i : i + 3] for i in range(0, len(turns), 3)]
+    assert len(rounds) == 10 * len(checkpoints)
+    assert all(sorted(each) == sorted(labels) for each in rounds)
+    assert len({tuple(each) for each in rounds}) > 1
 
 
 def test_every_arm_is_unbiased_and_a_sample_that_keeps_its_graph_is_not(
@@ -121,7 +248,8 @@ def test_every_arm_is_unbiased_and_a_sample_that_keeps_its_graph_is_not(
         *("measure-valued", "attached"),
     ]
     for row in rows:
-        worst = max(abs(row[name]["bias_sigmas"]) for name in ("head", "parameters"))
+        keys = "bias_sigmas", "bias_random_sigmas"
+        worst = max(abs(row[name][key]) for name in ("head", "parameters") for key in keys)
         assert (worst > 6.0) == (row["arm"] == "attached"), row
         for name in ("head", "parameters"):
             share = row[name]["variance"] / rows[0][name]["variance"]
@@ -161,3 +289,20 @@ def test_wrong_options(run_dir, changes, message) -> None:
 def test_no_run(tmp_path) -> None:
     with pytest.raises(UsageError, match="is no run directory"):
         run(Gradients(tmp_path / "none"))
+
+
+def test_a_run_without_a_checkpoint(run_dir, tmp_path, capsys) -> None:
+    (tmp_path / "config.json").write_bytes((run_dir / "config.json").read_bytes())
+    with pytest.raises(SystemExit, match="2"):
+        main(["lab", "gradients", str(tmp_path)])
+    assert capsys.readouterr().err == (
+        f"fastsac: {tmp_path} has no checkpoint yet: train it for longer, or name another run\n"
+    )
+
+
+def test_a_directory_that_cannot_be_made_is_found_out_first(run_dir, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(gradients, "measure", lambda *_: pytest.fail("it was measured"))
+    with pytest.raises(SystemExit, match="1"):
+        main(["lab", "gradients", str(run_dir), "--out", str(tmp_path / "file")])
+    assert capsys.readouterr().err == f"fastsac: {tmp_path / 'file'}: File exists\n"

@@ -11,12 +11,8 @@ import fcntl
 import json
 import math
 import shlex
-import signal
-import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,21 +22,23 @@ import numpy as np
 from fastsac.config import Config
 from fastsac.env_backends import EnvSpec
 from fastsac.envs import make_envs
-from fastsac.errors import FastsacError, UsageError
+from fastsac.errors import EnvironmentFailure, FastsacError, UsageError
+from fastsac.estimators import choose
 from fastsac.evaluate import evaluate
 from fastsac.lab.arguments import Compare
-from fastsac.lab.outcome import summarize
-from fastsac.lab.plan import Plan, Run, difference, jobs, make_plan, settings_of, train_command
+from fastsac.lab.outcome import summarize, table
+from fastsac.lab.plan import Plan, Run, difference, make_plan, parse_settings, settings_of, train_command
 from fastsac.lab.watch import Watch
-from fastsac.lab.worker import MACHINE, STOPPED, config_file
+from fastsac.lab.worker import MACHINE, Failure, train_here
 from fastsac.machine import write_json
 from fastsac.plot import read_metric
-from fastsac.run_dir import CONFIG, read_config
+from fastsac.run_dir import CONFIG, config_from_dict, read_config
 from fastsac.signals import stop_signals
 
 FORMAT = 1
 COMPARISON = "comparison.json"
 RANDOM_EPISODES, RANDOM_SEED = 10, 0
+OTHER_OUT = "choose another --out"
 
 
 class Stopped(FastsacError):
@@ -49,16 +47,43 @@ class Stopped(FastsacError):
     exit_status = 0
 
 
+class FailedRuns(FastsacError):
+    """Runs have failed; `result` has the others."""
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def run(options: Compare) -> None:
+    """Carry out the command: make the runs that are missing, print the outcome and write the report.
+
+    Raises:
+        UsageError, Stopped, FailedRuns: as `compare` does; in the last case when all the rest is done.
+    """
+    from fastsac.lab.report import write_report
+
+    failed: FailedRuns | None = None
+    try:
+        result = compare(options)
+    except FailedRuns as error:
+        failed, result = error, error.result
+    print(table(result))
+    print(f"report: {write_report(options.out)}")
+    if failed is not None:
+        raise failed
+
+
 def compare(options: Compare) -> dict[str, Any]:
     """Make the runs that are missing; return what comparison.json has.
 
     Raises:
         UsageError: if the options do not fit together, or the directory holds another comparison.
         Stopped: after SIGINT or SIGTERM.
-        FastsacError: if runs have failed; the others are complete.
+        FailedRuns: if runs have failed, each of which has been told of on stderr; the others are complete.
     """
     plan = make_plan(options)
-    _refuse_unknown_environments(plan)
+    _refuse_misfits(plan, options)
     options.out.mkdir(parents=True, exist_ok=True)
     with _locked(options.out):
         record = Record(options.out, plan, options)
@@ -72,67 +97,19 @@ def compare(options: Compare) -> dict[str, Any]:
             else:
                 train_all = train_here
             failed = train_all(options, missing, record.add, watch, stop)
+        record.fail(failed)
+        for failure in failed:
+            print(f"fastsac: {failure.run.name()} failed: {failure.reason}", file=sys.stderr)
         if stop:
-            raise Stopped(f"interrupted; the same command goes on: {record.result['command']}")
-        record.write()
+            where = ["--jobs", str(options.jobs)] if options.jobs is not None else []
+            where += ["--ray", options.ray] if options.ray is not None else []
+            where += ["--gpus-per-run", f"{options.gpus_per_run:g}"] if options.gpus_per_run else []
+            command = " ".join([command_of(options, str(options.out)), shlex.join(where)]).strip()
+            raise Stopped(f"interrupted; the same command goes on: {command}")
         if failed:
-            told = "; ".join(f"{each.name()}: {reason}" for each, reason in failed)
-            raise FastsacError(f"{len(failed)} of {len(plan.runs)} runs failed: {told}")
+            told = f"{len(failed)} of {len(plan.runs)} runs failed; the same command tries them again"
+            raise FailedRuns(told, record.result)
         return record.result
-
-
-def train_here(
-    options: Compare, runs: list[Run], done: Callable[[Run], None], watch: Watch, stop: list[int]
-) -> list[tuple[Run, str]]:
-    """Train runs in processes of their own, side by side; return those that failed, and why.
-
-    Args:
-        options: of the command.
-        runs: to be made.
-        done: told of each run that is complete.
-        watch: shown how they go on.
-        stop: signals that have come in; then the processes save, and end.
-    """
-    processes: list[subprocess.Popen[bytes]] = []
-    lock, failed = threading.Lock(), list[tuple[Run, str]]()
-
-    def train(run: Run) -> int:
-        run_dir = options.out / run.run_dir
-        with lock:
-            if stop:
-                return STOPPED
-            run_dir.parent.mkdir(parents=True, exist_ok=True)
-            write_json(config_file(run_dir), json.loads(json.dumps(dataclasses.asdict(run.config))))
-            command = [sys.executable, "-m", "fastsac.lab.worker", str(run_dir)]
-            with log_file(run_dir).open("w") as log:
-                # a session of its own: Ctrl-C reaches this process only, which hands it on once
-                process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-                )
-                processes.append(process)
-        watch.begin(run)
-        return process.wait()
-
-    with ThreadPoolExecutor(jobs(options)) as pool:
-        waiting: dict[Future[int], Run] = {pool.submit(train, run): run for run in runs}
-        told = False
-        while waiting:
-            complete, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            if stop and not told:
-                with lock:
-                    for process in processes:
-                        if process.poll() is None:
-                            process.send_signal(signal.SIGTERM)
-                told = True
-            for future in complete:
-                run, status = waiting.pop(future), future.result()
-                if status == 0:
-                    done(run)
-                elif status != STOPPED and not stop:
-                    failed.append((run, last_line(log_file(options.out / run.run_dir), status)))
-                watch.end(run, status)
-            watch.show()
-    return failed
 
 
 class Record:
@@ -147,28 +124,26 @@ class Record:
         self._directory, self._plan = directory, plan
         self.result: dict[str, Any] = {"format": FORMAT, "runs": [], "random_return": {}}
         path = directory / COMPARISON
-        if path.exists():
-            try:
+        try:
+            if path.exists():
                 self.result = json.loads(path.read_text())
-                if self.result["format"] != FORMAT:
-                    raise ValueError("another format")
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UsageError(f"{path} cannot be read ({error}): choose another --out") from error
-        for name in ("total_steps", "set"):
-            stored = self.result.get("settings", plan.settings)[name]
-            if stored != plan.settings[name]:
-                raise UsageError(f"{directory} holds a comparison with {name} {stored}: choose another --out")
-        self.result["command"] = command_of(options)
-        self.result["settings"] = _union(self.result.get("settings"), plan.settings)
-        self._configs = {
-            (each["env_id"], each["arm"], each["seed"]): settings_of(Config(**each["config"]))
-            for each in self.result["runs"]
-        }
+            if self.result["format"] != FORMAT:
+                raise ValueError("another format")
+            before = self.result.get("settings", plan.settings)
+            _refuse_other_comparison(directory, before, plan.settings)
+            self._settings = {_key(each): _settings(config_from_dict(each["config"])) for each in self.result["runs"]}
+            found = self.result["random_return"].items()
+            self.result["random_return"] = {env_id: value for env_id, value in found if value is not None}
+            self.result["settings"] = _union(before, plan.settings)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UsageError(f"{path} cannot be read ({reason}): choose another --out") from error
+        self.result["command"] = command_of(options, options.out.name)  # no path of this machine's
 
     def has(self, run: Run) -> bool:
         """Return whether the run is complete; UsageError if it was made with other settings."""
-        stored = self._configs.get(run.key)
-        if stored is not None and (what := difference(stored, settings_of(run.config))):
+        stored = self._settings.get(run.key)
+        if stored is not None and (what := difference(stored, _settings(run.config))):
             raise UsageError(f"{self._directory / COMPARISON} has another run of {run.name()}: {what}")
         return stored is not None
 
@@ -176,15 +151,28 @@ class Record:
         """Play with uniformly random actions in each environment that has not been played in."""
         for run in self._plan.runs:
             if run.config.env_id not in self.result["random_return"]:
-                self.result["random_return"][run.config.env_id] = random_return(run.config)
+                try:
+                    value = random_return(run.config)
+                except EnvironmentFailure as error:  # the runs may be luckier, and other environments have theirs
+                    print(f"fastsac: no return of a random policy: {error}", file=sys.stderr)
+                    value = math.nan
+                self.result["random_return"][run.config.env_id] = value
 
     def add(self, run: Run) -> None:
-        """Take a complete run in, and write the file."""
+        """Take a complete run in, and write the file.
+
+        Raises:
+            FastsacError: if the run directory does not hold a complete run.
+        """
         run_dir = self._directory / run.run_dir
         steps, returns = read_metric(run_dir, "eval_return")
         updated, updates = read_metric(run_dir, "updates")
         if not steps or updated[-1] < run.config.total_steps:
             raise FastsacError(f"{run_dir} has not been evaluated at its last step")
+        try:
+            setup = json.loads((run_dir / MACHINE).read_text())
+        except (OSError, ValueError) as error:
+            raise FastsacError(f"{run_dir / MACHINE} cannot be read ({error})") from error
         config = read_config(run_dir)
         choice = run.arm.choice
         self.result["runs"].append(
@@ -195,17 +183,49 @@ class Record:
                 **{"command": train_command(config), "config": json.loads(json.dumps(dataclasses.asdict(config)))},
                 **{"steps": steps, "eval_return": returns, "updates": updates[-1]},
                 "time_s": read_metric(run_dir, "time_s")[1][-1],
-                **json.loads((run_dir / MACHINE).read_text()),
+                **setup,
             }
         )
-        self.result["runs"].sort(key=lambda each: (each["env_id"], each["arm"], each["seed"]))
+        self.result["runs"].sort(key=_key)
+        self.write()
+
+    def fail(self, failures: list[Failure]) -> None:
+        """Take in the runs that have failed, and write the file."""
+        told = [
+            {**dict(zip(("env_id", "arm", "seed"), run.key, strict=True)), "error": reason, "diverged": diverged}
+            for run, reason, diverged in failures
+        ]
+        earlier = [each for each in self.result.get("failed", []) if _key(each) not in set(map(_key, told))]
+        self.result["failed"] = sorted([*earlier, *told], key=_key)
         self.write()
 
     def write(self) -> None:
         """Write the file, with the summary of the runs that there are."""
+        complete = set(map(_key, self.result["runs"]))
+        failed = [each for each in self.result.get("failed", []) if _key(each) not in complete]
         reference = self._plan.arms[0].label
         self.result |= summarize(self.result["runs"], self.result["random_return"], reference, self._plan.settings)
+        self.result["failed"] = failed
+        for each in failed:
+            arms = self.result["summary"].setdefault(each["env_id"], {})
+            arms.setdefault(each["arm"], _nothing())
+        for env_id, arms in self.result["summary"].items():
+            for label, values in arms.items():
+                here = [each["diverged"] for each in failed if _key(each)[:2] == (env_id, label)]
+                values |= {"failed": len(here), "diverged": sum(here)}
         write_json(self._directory / COMPARISON, _finite(self.result))
+
+
+def _key(entry: dict[str, Any]) -> tuple[str, str, int]:
+    return entry["env_id"], entry["arm"], entry["seed"]
+
+
+def _nothing() -> dict[str, Any]:
+    """Return the summary of an arm none of whose runs is complete."""
+    nan: dict[str, Any] = {"iqm": math.nan, "low": math.nan, "high": math.nan}
+    curve: dict[str, Any] = {"steps": [], "iqm": [], "low": [], "high": []}
+    spread = {name: {**nan, "values": []} for name in ("final", "auc")}
+    return {"seeds": 0, **spread, "curve": curve, "time_s": math.nan}
 
 
 def random_return(config: Config) -> float:
@@ -222,27 +242,36 @@ def random_return(config: Config) -> float:
 def refuse_other_run(run_dir: Path, run: Run) -> None:
     """Raise UsageError if the directory holds a run with other settings."""
     if (run_dir / CONFIG).exists():
-        what = difference(settings_of(read_config(run_dir)), settings_of(run.config))
+        what = difference(_settings(read_config(run_dir)), _settings(run.config))
         if what:
             raise UsageError(f"{run_dir} holds another run: {what}; choose another --out")
 
 
-def log_file(run_dir: Path) -> Path:
-    """Return where a run's process writes what it has to say."""
-    return run_dir.with_name(f"{run_dir.name}.log")
+def _settings(config: Config) -> dict[str, Any]:
+    """Return what decides what comes out, the same for `score` and `score:loo:2`."""
+    choice = choose(config)
+    baseline = choice.baseline if choice.takes_baseline else "auto"
+    samples = choice.num_action_samples
+    return settings_of(dataclasses.replace(config, baseline=baseline, num_action_samples=samples))
 
 
-def last_line(path: Path, status: int) -> str:
-    """Return the last line of a run's log, or its exit status where there is none."""
-    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    told = [line.strip() for line in lines if line.strip()]
-    return told[-1].removeprefix("error: ")[:500] if told else f"exit status {status}"
+def _refuse_other_comparison(directory: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise UsageError unless both can be one comparison: what is varied may get further values, and no other name."""
+    steps = stored["total_steps"], asked["total_steps"]
+    if steps[0] != steps[1]:
+        raise UsageError(f"{directory} holds a comparison with total_steps {steps[0]}, not {steps[1]}: {OTHER_OUT}")
+    before, now = parse_settings(stored["set"]), parse_settings(asked["set"])
+    for name in sorted(before.keys() | now.keys()):
+        ours, theirs = now.get(name, []), before.get(name, [])
+        if ours != theirs and min(len(ours), len(theirs)) < 2:
+            told = [" ".join(text for text in each["set"] if text.startswith(name)) or "no" for each in (stored, asked)]
+            raise UsageError(f"{directory} holds a comparison with --set {told[0]}, not {told[1]}: {OTHER_OUT}")
 
 
-def command_of(options: Compare) -> str:
+def command_of(options: Compare, out: str) -> str:
     """Return the command line, without what does not change the outcome."""
     words = ["fastsac", "compare", "--env-ids", *options.env_ids, "--arms", *options.arms, "--seeds", options.seeds]
-    words += ["--total-steps", str(options.total_steps), "--out", options.out.name]
+    words += ["--total-steps", str(options.total_steps), "--out", out]
     words += ["--set", *options.set] if options.set else []
     words += ["--margin", f"{options.margin:g}"] if options.margin != Compare.margin else []
     return shlex.join(words)
@@ -259,16 +288,27 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_unknown_environments(plan: Plan) -> None:
-    for config in {run.config.env_id: run.config for run in plan.runs}.values():
+def _refuse_misfits(plan: Plan, options: Compare) -> None:
+    """Raise UsageError for what would make every run of an arm or an environment fail."""
+    if options.out.exists() and not options.out.is_dir():
+        raise UsageError(f"{options.out} is a file: {OTHER_OUT}")
+    if (options.out / CONFIG).exists():
+        raise UsageError(f"{options.out} is a run directory: {OTHER_OUT}")
+    if options.gpus_per_run and options.ray is None:
+        raise UsageError("--gpus-per-run needs --ray: without it the runs share the GPU, --jobs of them at a time")
+    for each in plan.runs:
+        choose(each.config)
+        if not each.config.eval_every:
+            raise UsageError("--set eval_every=0 leaves nothing to compare: it must be at least 1")
+    if len({each.run_dir for each in plan.runs}) < len(plan.runs):
+        raise UsageError("two arms or environments have the same name once it is a directory's: compare them apart")
+    for config in {each.config.env_id: each.config for each in plan.runs}.values():
         make_envs(EnvSpec.of(config), 1, 0).close()
 
 
-def _union(stored: dict[str, Any] | None, asked: dict[str, Any]) -> dict[str, Any]:
+def _union(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of all runs that there are or will be."""
-    if stored is None:
-        return dict(asked)
-    lists = {name: list(dict.fromkeys([*asked[name], *stored[name]])) for name in ("env_ids", "arms")}
+    lists = {name: list(dict.fromkeys([*asked[name], *stored[name]])) for name in ("env_ids", "arms", "set")}
     return {**asked, **lists, "seeds": sorted({*stored["seeds"], *asked["seeds"]})}
 
 

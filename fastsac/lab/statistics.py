@@ -36,8 +36,11 @@ class Interval(NamedTuple):
         return {name: np.asarray(value).tolist() for name, value in self._asdict().items()}
 
 
+@np.errstate(over="ignore", invalid="ignore")  # returns may be enormous, or no numbers
 def bootstrap(strata: Sequence[Numbers], seed: int = 0) -> Interval:
     """Return the interquartile mean over all seeds, and its percentile interval from the stratified bootstrap.
+
+    A single seed says nothing of the others: the ends are NaN if an environment has no more than one.
 
     Args:
         strata: for each environment [seeds] or [seeds, steps]; seeds are drawn anew within each environment.
@@ -52,6 +55,8 @@ def bootstrap(strata: Sequence[Numbers], seed: int = 0) -> Interval:
         resampled.append(iqm(np.concatenate(drawn, axis=1), axis=1))
         left -= part
     low, high = np.percentile(np.concatenate(resampled), [2.5, 97.5], axis=0)
+    if min(map(len, strata)) < 2:
+        low, high = np.full_like(low, math.nan), np.full_like(high, math.nan)
     return Interval(iqm(np.concatenate(strata)), low, high)
 
 
@@ -72,6 +77,7 @@ class Equivalence(NamedTuple):
     verdict: str  # "equivalent", "different", "not shown" or "not tested"
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def equivalence(
     reference: Sequence[float], other: Sequence[float], scale: float, margin: float, level: float = 0.05
 ) -> Equivalence:

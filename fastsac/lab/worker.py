@@ -1,27 +1,51 @@
-"""The process of one run of a comparison: `python -m fastsac.lab.worker RUN_DIR`, which goes on if it can.
+"""The runs of a comparison on this machine, each in a process of its own: `python -m fastsac.lab.worker RUN_DIR`.
 
-It reads `RUN_DIR.config.json`, and leaves `machine.json` in the run directory. Exit status: 0 when the run is complete,
-75 when a signal has stopped it, else that of `fastsac train`.
+The process goes on with the run if it can. It reads `RUN_DIR.config.json`, its output goes to `RUN_DIR.log`, and it
+leaves `machine.json` in the run directory. Exit status: 0 when the run is complete,
+75 when a signal has stopped it, 76 when training has diverged, else that of `fastsac train`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import signal
+import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, NamedTuple
 
 from fastsac.callbacks import Callback
 from fastsac.config import Config
-from fastsac.errors import FastsacError
+from fastsac.errors import Divergence, FastsacError
+from fastsac.lab.arguments import Compare
+from fastsac.lab.plan import Run, jobs
+from fastsac.lab.watch import Watch
 from fastsac.machine import describe_machine, write_json
 from fastsac.run_dir import CONFIG, config_from_dict
 from fastsac.train import SAC
 
-#: exit status of a run that can go on
-STOPPED = 75
+#: exit statuses of a run that can go on, and of one that has diverged
+STOPPED, DIVERGED = 75, 76
 MACHINE = "machine.json"
+POLL_SECONDS = 0.5
+
+
+class Failure(NamedTuple):
+    """A run that has failed."""
+
+    run: Run
+    reason: str  # in one line
+    diverged: bool
+
+
+#: told of each run that is complete; what is wrong with it is a FastsacError
+Done = Callable[[Run], None]
 
 
 class WithParent(Callback):
@@ -44,14 +68,26 @@ def config_file(run_dir: Path) -> Path:
 
 
 def train(run_dir: Path, config: Config, *callbacks: Callback) -> SAC:
-    """Train to the end, from the newest checkpoint if there is one; return the agent."""
+    """Train to the end, from the newest checkpoint if there is one; return the agent.
+
+    Raises:
+        FastsacError: as `SAC.resume` and `SAC.learn` do.
+    """
     agent = SAC.resume(run_dir, config) if (run_dir / CONFIG).exists() else SAC(config)
     agent.prepare()
     run_dir.mkdir(parents=True, exist_ok=True)
     setup = {"engine": agent.engine, "precision": agent.setup.precision, "machine": describe_machine()}
-    write_json(run_dir / MACHINE, setup)
+    write_json(run_dir / MACHINE, {**setup, "resumed_at": _resumed_at(run_dir, agent.steps)})
     agent.learn(config.total_steps, run_dir, callback=callbacks or None)
     return agent
+
+
+def _resumed_at(run_dir: Path, step: int) -> list[int]:
+    """Return the steps at which the run was taken up again, this time included."""
+    before: list[int] = []
+    with suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it was cut short
+        before = list(json.loads((run_dir / MACHINE).read_text())["resumed_at"])
+    return [*before, step] if step else before
 
 
 def main() -> None:
@@ -63,9 +99,110 @@ def main() -> None:
         agent = train(run_dir, config, parent)
     except FastsacError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+        sys.exit(DIVERGED if isinstance(error, Divergence) else error.exit_status)
     if agent.stopped_by_signal or parent.orphaned:
         sys.exit(STOPPED)
+
+
+def train_here(options: Compare, runs: list[Run], done: Done, watch: Watch, stop: list[int]) -> list[Failure]:
+    """Train runs in processes of their own, side by side; return those that failed.
+
+    Args:
+        options: of the command.
+        runs: to be made.
+        done: told of each run that is complete.
+        watch: shown how they go on.
+        stop: signals that have come in; then the processes save, and end. An exception on the way kills them.
+    """
+    failed, processes = list[Failure](), _Processes(options.out, watch)
+    with ThreadPoolExecutor(jobs(options)) as pool:
+        waiting: dict[Future[int | None], Run] = {pool.submit(processes.train, run): run for run in runs}
+        try:
+            while waiting:
+                complete, _ = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                if stop:
+                    processes.end(signal.SIGTERM)
+                for future in complete:
+                    run, status = waiting.pop(future), future.result()
+                    failure = None if status is None else _outcome(options.out / run.run_dir, run, status, done, stop)
+                    failed += [failure] if failure is not None else []
+                    if status is not None:
+                        watch.end(run, status)
+                watch.show()
+        finally:
+            processes.end(signal.SIGKILL)
+    return failed
+
+
+class _Processes:
+    """The processes of the runs that are under way."""
+
+    def __init__(self, out: Path, watch: Watch) -> None:
+        self._out, self._watch = out, watch
+        self._lock, self._ended = Lock(), False
+        self._under_way: list[subprocess.Popen[bytes]] = []
+
+    def train(self, run: Run) -> int | None:
+        """Wait for the run's process; return its exit status, or None if it was too late to begin."""
+        run_dir = self._out / run.run_dir
+        with self._lock:
+            if self._ended:
+                return None
+            run_dir.parent.mkdir(parents=True, exist_ok=True)
+            write_json(config_file(run_dir), dataclasses.asdict(run.config))
+            command = [sys.executable, "-m", "fastsac.lab.worker", str(run_dir)]
+            with log_file(run_dir).open("wb") as log:
+                # a session of its own: Ctrl-C reaches the comparison only, which hands it on once
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+            self._under_way.append(process)
+        self._watch.begin(run)
+        status = process.wait()
+        with self._lock:
+            self._under_way.remove(process)
+        return status
+
+    def end(self, number: int) -> None:
+        """Begin no more, and send a signal to those under way, once; SIGKILL also to what they have started."""
+        with self._lock:
+            for process in self._under_way:
+                with suppress(ProcessLookupError, PermissionError):
+                    if number == signal.SIGKILL:
+                        os.killpg(process.pid, number)
+                    elif not self._ended:
+                        process.send_signal(number)
+            self._ended = True
+
+
+def _outcome(run_dir: Path, run: Run, status: int, done: Done, stop: list[int]) -> Failure | None:
+    """Tell of a complete run, or return its failure; None also for a run that was stopped."""
+    if status == 0:
+        try:
+            done(run)
+        except FastsacError as error:
+            return Failure(run, str(error), False)
+        return None
+    if stop and (status == STOPPED or status < 0):
+        return None
+    return Failure(run, last_line(log_file(run_dir), status), status == DIVERGED)
+
+
+def log_file(run_dir: Path) -> Path:
+    """Return where a run's process writes what it has to say."""
+    return run_dir.with_name(f"{run_dir.name}.log")
+
+
+def last_line(path: Path, status: int) -> str:
+    """Return the last line of a run's log, and how its process ended unless it said so itself."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    told = [line.strip().removeprefix("error: ")[:500] for line in lines if line.strip()][-1:]
+    if status == STOPPED:
+        return "its process was stopped by a signal; it can go on"
+    if status < 0:
+        name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+        told.insert(0, f"its process was ended by {name}")
+    return ": ".join(told) or f"exit status {status}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,316 @@
+"""`fastsac compare`: real processes, their results, interruptions, failures, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastsac import SAC, UsageError
+from fastsac.arguments import Train, parse
+from fastsac.errors import Divergence, FastsacError
+from fastsac.lab import compare as module
+from fastsac.lab import worker
+from fastsac.lab.arguments import Compare
+from fastsac.lab.compare import FailedRuns, Stopped, command_of, compare, random_return, run
+from fastsac.lab.outcome import table
+from fastsac.lab.plan import make_plan
+from fastsac.lab.statistics import bootstrap
+from fastsac.lab.worker import Failure, last_line, train
+from fastsac.machine import describe_machine
+from fastsac.run_dir import newest_step, read_config
+from tests.runs import metrics_of
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = (  # noqa: SIM905, a list is harder to read
+    "num_envs=4 hidden_sizes=[16,16] batch_size=16 learning_starts=40 buffer_size=4000 eval_episodes=1 log_every=50 "
+    "env_backend=gymnasium num_threads=1 eval_every=500 checkpoint_every=100"
+).split()
+
+
+def options(out: Path, *settings: str, **changes) -> Compare:
+    plain = Compare(("Pendulum-v1",), ("pathwise", "score:none"), out, "0:2", 80, (*SETTINGS, *settings), jobs=2)
+    return dataclasses.replace(plain, **changes)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Runs are trained here, one after the other, which is quicker; a label that is put into it fails."""
+    broken: dict[str, bool] = {}
+
+    def train_here(options, runs, done, watch, stop):
+        failed = []
+        for each in runs:
+            if each.label in broken:
+                failed.append(Failure(each, "an explosion", broken[each.label]))
+                continue
+            train(options.out / each.run_dir, each.config).close()
+            done(each)
+        return failed
+
+    monkeypatch.setattr(module, "train_here", train_here)
+    monkeypatch.setattr(module, "random_return", lambda config: -1200.0)
+    monkeypatch.setattr(worker, "describe_machine", dict)  # asks git
+    return broken
+
+
+def as_if_alone(out: Path, tmp_path: Path, each) -> None:
+    """Compare a run with the one that the Python API makes."""
+    alone = tmp_path / "alone" / each.run_dir
+    agent = SAC(each.config)
+    agent.learn(run_dir=alone)
+    agent.close()
+    run_dir = out / each.run_dir
+    assert read_config(run_dir) == each.config
+    assert metrics_of(run_dir) == metrics_of(alone)
+    ours, theirs = (path / "checkpoints" / f"step-{agent.steps:012d}" for path in (run_dir, alone))
+    assert (ours / "learner.safetensors").read_bytes() == (theirs / "learner.safetensors").read_bytes()
+
+
+def test_an_interrupted_comparison_goes_on_and_ends_as_if_left_alone(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    asked = options(out, arms=("pathwise",), seeds="0", total_steps=1000)
+    (first,) = make_plan(asked).runs
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.02)
+
+    def interrupt() -> None:
+        while newest_step(out / first.run_dir) is None:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(Stopped, match=rf"goes on: fastsac compare .*--out {re.escape(str(out))}") as stopped:
+        compare(asked)
+    assert stopped.value.exit_status == 0
+    step = newest_step(out / first.run_dir)
+    assert 0 < step < 1000
+
+    larger = dataclasses.replace(asked, arms=("pathwise", "score:none"), seeds="0:2")
+    result = compare(larger)
+    assert [(each["arm"], each["seed"], each["resumed_at"]) for each in result["runs"]] == [
+        *[("pathwise", 0, [step]), ("pathwise", 1, []), ("score:none", 0, []), ("score:none", 1, [])]
+    ]
+    for each in make_plan(larger).runs:
+        as_if_alone(out, tmp_path, each)
+    assert json.loads((out / "comparison.json").read_text()) == json.loads(json.dumps(module._finite(result)))
+    check_schema(result)
+    assert "Pendulum-v1 score:none seed 1: complete (" in capsys.readouterr().err
+
+
+def check_schema(result) -> None:
+    assert result["format"] == 1
+    assert result["settings"]["env_ids"] == ["Pendulum-v1"]
+    assert result["settings"]["arms"] == ["pathwise", "score:none"]
+    assert result["settings"]["seeds"] == [0, 1]
+    assert -1500 < result["random_return"]["Pendulum-v1"] < -900  # about -1,200
+    for each in result["runs"]:
+        assert len(each["steps"]) == len(each["eval_return"]) == 2
+        assert each["updates"] > 900
+        assert each["engine"] == "fused"
+        assert each["machine"].keys() == describe_machine().keys()
+        assert each["machine"]["torch_threads"] == 1
+        command = parse(shlex.split(each["command"])[1:])
+        assert isinstance(command, Train)
+        assert dataclasses.asdict(command.config) == {
+            **each["config"],
+            **{name: tuple(each["config"][name]) for name in ("hidden_sizes", "adam_betas", "env_wrappers")},
+        }
+    arms = result["summary"]["Pendulum-v1"]
+    finals = [each["eval_return"][-1] for each in result["runs"]]
+    assert arms["pathwise"]["final"]["values"] == finals[:2]
+    assert arms["pathwise"]["final"]["iqm"] == pytest.approx(np.mean(finals[:2]))
+    assert arms["score:none"]["curve"]["iqm"] == pytest.approx(
+        np.mean([each["eval_return"] for each in result["runs"][2:]], axis=0)
+    )
+    assert "equivalence" not in arms["pathwise"]
+    assert arms["score:none"]["equivalence"]["against"] == "pathwise"
+    assert (arms["score:none"]["failed"], arms["score:none"]["diverged"]) == (0, 0)
+
+
+def test_a_failing_run_is_named_and_the_others_finish(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FAULT", f"raise:15:{tmp_path / 'failed'}")  # the first one to get there
+    monkeypatch.setattr(module, "random_return", lambda config: -20.0)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    asked = options(tmp_path / "out", env_ids=("tests.faulty:Faulty-v0",), arms=("pathwise",))
+    with pytest.raises(FailedRuns, match="1 of 2 runs failed; the same command tries them again") as failed:
+        run(asked)
+    assert failed.value.exit_status == 1
+    told = capsys.readouterr()
+    (line,) = re.findall(r"fastsac: tests.faulty:Faulty-v0 pathwise seed \d failed: .*", told.err)
+    assert "ValueError: broken" in line
+    assert "report: " in told.out  # of those that are there
+    assert failed.value.result["summary"]["tests.faulty:Faulty-v0"]["pathwise"]["failed"] == 1
+    assert len(failed.value.result["runs"]) == 1
+    result = compare(asked)  # it does not happen again
+    assert [each["seed"] for each in result["runs"]] == [0, 1]
+    assert result["failed"] == []
+
+
+def test_runs_are_not_repeated_and_more_may_be_added(tmp_path, in_process):
+    first = compare(options(tmp_path))
+    for path in (tmp_path / "runs").rglob("config.json"):
+        path.unlink()  # what is in comparison.json counts
+    in_process |= dict.fromkeys(("pathwise", "score:none"), True)
+    again = compare(options(tmp_path, arms=("pathwise", "score:none:1"), seeds="0"))
+    assert again["runs"] == first["runs"]
+    del in_process["score:none"]
+    compare(options(tmp_path, arms=("score:none", "pathwise"), seeds="1,0"))
+    more = compare(options(tmp_path, arms=("score:none",), seeds="0:3"))
+    assert [each for each in more["runs"] if each["seed"] < 2] == first["runs"]
+    assert [(each["arm"], each["seed"]) for each in more["runs"] if each["seed"] == 2] == [("score:none", 2)]
+    assert more["settings"]["seeds"] == [0, 1, 2]
+
+
+def test_two_spellings_of_an_arm_are_one(tmp_path, in_process):
+    first = compare(options(tmp_path, arms=("score",), seeds="0"))
+    assert first["runs"][0]["arm"] == "score:loo:2"
+    in_process["score:loo:2"] = True
+    assert compare(options(tmp_path, arms=("score:loo:2",), seeds="0"))["runs"] == first["runs"]
+
+
+def test_other_settings_are_refused_by_name(tmp_path, in_process):
+    compare(options(tmp_path, seeds="0"))
+    with pytest.raises(UsageError, match=r"total_steps 80, not 400: choose another --out"):
+        compare(options(tmp_path, total_steps=400))
+    with pytest.raises(UsageError, match=r"with --set batch_size=16, not batch_size=32"):
+        compare(options(tmp_path, set=tuple(each.replace("h_size=16", "h_size=32") for each in SETTINGS)))
+    with pytest.raises(UsageError, match=r"with --set no, not tau=0.01"):
+        compare(options(tmp_path, "tau=0.01"))
+    (tmp_path / "comparison.json").unlink()  # the run directories are looked at, too
+    where = re.escape(str(tmp_path / "runs/Pendulum-v1/pathwise/seed-0"))
+    with pytest.raises(UsageError, match=rf"{where} holds another run: tau is 0.005 there, not 0.01"):
+        compare(options(tmp_path, "tau=0.01"))
+    other = [each.replace("num_threads=1", "num_threads=2") for each in SETTINGS]
+    compare(options(tmp_path, set=tuple(other), seeds="0"))  # which changes no outcome
+
+
+def test_a_setting_is_varied_and_the_best_value_is_named(tmp_path, in_process):
+    result = compare(options(tmp_path, "actor_lr=1e-4", "actor_lr=3e-2", seeds="0"))
+    arms = result["summary"]["Pendulum-v1"]
+    assert list(arms) == [f"{arm} actor_lr={rate}" for arm in ("pathwise", "score:none") for rate in ("0.0001", "0.03")]
+    assert {(each["config"]["actor_lr"], each["varied"]["actor_lr"]) for each in result["runs"]} == {
+        *[(1e-4, 1e-4), (3e-2, 3e-2)]
+    }
+    for arm, label in result["best"]["Pendulum-v1"].items():
+        assert arms[label]["auc"]["iqm"] == max(arms[each]["auc"]["iqm"] for each in arms if each.startswith(arm))
+        assert ("equivalence" in arms[label]) == (arm == "score:none")
+    assert sum("equivalence" in each for each in arms.values()) == 1  # only the best is tested
+    more = compare(options(tmp_path, "actor_lr=1e-4", "actor_lr=3e-2", "actor_lr=1e-3", seeds="0"))
+    assert len(more["runs"]) == 6
+    assert "actor_lr=0.03" in table(more)
+
+
+def test_arms_that_fail_are_counted(tmp_path, in_process):
+    in_process["score:none"] = True
+    with pytest.raises(FailedRuns, match="2 of 4 runs failed") as failed:
+        compare(options(tmp_path))
+    arm = failed.value.result["summary"]["Pendulum-v1"]["score:none"]
+    assert (arm["seeds"], arm["failed"], arm["diverged"]) == (0, 2, 2)
+    stored = json.loads((tmp_path / "comparison.json").read_text())
+    assert stored["summary"]["Pendulum-v1"]["score:none"]["final"]["iqm"] is None
+    assert stored["failed"][0]["error"] == "an explosion"
+    assert "score:none" in table(failed.value.result)
+    in_process |= {"pathwise": False}
+    everything = options(tmp_path / "all", seeds="0")
+    with pytest.raises(FailedRuns, match="2 of 2 runs failed"):
+        run(everything)
+    in_process.clear()
+    assert compare(everything)["failed"] == []
+
+
+def test_an_environment_that_fails_at_random_has_no_random_return(tmp_path, in_process, monkeypatch, capsys):
+    monkeypatch.setattr(module, "random_return", random_return)
+    monkeypatch.setenv("FAULT", "raise:10:")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    asked = options(tmp_path, env_ids=("tests.faulty:Faulty-v0",), seeds="0")
+    in_process |= {"pathwise": False, "score:none": False}
+    with pytest.raises(FailedRuns):
+        compare(asked)
+    assert "no return of a random policy" in capsys.readouterr().err
+    monkeypatch.setenv("FAULT", "")
+    in_process.clear()
+    result = compare(asked)
+    assert math.isfinite(result["random_return"]["tests.faulty:Faulty-v0"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"set": ("actr_lr=1",)}, r"no such setting; did you mean .*actor_lr"),
+        ({"set": ("seed=1",)}, "--set seed: --seeds sets it"),
+        ({"set": ("baseline=loo",)}, "--set baseline: --arms sets it"),
+        ({"set": ("total_steps=1",)}, "--total-steps sets it"),
+        ({"set": ("batch_size",)}, "name=value"),
+        ({"set": ("batch_size=many",)}, "--batch-size must be a whole number"),
+        ({"set": ("hidden_sizes=3",)}, "--hidden-sizes must be whole numbers"),
+        ({"set": ("eval_every=0",)}, "eval_every=0 leaves nothing to compare"),
+        ({"set": ("entropy_split=0.5",), "arms": ("pathwise", "pathwise-stl")}, "takes no --entropy-split"),
+        ({"arms": ("pathwise:x",)}, "arm 'pathwise:x'"),
+        ({"arms": ()}, "at least one arm"),
+        ({"env_ids": ("Pendulm-v1",)}, "did you mean Pendulum-v"),
+        ({"seeds": "5:5"}, "--seeds must be written"),
+        ({"seeds": "a"}, "--seeds must be written"),
+        ({"jobs": 0}, "--jobs must be"),
+        ({"margin": 0.0}, "--margin must be"),
+        ({"gpus_per_run": 0.5}, "--gpus-per-run needs --ray"),
+    ],
+)
+def test_usage_errors(tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message) as refused:
+        compare(options(tmp_path / "out", **changes))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_directory_is_refused_if_it_is_something_else(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is a file"):
+        compare(options(tmp_path / "file"))
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UsageError, match="is a run directory"):
+        compare(options(tmp_path))
+    for place, damaged in enumerate(("{", "[]", '{"format": 2}', '{"format": 1, "runs": [{}], "random_return": {}}')):
+        (tmp_path / f"{place}").mkdir()
+        (tmp_path / f"{place}/comparison.json").write_text(damaged)
+        with pytest.raises(UsageError, match=r"comparison.json cannot be read"):
+            compare(options(tmp_path / f"{place}"))
+
+
+def test_two_at_once_are_refused(tmp_path, in_process, monkeypatch):
+    def another(config):
+        with pytest.raises(UsageError, match="another comparison is running"):
+            compare(options(tmp_path))
+        return -1200.0
+
+    monkeypatch.setattr(module, "random_return", another)
+    compare(options(tmp_path, arms=("pathwise",), seeds="0"))
+
+
+def test_the_command_can_be_given_again(tmp_path):
+    asked = options(tmp_path, "actor_lr=1e-4", "actor_lr=1e-3", margin=0.1)
+    assert parse(shlex.split(command_of(asked, str(tmp_path)))[1:]) == dataclasses.replace(asked, jobs=None)
+
+
+def test_the_last_line_of_a_log_says_what_happened(tmp_path):
+    log = tmp_path / "log"
+    assert last_line(log, 1) == "exit status 1"
+    assert last_line(log, -9) == "its process was ended by SIGKILL"
+    log.write_text("warning: one\nerror: the environment broke\n\n")
+    assert last_line(log, 1) == "the environment broke"
+    assert last_line(log, -11) == "its process was ended by SIGSEGV: the environment broke"
+    assert "stopped by a signal" in last_line(log, 75)
+
+
+def test_errors_have_the_exit_status_of_their_kind():
+    assert Divergence.exit_status == FastsacError.exit_status == 1
+    assert math.isnan(bootstrap([np.array([1.0])]).low)

@@ -1,0 +1,175 @@
+"""The statistics of comparisons, against hand calculations, scipy's tests and simulated data."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fastsac.lab.outcome import summarize, table
+from fastsac.lab.statistics import area, bootstrap, equivalence, iqm
+
+NUMBERS = np.array([-123.0, -150.0, -118.0, -131.0, -900.0])
+
+
+def test_the_interquartile_mean_leaves_a_quarter_out_at_either_end():
+    assert iqm(np.array([1.0, 2.0, 3.0, 100.0])) == 2.5
+    assert iqm(NUMBERS) == pytest.approx((-123 - 150 - 131) / 3)  # one of five at either end
+    assert iqm(np.array([1.0, 2.0, 60.0])) == 21.0  # too few to leave one out
+    assert iqm(np.array([[1.0, 2.0, 3.0, 100.0]]), axis=1) == 2.5
+
+
+def test_the_area_is_the_mean_over_the_range():
+    assert area(np.array([100.0, 200.0, 400.0]), np.array([0.0, 2.0, 4.0])) == pytest.approx((100 + 600) / 300)
+    assert area(np.array([100.0]), np.array([7.0])) == 7.0
+
+
+def test_the_bootstrap_resamples_seeds_within_environments():
+    far = [np.array([0.0, 0.0, 0.0, 0.0]), np.array([10.0, 10.0, 10.0, 10.0])]
+    assert bootstrap(far) == (5.0, 5.0, 5.0)  # without strata, the share of either would vary
+    found = bootstrap([NUMBERS], seed=3)
+    assert found == bootstrap([NUMBERS], seed=3)
+    assert found.low < found.iqm < found.high
+    curves = np.stack([NUMBERS, NUMBERS + 1.0], axis=1)  # [seeds, steps]: the same seeds at every step
+    low, high = bootstrap([curves], seed=3)[1:]
+    assert (low, high) == (pytest.approx([found.low, found.low + 1]), pytest.approx([found.high, found.high + 1]))
+
+
+def test_the_interval_is_that_of_percentiles():
+    """Of two seeds, a quarter of the resamples has the lower one twice, and a quarter the higher one."""
+    assert bootstrap([np.array([1.0, 3.0])]) == (2.0, 1.0, 3.0)
+    many = np.random.default_rng(0).normal(size=400)
+    found = bootstrap([many])
+    theirs = stats.bootstrap((many,), iqm, n_resamples=4000, method="percentile", random_state=1).confidence_interval
+    assert (found.low, found.high) == (pytest.approx(theirs.low, abs=0.02), pytest.approx(theirs.high, abs=0.02))
+
+
+def test_the_interval_covers_what_it_should():
+    """Of 300 samples of 20 seeds, about 93 % of the intervals hold the true value: slightly few, as usual."""
+    rng, covered = np.random.default_rng(5), 0
+    for trial in range(300):
+        found = bootstrap([rng.normal(3.0, 2.0, size=20)], seed=trial)
+        covered += found.low <= 3.0 <= found.high
+    assert 0.88 <= covered / 300 <= 0.97
+
+
+def test_a_single_seed_has_no_interval():
+    found = bootstrap([np.array([4.0]), NUMBERS])
+    assert math.isfinite(found.iqm)
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+    curve = bootstrap([np.array([[1.0, 2.0]])]).json()
+    assert curve["iqm"] == [1.0, 2.0]
+    assert np.isnan(curve["low"]).all()
+
+
+def test_equivalence_is_two_one_sided_welch_tests():
+    rng = np.random.default_rng(1)
+    a, b, scale, margin = rng.normal(-120, 20, size=7), rng.normal(-125, 30, size=9), 1000.0, 0.03
+    found = equivalence(a.tolist(), b.tolist(), scale, margin)
+    welch = {"equal_var": False}
+    below = stats.ttest_ind(b / scale + margin, a / scale, alternative="greater", **welch)
+    above = stats.ttest_ind(b / scale - margin, a / scale, alternative="less", **welch)
+    assert found.p == pytest.approx(max(below.pvalue, above.pvalue))
+    low, high = stats.ttest_ind(b / scale, a / scale, **welch).confidence_interval(0.90)
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    assert found.difference == pytest.approx((b.mean() - a.mean()) / scale)
+    assert (found.verdict == "equivalent") == (-margin < low and high < margin)
+
+
+@pytest.mark.parametrize(
+    ("other", "margin", "verdict"),
+    [
+        ([99.0, 100.0, 101.0, 100.0], 0.05, "equivalent"),
+        ([97.9, 98.0, 98.1, 98.0], 0.05, "equivalent"),  # different, too, but by less than matters
+        ([80.0, 81.0, 79.0, 80.0], 0.05, "different"),
+        ([60.0, 130.0, 100.0, 95.0], 0.05, "not shown"),
+        ([100.0], 0.05, "not tested"),
+        ([], 0.05, "not tested"),
+        ([math.nan, 100.0, 100.0], 0.05, "not tested"),
+        ([math.inf, 100.0, 100.0], 0.05, "not tested"),
+        ([-1e300, 1e300], 0.05, "not shown"),
+    ],
+)
+def test_verdicts(other, margin, verdict):
+    assert equivalence([100.0, 101.0, 99.5, 100.5], other, 100.0, margin).verdict == verdict
+
+
+def test_different_is_what_a_two_sided_test_finds():
+    rng, seen = np.random.default_rng(4), set()
+    for _ in range(100):
+        a, b = rng.normal(1.0, 0.2, size=4), rng.normal(1.3, 0.2, size=4)
+        found = stats.ttest_ind(a, b, equal_var=False).pvalue < 0.05
+        verdict = equivalence(a.tolist(), b.tolist(), 1.0, 0.001).verdict
+        assert verdict == ("different" if found else "not shown")
+        seen.add(verdict)
+    assert len(seen) == 2
+
+
+def test_runs_that_are_all_alike_are_compared_as_they_are():
+    assert equivalence([1.0, 1.0], [1.0, 1.0], 1.0, 0.05) == (0.0, 0.0, 0.0, 0.0, "equivalent")
+    assert equivalence([1.0, 1.0], [2.0, 2.0], 1.0, 0.05).verdict == "different"
+
+
+@pytest.mark.parametrize("scale", [0.0, -3.0, math.nan, math.inf])
+def test_without_a_scale_nothing_is_tested(scale):
+    """The reference is no better than random actions, say."""
+    found = equivalence([1.0, 2.0], [1.0, 2.0], scale, 0.05)
+    assert found.verdict == "not tested"
+    assert math.isnan(found.p)
+
+
+def test_the_verdict_equivalent_is_rarely_wrong():
+    """Means that differ by the margin are called equivalent in at most 5 % of all cases."""
+    rng = np.random.default_rng(2)
+    pairs = rng.normal(size=(600, 2, 5)) * 0.02 + np.array([1.0, 1.05])[:, None]
+    wrong = sum(equivalence(a, b, 1.0, 0.05).verdict == "equivalent" for a, b in pairs)
+    assert wrong / 600 < 0.05 + 2.5 * math.sqrt(0.05 * 0.95 / 600)
+
+
+def run_of(env_id, arm, seed, values, steps=(1000, 2000, 3000)):
+    return {
+        **{"env_id": env_id, "arm": arm, "seed": seed, "steps": list(steps), "eval_return": list(values)},
+        "time_s": 10.0 + seed,
+    }
+
+
+def test_a_summary_by_hand():
+    runs = [
+        run_of("A", "pathwise", 0, [0.0, 50.0, 100.0]),
+        run_of("A", "pathwise", 1, [0.0, 50.0, 120.0]),
+        run_of("A", "score:none", 0, [0.0, 0.0, 50.0]),
+        run_of("A", "score:none", 1, [0.0, 0.0, 60.0], steps=(1002, 2000, 3004)),
+        run_of("B", "pathwise", 0, [5.0, 5.0, 9.0]),
+        run_of("B", "score:none", 0, [5.0, 5.0, 9.0]),
+    ]
+    settings = {"arms": ["pathwise", "score:none"], "margin": 0.05}
+    result = summarize(runs, {"A": 10.0, "B": 1.0}, "pathwise", settings)
+    pathwise, none = result["summary"]["A"]["pathwise"], result["summary"]["A"]["score:none"]
+    assert pathwise["final"]["iqm"] == 110.0
+    assert pathwise["auc"]["values"] == [50.0, 55.0]
+    assert pathwise["curve"]["iqm"] == [0.0, 50.0, 110.0]
+    assert none["final"]["values"][0] == 50.0
+    assert none["final"]["values"][1] == pytest.approx(60.0, rel=0.01)
+    test = none["equivalence"]
+    assert test["difference"] == pytest.approx((np.mean(none["final"]["values"]) - 110.0) / 100.0)
+    assert test["against"] == "pathwise"
+    assert result["summary"]["B"]["score:none"]["equivalence"]["verdict"] == "not tested"  # one seed
+    overall = result["overall"]["pathwise"]["final"]
+    assert overall["iqm"] == pytest.approx(np.mean([0.9, 1.1, 1.0]))
+    assert result["overall"]["score:none"]["final"]["iqm"] < 1.0
+    assert "score:none" in table({**result, "settings": settings})
+
+
+def test_no_numbers_do_not_stop_a_summary():
+    runs = [
+        run_of("A", "pathwise", 0, [None, 1.0, None]),
+        run_of("A", "pathwise", 1, [math.nan, 1.0, math.inf]),
+        run_of("A", "score:none", 0, [1.0, 2.0, 3.0]),
+    ]
+    settings = {"arms": ["pathwise", "score:none"], "margin": 0.05}
+    result = summarize(runs, {"A": math.nan}, "pathwise", settings)
+    assert result["summary"]["A"]["score:none"]["equivalence"]["verdict"] == "not tested"
+    assert "pathwise" in table({**result, "settings": settings})
