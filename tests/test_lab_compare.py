@@ -20,11 +20,12 @@ from fastsac import SAC, UsageError
 from fastsac.arguments import Train, parse
 from fastsac.errors import Divergence, FastsacError
 from fastsac.lab import compare as module
-from fastsac.lab import worker
+from fastsac.lab import record, worker
 from fastsac.lab.arguments import Compare
-from fastsac.lab.compare import FailedRuns, Stopped, command_of, compare, random_return, run
+from fastsac.lab.compare import FailedRuns, Stopped, compare, run
 from fastsac.lab.outcome import table
 from fastsac.lab.plan import make_plan
+from fastsac.lab.record import command_of, random_return
 from fastsac.lab.statistics import bootstrap
 from fastsac.lab.worker import Failure, last_line, train
 from fastsac.machine import describe_machine
@@ -59,7 +60,7 @@ def in_process(monkeypatch):
         return failed
 
     monkeypatch.setattr(module, "train_here", train_here)
-    monkeypatch.setattr(module, "random_return", lambda config: -1200.0)
+    monkeypatch.setattr(record, "random_return", lambda config: -1200.0)
     monkeypatch.setattr(worker, "describe_machine", dict)  # asks git
     return broken
 
@@ -102,7 +103,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_as_if_left_alone(tmp_path, c
     ]
     for each in make_plan(larger).runs:
         as_if_alone(out, tmp_path, each)
-    assert json.loads((out / "comparison.json").read_text()) == json.loads(json.dumps(module._finite(result)))
+    assert json.loads((out / "comparison.json").read_text()) == json.loads(json.dumps(record._finite(result)))
     check_schema(result)
     assert "Pendulum-v1 score:none seed 1: complete (" in capsys.readouterr().err
 
@@ -139,7 +140,7 @@ def check_schema(result) -> None:
 
 def test_a_failing_run_is_named_and_the_others_finish(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FAULT", f"raise:15:{tmp_path / 'failed'}")  # the first one to get there
-    monkeypatch.setattr(module, "random_return", lambda config: -20.0)
+    monkeypatch.setattr(record, "random_return", lambda config: -20.0)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     asked = options(tmp_path / "out", env_ids=("tests.faulty:Faulty-v0",), arms=("pathwise",))
     with pytest.raises(FailedRuns, match="1 of 2 runs failed; the same command tries them again") as failed:
@@ -229,7 +230,7 @@ def test_arms_that_fail_are_counted(tmp_path, in_process):
 
 
 def test_an_environment_that_fails_at_random_has_no_random_return(tmp_path, in_process, monkeypatch, capsys):
-    monkeypatch.setattr(module, "random_return", random_return)
+    monkeypatch.setattr(record, "random_return", random_return)
     monkeypatch.setenv("FAULT", "raise:10:")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     asked = options(tmp_path, env_ids=("tests.faulty:Faulty-v0",), seeds="0")
@@ -292,7 +293,7 @@ def test_two_at_once_are_refused(tmp_path, in_process, monkeypatch):
             compare(options(tmp_path))
         return -1200.0
 
-    monkeypatch.setattr(module, "random_return", another)
+    monkeypatch.setattr(record, "random_return", another)
     compare(options(tmp_path, arms=("pathwise",), seeds="0"))
 
 

@@ -160,7 +160,23 @@ def test_a_summary_by_hand():
     overall = result["overall"]["pathwise"]["final"]
     assert overall["iqm"] == pytest.approx(np.mean([0.9, 1.1, 1.0]))
     assert result["overall"]["score:none"]["final"]["iqm"] < 1.0
-    assert "score:none" in table({**result, "settings": settings})
+    lines = table({**result, "settings": settings}).splitlines()
+    assert any(line.split()[:3] == ["A", "score:none", "2"] for line in lines)
+    assert any(line.split() == ["B", "pathwise", "1", "9.0", "6.0", "10", "s"] for line in lines)  # no interval
+
+
+def test_the_best_settings_are_those_of_the_most_complete_runs_with_the_largest_area():
+    runs = [
+        run_of("A", "pathwise tau=1", 0, [0.0, 1.0, 1.0]),
+        run_of("A", "pathwise tau=1", 1, [0.0, 1.0, 1.0]),
+        run_of("A", "pathwise tau=2", 0, [0.0, 2.0, 2.0]),
+        run_of("A", "pathwise tau=2", 1, [0.0, 2.0, 2.0]),
+        run_of("A", "pathwise tau=3", 0, [0.0, 9.0, 9.0]),  # its other run has failed
+    ]
+    settings = {"arms": ["pathwise"], "margin": 0.05}
+    result = summarize(runs, {"A": 0.0}, "pathwise", settings)
+    assert result["best"] == {"A": {"pathwise": "pathwise tau=2"}}
+    assert "chosen on the same seeds" in table({**result, "settings": settings})
 
 
 def test_no_numbers_do_not_stop_a_summary():
@@ -172,4 +188,7 @@ def test_no_numbers_do_not_stop_a_summary():
     settings = {"arms": ["pathwise", "score:none"], "margin": 0.05}
     result = summarize(runs, {"A": math.nan}, "pathwise", settings)
     assert result["summary"]["A"]["score:none"]["equivalence"]["verdict"] == "not tested"
-    assert "pathwise" in table({**result, "settings": settings})
+    shown = table({**result, "settings": settings})
+    assert "pathwise" in shown
+    assert "nan" not in shown
+    assert "best settings" not in shown

@@ -6,10 +6,7 @@ and is all that tables, tests and the report are made of: the run directories ma
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
-import json
-import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -17,28 +14,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fastsac.config import Config
 from fastsac.env_backends import EnvSpec
 from fastsac.envs import make_envs
-from fastsac.errors import EnvironmentFailure, FastsacError, UsageError
+from fastsac.errors import FastsacError, UsageError
 from fastsac.estimators import choose
-from fastsac.evaluate import evaluate
 from fastsac.lab.arguments import Compare
-from fastsac.lab.outcome import summarize, table
-from fastsac.lab.plan import Plan, Run, difference, make_plan, parse_settings, settings_of, train_command
+from fastsac.lab.outcome import table
+from fastsac.lab.plan import Plan, make_plan
+from fastsac.lab.record import OTHER_OUT, Record, command_of, refuse_other_run
 from fastsac.lab.watch import Watch
-from fastsac.lab.worker import MACHINE, Failure, train_here
-from fastsac.machine import write_json
-from fastsac.plot import read_metric
-from fastsac.run_dir import CONFIG, config_from_dict, read_config
+from fastsac.lab.worker import train_here
+from fastsac.run_dir import CONFIG
 from fastsac.signals import stop_signals
-
-FORMAT = 1
-COMPARISON = "comparison.json"
-RANDOM_EPISODES, RANDOM_SEED = 10, 0
-OTHER_OUT = "choose another --out"
 
 
 class Stopped(FastsacError):
@@ -112,171 +99,6 @@ def compare(options: Compare) -> dict[str, Any]:
         return record.result
 
 
-class Record:
-    """comparison.json: what has been run, and what came out."""
-
-    def __init__(self, directory: Path, plan: Plan, options: Compare) -> None:
-        """Read what there is.
-
-        Raises:
-            UsageError: if the directory holds another comparison.
-        """
-        self._directory, self._plan = directory, plan
-        self.result: dict[str, Any] = {"format": FORMAT, "runs": [], "random_return": {}}
-        path = directory / COMPARISON
-        try:
-            if path.exists():
-                self.result = json.loads(path.read_text())
-            if self.result["format"] != FORMAT:
-                raise ValueError("another format")
-            before = self.result.get("settings", plan.settings)
-            _refuse_other_comparison(directory, before, plan.settings)
-            self._settings = {_key(each): _settings(config_from_dict(each["config"])) for each in self.result["runs"]}
-            found = self.result["random_return"].items()
-            self.result["random_return"] = {env_id: value for env_id, value in found if value is not None}
-            self.result["settings"] = _union(before, plan.settings)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UsageError(f"{path} cannot be read ({reason}): choose another --out") from error
-        self.result["command"] = command_of(options, options.out.name)  # no path of this machine's
-
-    def has(self, run: Run) -> bool:
-        """Return whether the run is complete; UsageError if it was made with other settings."""
-        stored = self._settings.get(run.key)
-        if stored is not None and (what := difference(stored, _settings(run.config))):
-            raise UsageError(f"{self._directory / COMPARISON} has another run of {run.name()}: {what}")
-        return stored is not None
-
-    def measure_random(self) -> None:
-        """Play with uniformly random actions in each environment that has not been played in."""
-        for run in self._plan.runs:
-            if run.config.env_id not in self.result["random_return"]:
-                try:
-                    value = random_return(run.config)
-                except EnvironmentFailure as error:  # the runs may be luckier, and other environments have theirs
-                    print(f"fastsac: no return of a random policy: {error}", file=sys.stderr)
-                    value = math.nan
-                self.result["random_return"][run.config.env_id] = value
-
-    def add(self, run: Run) -> None:
-        """Take a complete run in, and write the file.
-
-        Raises:
-            FastsacError: if the run directory does not hold a complete run.
-        """
-        run_dir = self._directory / run.run_dir
-        steps, returns = read_metric(run_dir, "eval_return")
-        updated, updates = read_metric(run_dir, "updates")
-        if not steps or updated[-1] < run.config.total_steps:
-            raise FastsacError(f"{run_dir} has not been evaluated at its last step")
-        try:
-            setup = json.loads((run_dir / MACHINE).read_text())
-        except (OSError, ValueError) as error:
-            raise FastsacError(f"{run_dir / MACHINE} cannot be read ({error})") from error
-        config = read_config(run_dir)
-        choice = run.arm.choice
-        self.result["runs"].append(
-            {
-                **{"env_id": config.env_id, "arm": run.label, "estimator": config.estimator},
-                **{"baseline": choice.baseline, "num_action_samples": choice.num_action_samples},
-                **{"varied": run.varied, "seed": config.seed, "run_dir": run.run_dir.as_posix()},
-                **{"command": train_command(config), "config": json.loads(json.dumps(dataclasses.asdict(config)))},
-                **{"steps": steps, "eval_return": returns, "updates": updates[-1]},
-                "time_s": read_metric(run_dir, "time_s")[1][-1],
-                **setup,
-            }
-        )
-        self.result["runs"].sort(key=_key)
-        self.write()
-
-    def fail(self, failures: list[Failure]) -> None:
-        """Take in the runs that have failed, and write the file."""
-        told = [
-            {**dict(zip(("env_id", "arm", "seed"), run.key, strict=True)), "error": reason, "diverged": diverged}
-            for run, reason, diverged in failures
-        ]
-        earlier = [each for each in self.result.get("failed", []) if _key(each) not in set(map(_key, told))]
-        self.result["failed"] = sorted([*earlier, *told], key=_key)
-        self.write()
-
-    def write(self) -> None:
-        """Write the file, with the summary of the runs that there are."""
-        complete = set(map(_key, self.result["runs"]))
-        failed = [each for each in self.result.get("failed", []) if _key(each) not in complete]
-        reference = self._plan.arms[0].label
-        self.result |= summarize(self.result["runs"], self.result["random_return"], reference, self._plan.settings)
-        self.result["failed"] = failed
-        for each in failed:
-            arms = self.result["summary"].setdefault(each["env_id"], {})
-            arms.setdefault(each["arm"], _nothing())
-        for env_id, arms in self.result["summary"].items():
-            for label, values in arms.items():
-                here = [each["diverged"] for each in failed if _key(each)[:2] == (env_id, label)]
-                values |= {"failed": len(here), "diverged": sum(here)}
-        write_json(self._directory / COMPARISON, _finite(self.result))
-
-
-def _key(entry: dict[str, Any]) -> tuple[str, str, int]:
-    return entry["env_id"], entry["arm"], entry["seed"]
-
-
-def _nothing() -> dict[str, Any]:
-    """Return the summary of an arm none of whose runs is complete."""
-    nan: dict[str, Any] = {"iqm": math.nan, "low": math.nan, "high": math.nan}
-    curve: dict[str, Any] = {"steps": [], "iqm": [], "low": [], "high": []}
-    spread = {name: {**nan, "values": []} for name in ("final", "auc")}
-    return {"seeds": 0, **spread, "curve": curve, "time_s": math.nan}
-
-
-def random_return(config: Config) -> float:
-    """Return the mean return of uniformly random actions over some episodes."""
-    envs = make_envs(EnvSpec.of(config), RANDOM_EPISODES, RANDOM_SEED)
-    rng, size = np.random.default_rng(RANDOM_SEED), envs.spaces.action_size
-    try:
-        played = evaluate(lambda obs: rng.uniform(-1, 1, (len(obs), size)).astype(np.float32), envs, RANDOM_EPISODES)
-    finally:
-        envs.close()
-    return float(played.returns.mean())
-
-
-def refuse_other_run(run_dir: Path, run: Run) -> None:
-    """Raise UsageError if the directory holds a run with other settings."""
-    if (run_dir / CONFIG).exists():
-        what = difference(_settings(read_config(run_dir)), _settings(run.config))
-        if what:
-            raise UsageError(f"{run_dir} holds another run: {what}; choose another --out")
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """Return what decides what comes out, the same for `score` and `score:loo:2`."""
-    choice = choose(config)
-    baseline = choice.baseline if choice.takes_baseline else "auto"
-    samples = choice.num_action_samples
-    return settings_of(dataclasses.replace(config, baseline=baseline, num_action_samples=samples))
-
-
-def _refuse_other_comparison(directory: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise UsageError unless both can be one comparison: what is varied may get further values, and no other name."""
-    steps = stored["total_steps"], asked["total_steps"]
-    if steps[0] != steps[1]:
-        raise UsageError(f"{directory} holds a comparison with total_steps {steps[0]}, not {steps[1]}: {OTHER_OUT}")
-    before, now = parse_settings(stored["set"]), parse_settings(asked["set"])
-    for name in sorted(before.keys() | now.keys()):
-        ours, theirs = now.get(name, []), before.get(name, [])
-        if ours != theirs and min(len(ours), len(theirs)) < 2:
-            told = [" ".join(text for text in each["set"] if text.startswith(name)) or "no" for each in (stored, asked)]
-            raise UsageError(f"{directory} holds a comparison with --set {told[0]}, not {told[1]}: {OTHER_OUT}")
-
-
-def command_of(options: Compare, out: str) -> str:
-    """Return the command line, without what does not change the outcome."""
-    words = ["fastsac", "compare", "--env-ids", *options.env_ids, "--arms", *options.arms, "--seeds", options.seeds]
-    words += ["--total-steps", str(options.total_steps), "--out", out]
-    words += ["--set", *options.set] if options.set else []
-    words += ["--margin", f"{options.margin:g}"] if options.margin != Compare.margin else []
-    return shlex.join(words)
-
-
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Keep another comparison out of the directory."""
@@ -304,18 +126,3 @@ def _refuse_misfits(plan: Plan, options: Compare) -> None:
         raise UsageError("two arms or environments have the same name once it is a directory's: compare them apart")
     for config in {each.config.env_id: each.config for each in plan.runs}.values():
         make_envs(EnvSpec.of(config), 1, 0).close()
-
-
-def _union(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of all runs that there are or will be."""
-    lists = {name: list(dict.fromkeys([*asked[name], *stored[name]])) for name in ("env_ids", "arms", "set")}
-    return {**asked, **lists, "seeds": sorted({*stored["seeds"], *asked["seeds"]})}
-
-
-def _finite(value: Any) -> Any:
-    """Return the same for JSON: null in place of numbers that are not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

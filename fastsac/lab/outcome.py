@@ -10,6 +10,7 @@ import numpy as np
 from fastsac.lab.statistics import Numbers, area, bootstrap, equivalence
 
 Runs = list[dict[str, Any]]
+NONE = "-"
 
 
 def summarize(
@@ -18,8 +19,8 @@ def summarize(
     """Return `summary`, `best` and `overall` of comparison.json.
 
     A return is normalised to 0 for uniformly random actions and 1 for the mean final return of the reference arm. Where
-    a setting is varied, an arm's best value of it, by the area under the curve, is what is tested: it is chosen on the
-    runs that are tested, in every arm alike.
+    a setting is varied, an arm's best value of it is what is tested: the one with the largest area under the curve
+    among those with the most complete runs. It is chosen on the runs that are tested, in every arm alike.
 
     Args:
         runs: of comparison.json.
@@ -83,11 +84,14 @@ def _of_arm(runs: Runs) -> dict[str, Any]:
 def _best(of_env: dict[str, Any]) -> dict[str, str]:
     """Return for each arm the label of its best settings; there is one label for each where nothing is varied."""
     best: dict[str, str] = {}
-    for label in of_env:
-        base = label.split(" ")[0]
-        if base not in best or of_env[label]["auc"]["iqm"] > of_env[best[base]]["auc"]["iqm"]:
-            best[base] = label
-    return best
+
+    def merit(label: str) -> tuple[int, float]:
+        auc = of_env[label]["auc"]["iqm"]
+        return of_env[label]["seeds"], auc if _is_number(auc) else -math.inf
+
+    for label in sorted(of_env, key=merit):
+        best[label.split(" ")[0]] = label
+    return {base: best[base] for base in dict.fromkeys(label.split(" ")[0] for label in of_env)}
 
 
 def _place(label: str, arms: list[str]) -> tuple[int, str]:
@@ -100,18 +104,15 @@ def table(result: dict[str, Any]) -> str:
     rows = [["task", "arm", "seeds", "final return (95 %)", "area (95 %)", "beside the first arm", "verdict", "time"]]
     for env_id, arms in result["summary"].items():
         for label, arm in arms.items():
-            final, auc = (
-                "{iqm:,.1f} ({low:,.1f} to {high:,.1f})".format(
-                    **{name: math.nan if arm[key][name] is None else arm[key][name] for name in ("iqm", "low", "high")}
-                )
-                for key in ("final", "auc")
-            )
+            returns = [_interval(arm[name]) for name in ("final", "auc")]
             test, beside, verdict = arm.get("equivalence"), "", ""
             if test is not None:
                 verdict = test["verdict"]
                 if verdict != "not tested":
                     beside = "{difference:+.1%} ({low:+.1%} to {high:+.1%})".format(**test)
-            rows.append([env_id, label, str(arm["seeds"]), final, auc, beside, verdict, f"{arm['time_s']:.0f} s"])
+            failed = f" ({arm['failed']} failed)" if arm.get("failed") else ""
+            time_s = f"{arm['time_s']:.0f} s" if _is_number(arm["time_s"]) else NONE
+            rows.append([env_id, label, f"{arm['seeds']}{failed}", *returns, beside, verdict, time_s])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     margin = result["settings"]["margin"]
@@ -119,4 +120,18 @@ def table(result: dict[str, Any]) -> str:
         f"interquartile means; differences as shares of the first arm's gain over random actions, with 90 % intervals; "
         f"equivalent: within {margin:.0%} by two one-sided tests; not shown: neither that nor a difference"
     )
+    if any(" " in label for arms in result["summary"].values() for label in arms):
+        lines.append("an arm's best settings are tested, and were chosen on the same seeds, which flatters them")
     return "\n".join(lines)
+
+
+def _interval(of: dict[str, Any]) -> str:
+    """Return an interquartile mean, with its interval if there is more than one seed."""
+    if not _is_number(of["iqm"]):
+        return NONE
+    ends = f" ({of['low']:,.1f} to {of['high']:,.1f})" if _is_number(of["low"]) and _is_number(of["high"]) else ""
+    return f"{of['iqm']:,.1f}{ends}"
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

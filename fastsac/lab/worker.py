@@ -1,8 +1,9 @@
-"""The runs of a comparison on this machine, each in a process of its own: `python -m fastsac.lab.worker RUN_DIR`.
+"""The runs of a comparison on this machine, each in a process of its own.
 
-The process goes on with the run if it can. It reads `RUN_DIR.config.json`, its output goes to `RUN_DIR.log`, and it
-leaves `machine.json` in the run directory. Exit status: 0 when the run is complete,
-75 when a signal has stopped it, 76 when training has diverged, else that of `fastsac train`.
+`python -m fastsac.lab.worker RUN_DIR PARENT` goes on with the run if it can, and stops when the process PARENT has
+died. It reads `RUN_DIR.config.json`, its output goes to `RUN_DIR.log`, and it leaves `machine.json` in the run
+directory. Exit status: 0 when the run is complete, 75 when a signal has stopped it, 76 when training has diverged, else
+that of `fastsac train`.
 """
 
 from __future__ import annotations
@@ -51,10 +52,9 @@ Done = Callable[[Run], None]
 class WithParent(Callback):
     """Ends the run when the comparison has died."""
 
-    def __init__(self) -> None:
-        """Remember whose child this process is."""
-        self.parent = os.getppid()
-        self.orphaned = False
+    def __init__(self, parent: int) -> None:
+        """Remember whose child this process is: it may have died before this one could ask."""
+        self.parent, self.orphaned = parent, False
 
     def on_step(self, agent: Any) -> bool:
         """Return whether the parent is still there."""
@@ -93,7 +93,7 @@ def _resumed_at(run_dir: Path, step: int) -> list[int]:
 def main() -> None:
     """Train the run that the command line names."""
     run_dir = Path(sys.argv[1])
-    parent = WithParent()
+    parent = WithParent(int(sys.argv[2]))
     try:
         config = config_from_dict(json.loads(config_file(run_dir).read_text()))
         agent = train(run_dir, config, parent)
@@ -150,7 +150,7 @@ class _Processes:
                 return None
             run_dir.parent.mkdir(parents=True, exist_ok=True)
             write_json(config_file(run_dir), dataclasses.asdict(run.config))
-            command = [sys.executable, "-m", "fastsac.lab.worker", str(run_dir)]
+            command = [sys.executable, "-m", "fastsac.lab.worker", str(run_dir), str(os.getpid())]
             with log_file(run_dir).open("wb") as log:
                 # a session of its own: Ctrl-C reaches the comparison only, which hands it on once
                 process = subprocess.Popen(
