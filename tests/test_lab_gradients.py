@@ -13,9 +13,11 @@ from fastsac.cli import main
 from fastsac.errors import UsageError
 from fastsac.estimators import ESTIMATORS, Entry, choose
 from fastsac.lab import gradients
+from fastsac.lab import head as module
 from fastsac.lab.arguments import Gradients
 from fastsac.lab.arms import parse_arm
-from fastsac.lab.gradients import Counted, Head, Moments, Oracle, Trial, oracles, run
+from fastsac.lab.gradients import Trial, run
+from fastsac.lab.head import Counted, Head, Moments, Oracle, oracles
 from fastsac.types import Draw, Estimate
 
 SIZES = {"hidden_sizes": (8, 8), "num_envs": 2, "learning_starts": 100, "eval_every": 200, "eval_episodes": 2}
@@ -152,7 +154,7 @@ def test_an_oracle_is_sure_of_nothing_from_a_few_samples(head: Head) -> None:
 
 def test_memory_is_bounded(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     assert head.chunks(250) == [100, 100, 50]
-    monkeypatch.setattr(gradients, "ROWS", 20)  # three samples of six states
+    monkeypatch.setattr(module, "ROWS", 20)  # three samples of six states
     assert head.chunks(7) == [3, 3, 1]
     seen: list[int] = []
     q_function = head.q_function
@@ -160,7 +162,7 @@ def test_memory_is_bounded(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     oracles(head, 700)
     head.value()
     assert set(seen) == {1, 3}
-    assert sum(seen) == 700 + gradients.VALUE_SAMPLES
+    assert sum(seen) == 700 + module.VALUE_SAMPLES
 
 
 def test_the_value_without_lag(head: Head) -> None:
@@ -169,7 +171,7 @@ def test_the_value_without_lag(head: Head) -> None:
     with torch.no_grad():
         action, log_prob = draw.sample(head.mean, head.log_std)
         soft = head.q_function(action).amin(1) - head.learner.alpha * log_prob
-    error = soft.std(0) * math.sqrt(1 / gradients.VALUE_SAMPLES + 1 / 4000)
+    error = soft.std(0) * math.sqrt(1 / module.VALUE_SAMPLES + 1 / 4000)
     assert ((head.value() - soft.mean(0)).abs() < 4.5 * error).all()
 
 

@@ -9,20 +9,15 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastsac.errors import FastsacError, UsageError
+from fastsac.errors import FastsacError
 from fastsac.lab.how import WORDS, how_section
 from fastsac.lab.page import (
-    PNG_START,
     Markup,
     arm_text,
-    duration,
     element,
-    figure,
-    folded,
     interval,
     join,
     markup,
@@ -30,34 +25,21 @@ from fastsac.lab.page import (
     page,
     part,
     plural,
-    table,
 )
-from fastsac.lab.pictures import Look, draw, draw_curves, draw_dots, looks
 from fastsac.lab.results import read_results
+from fastsac.lab.sections import (
+    cost_section,
+    curves_section,
+    final_section,
+    found_pictures,
+    labels,
+    rows_section,
+    share,
+)
 from fastsac.run_dir import temporary_sibling
 
 Json = dict[str, Any]
-MINUS, NONE = "\N{MINUS SIGN}", "–"
-SIGNS = {"equivalent": "=", "different": "≠", "not shown": "?"}
-PANEL = (5.2, 3.4)  # inches
-LONG = 30  # rows
-FINAL_NOTE = (
-    "First the IQM of the final returns (dot), its 95 % interval (bar) and each run (ticks). Then the difference of "
-    "the means to {first} with its 90 % interval; the grey band is the equivalence margin, and a bar wholly inside it "
-    "shows equivalence."
-)
-RATIOS = {
-    "update_ratio": "a whole update, engine {engine}",
-    "reference_update_ratio": "a whole update, engine reference",
-    "actor_step_ratio": "the actor's step",
-}
-PICTURES = {
-    "gradients": {"gradients.png": "Variance of each estimator's gradient at checkpoints of a trained run."},
-    "toy": {
-        "toy.png": "Toy problem with a known answer: each estimator's variance as measured beside its formula.",
-        "toy_ripple.png": "Toy problem with a rippled reward: how each estimator fares as the ripple grows.",
-    },
-}
+MINUS = "\N{MINUS SIGN}"
 
 
 def write_report(directory: Path) -> Path:
@@ -114,11 +96,6 @@ def listed(words: Iterable[object]) -> Markup:
     return join([join(rest, ", "), last], " and ") if rest else last
 
 
-def spoken(arms: Json, name: str) -> str:
-    """Return each arm's interval in words, for those who do not see the picture."""
-    return ", ".join(f"{arm} {interval(values[name])}" for arm, values in arms.items()) or "no results"
-
-
 def title(results: Mapping[str, Json]) -> str:
     """Return what is compared, or which results there are."""
     if "comparison" not in results:
@@ -129,15 +106,6 @@ def title(results: Mapping[str, Json]) -> str:
     what = " and ".join(filter(None, [", ".join(arms[:-1]), arms[-1]])) if len(arms) <= 4 else f"{len(arms)} estimators"
     where = " and ".join(filter(None, [", ".join(env_ids[:-1]), env_ids[-1]]))
     return f"{what} on {where if len(env_ids) <= 3 else f'{len(env_ids)} environments'}"
-
-
-def labels(comparison: Json) -> list[str]:
-    """Return the arms, and where a setting is varied, each of an arm's labels in its place; the first arm's first."""
-    arms = comparison["settings"]["arms"]
-    seen = dict.fromkeys(label for found in comparison["summary"].values() for label in found)
-    without = [arm for arm in arms if not any(arm in (label, label.partition(" ")[0]) for label in seen)]
-    order = {arm: place for place, arm in enumerate(arms)}
-    return sorted([*seen, *without], key=lambda label: order.get(label, order.get(label.partition(" ")[0], len(arms))))
 
 
 def answer(comparison: Json | None) -> Markup:
@@ -192,156 +160,3 @@ def answer(comparison: Json | None) -> Markup:
     if failed:
         told.append(element("strong", f"{failed} of {plural(len(comparison['runs']), 'run')} failed."))
     return element("p", join(told, " "), class_="answer")
-
-
-def share(settings: Json, equivalence: Json | None) -> str:
-    """Return what a difference is a share of: of the normalised return where the margin is as it was given."""
-    return " of the normalised return" if part(equivalence, "margin") == settings.get("margin", "none") else ""
-
-
-def curves_section(comparison: Json, pictures: dict[str, bytes]) -> Markup:
-    """Return one panel per environment, and put all of them in curves.png."""
-    settings, summary = comparison["settings"], comparison["summary"]
-    key, figures, functions = looks(labels(comparison)), [], []
-    for env_id in settings["env_ids"]:
-        arms, random = summary.get(env_id, {}), part(comparison, "random_return", env_id)
-        curves = {arm: values["curve"] for arm, values in arms.items()}
-        functions.append(partial(draw_curves, env_id=env_id, curves=curves, key=key, random=random))
-        alt = (
-            f"Learning curves on {env_id}: evaluation return over {number(settings['total_steps'])} environment steps, "
-            f"a line per arm with its band. At the end: {spoken(arms, 'final')}."
-        )
-        figures.append(figure(draw(functions[-1:], PANEL, key), alt))
-    pictures["curves.png"] = draw(functions, PANEL, key, columns=min(len(functions), 3))
-    note = (
-        "Line: interquartile mean (IQM) over the random seeds. Band: its 95 % stratified bootstrap interval; a single "
-        "seed has none. The panels are also in curves.png, beside this page."
-    )
-    return join([element("p", note, class_="note"), element("div", join(figures), class_="panels")])
-
-
-def final_section(comparison: Json, pictures: dict[str, bytes]) -> Markup:
-    """Return dots and a table per environment, and put all the dots in final.png."""
-    settings, summary = comparison["settings"], comparison["summary"]
-    key, functions = looks(labels(comparison)), list[Any]()
-    size = PANEL[0], 1.0 + 0.42 * len(key)
-    parts = [element("p", FINAL_NOTE.format(first=settings["arms"][0]), class_="note")]
-    for env_id in settings["env_ids"]:
-        arms = summary.get(env_id, {})
-        present = [look for look in key if look.label in arms]
-        tests = {look: arms[look.label]["equivalence"] for look in present if part(arms, look.label, "equivalence")}
-        rows = [(look, arms[look.label]["final"]) for look in present]
-        functions.append(partial(draw_dots, title=Look.of(env_id).short, xlabel="final return", rows=rows))
-        panels = [figure(draw(functions[-1:], size), f"Final return on {env_id}: {spoken(arms, 'final')}.")]
-        if tests:
-            margin = max((m for test in tests.values() if number(m := part(test, "margin")) != NONE), default=0.0)
-            label = f"difference to {key[0].short}" + ", normalised" * bool(share(settings, next(iter(tests.values()))))
-            of: Json = {"title": Look.of(env_id).short, "xlabel": label, "rows": list(tests.items())}
-            functions.append(partial(draw_dots, **of, zero=0.0, band=margin))
-            said = "; ".join(f"{look.label} {interval(test)}, {part(test, 'verdict')}" for look, test in tests.items())
-            alt = f"Difference in final return to {key[0].label} on {env_id}, margin ±{number(margin)}: {said}."
-            panels.append(figure(draw(functions[-1:], size), alt))
-        parts += [
-            element("h3", env_id),
-            element("div", join(panels), class_="panels"),
-            final_table(env_id, key, arms, label if tests else "difference"),
-        ]
-    pictures["final.png"] = draw(functions, size, columns=1 if len(key) == 1 else 2)
-    if overall := comparison.get("overall"):
-        cells = [[look.key, *(interval(part(overall, look.label, name)) for name in ("final", "auc"))] for look in key]
-        headers = ["arm", "final return", "area under the curve"]
-        parts += [element("h3", "Over all environments"), table(headers, cells, "Normalised returns, all environments")]
-    return join(parts)
-
-
-def final_table(env_id: str, key: list[Look], arms: Json, difference: str) -> Markup:
-    """Return one row per arm."""
-    against = (part(values, "equivalence", "against") for values in arms.values())
-    first, rows = next(filter(None, against), key[0].label), []
-    for look in key:
-        values = arms.get(look.label)
-        if values is None:
-            rows.append([look.key, *[NONE] * 7])
-            continue
-        test = values.get("equivalence")
-        verdict = "the first arm" if look.label == first else part(test, "verdict") or "not tested"
-        sign = SIGNS[verdict] + "\N{NO-BREAK SPACE}" if verdict in SIGNS else ""
-        shown = element("span", sign + verdict, class_=verdict.replace(" ", "-"))
-        returns = [interval(values[name]) for name in ("final", "auc")]
-        diverged = f" ({number(values['diverged'])} diverged)" if values.get("diverged") else ""
-        last = [duration(values.get("time_s")), number(values.get("failed", 0)) + diverged]
-        rows.append([look.key, number(values["seeds"]), *returns, interval(test) if test else NONE, shown, *last])
-    headers = ["arm", "seeds", "final return: IQM", "area under the curve", f"{difference} [90 % interval]"]
-    return table([*headers, "verdict", "median time", "failed runs"], rows, f"{env_id}: IQM [95 % interval]")
-
-
-def cost_section(cost: Json, pictures: dict[str, bytes]) -> Markup:
-    """Return the times relative to the first arm as dots, and all figures as a table."""
-    key = {look.label: look for look in looks(dict.fromkeys(row["arm"] for row in cost["rows"]))}
-    functions, figures = list[Any](), []
-    size = PANEL[0], 1.0 + 0.42 * len(key)
-    engines = dict.fromkeys(row["engine"] for row in cost["rows"])
-    # one row an arm: each with the fastest engine that serves it, beside one another
-    groups = {"the fastest": [*engines]} if len(key) == len(cost["rows"]) else {engine: [engine] for engine in engines}
-    for (group, members), (name, words) in itertools.product(groups.items(), RATIOS.items()):
-        rows = [(key[row["arm"]], row[name]) for row in cost["rows"] if row["engine"] in members and part(row, name)]
-        if rows:
-            what = words.format(engine=next(iter(members)) if len(members) == 1 else group)
-            label = f"time relative to {next(iter(key.values())).short}"
-            functions.append(partial(draw_dots, title=what, xlabel=label, rows=rows, zero=1.0))
-            said = ", ".join(f"{look.label} {interval(values)}" for look, values in rows)
-            figures.append(figure(draw(functions[-1:], size), f"Time of {what}, relative to the first arm: {said}."))
-    if functions:
-        pictures["cost.png"] = draw(functions, size, columns=min(len(functions), 2))
-    note = "Time relative to the first arm, which is 1; the bar spans the quartiles. Less is faster."
-    panels = element("div", join(figures), class_="panels")
-    return join([element("p", note, class_="note"), panels, rows_section(cost, [], "Cost: median [quartiles]")])
-
-
-def rows_section(result: Json, figures: list[Markup], label: str) -> Markup:
-    """Return the pictures, and each list of objects in a result as a table with the columns that are there."""
-    parts = [element("div", join(figures), class_="panels")] if figures else []
-    for name, rows in result.items():
-        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-            flat = [flattened(row) for row in rows]
-            columns = list(dict.fromkeys(key for row in flat for key in row))
-            cells = ([row.get(column, NONE) for column in columns] for row in flat)
-            heading = label if name == "rows" else f"{label}: {name.replace('_', ' ')}"
-            shown = table([column.replace("_", " ") for column in columns], cells, heading)
-            parts.append(folded(f"{heading}, all {len(rows)} rows", shown) if len(rows) > LONG else shown)
-    return join(parts)
-
-
-def flattened(row: Json, before: str = "") -> dict[str, object]:
-    """Return an object's figures by name; an interval is one of them, other objects are taken apart."""
-    flat: dict[str, object] = {}
-    for name, value in row.items():
-        if isinstance(value, dict) and not {"low", "high"} <= value.keys():
-            flat |= flattened(value, f"{before}{name} ")
-        elif isinstance(value, list):  # a long one is for the pictures
-            flat |= {before + name: ", ".join(map(number, value))} if len(value) <= 4 else {}
-        elif isinstance(value, bool):
-            flat[before + name] = "yes" if value else "no"
-        else:
-            flat[before + name] = value if isinstance(value, str) else interval(value)
-    return flat
-
-
-def found_pictures(directory: Path, name: str) -> list[Markup]:
-    """Return the pictures that belong to a result.
-
-    Raises:
-        UsageError: if one is no PNG.
-    """
-    figures = []
-    for file, alt in PICTURES[name].items():
-        try:
-            content = (directory / file).read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise UsageError(f"cannot read {directory / file}: {error.strerror}") from error
-        if not content.startswith(PNG_START) or len(content) < 33:
-            raise UsageError(f"{directory / file} is damaged, it is no PNG picture")
-        figures.append(figure(content, alt, alt))
-    return figures
