@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -44,7 +44,7 @@ def finite_flags(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_finite(
-    metrics: Mapping[str, Value], state: Mapping[str, Tensor], config: Config, where: str, last_good: str
+    metrics: Mapping[str, Value], state: Mapping[str, Tensor], config: Config, where: str, last_good: Callable[[], str]
 ) -> dict[str, float]:
     """Read the metrics from the device, together with whether the learner's state is finite: one wait for all.
 
@@ -59,7 +59,7 @@ def read_finite(
 
 
 def refuse_divergence(
-    metrics: Mapping[str, float], finite: Mapping[str, float], config: Config, where: str, last_good: str
+    metrics: Mapping[str, float], finite: Mapping[str, float], config: Config, where: str, last_good: Callable[[], str]
 ) -> None:
     """Raise Divergence if a metric or a group of parameters is not finite.
 
@@ -68,7 +68,7 @@ def refuse_divergence(
         finite: what `finite_flags` returned, read.
         config: of which a setting is named.
         where: "step 1,000 (900 updates)", say.
-        last_good: what to go back to.
+        last_good: says what to go back to.
     """
     bad = [name for name in _LOSSES if not math.isfinite(metrics.get(name, 0.0))]
     groups = list(dict.fromkeys(name.removeprefix("log_") for name, good in finite.items() if not good))
@@ -83,4 +83,4 @@ def refuse_divergence(
     if ratios[rate] <= 1.0:
         advice += ", or smaller rewards"
     what = ", ".join(bad + ([f"parameters of {' and '.join(groups)}"] if groups else []))
-    raise Divergence(f"training diverged by {where}: not finite: {what}; {advice}; {last_good}")
+    raise Divergence(f"training diverged by {where}: not finite: {what}; {advice}; {last_good()}")

@@ -123,9 +123,9 @@ class Saver:
             self._lock.release()
             raise
 
-    @property
     def last_good(self) -> str:
-        """Words that name the newest checkpoint."""
+        """Return words that name the newest checkpoint, when nothing is being written any more."""
+        self.wait()
         step = newest_step(self.run_dir)
         if step is None:
             return "no checkpoint was saved before"
@@ -166,7 +166,7 @@ class Saver:
             if error is None and self._saved == step:
                 return
             if last:
-                raise FastsacError(f"{error or self._lost}; {self.last_good}") from error
+                raise FastsacError(f"{error or self._lost}; {self.last_good()}") from error
 
     def wait(self) -> None:
         """Wait until nothing is being written."""

@@ -333,7 +333,7 @@ class SAC:
         if not self.learner.learns_alpha:
             del state["log_alpha"]  # of a fixed alpha of 0 it is minus infinity
         where = f"step {self.steps:,} ({self.updates:,} updates)"
-        last_good = "nothing was saved" if saver is None else saver.last_good
+        last_good = (lambda: "nothing was saved") if saver is None else saver.last_good
         return read_finite(self._progress.metrics, state, self.config, where, last_good)
 
     def _try_threads(self, logger: Logger, seconds: float, steps: int) -> None:

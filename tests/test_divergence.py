@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
+import time
 
 import pytest
 import torch
 
-from fastsac import SAC, Config, FastsacError
+from fastsac import SAC, Config, FastsacError, checkpoint
 from fastsac.divergence import finite_flags, refuse_divergence
 from fastsac.errors import Divergence
 from tests.runs import SMALL, rows_of
@@ -30,12 +31,12 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_what_is_told(metrics, finite, config, words):
     with pytest.raises(Divergence, match=re.escape(f"training diverged by step 7: not finite: {words}")):
-        refuse_divergence(GOOD | metrics, {"actor": 1.0} | finite, Config(**config), "step 7", "there")
+        refuse_divergence(GOOD | metrics, {"actor": 1.0} | finite, Config(**config), "step 7", lambda: "there")
 
 
 def test_what_is_finite_passes():
-    refuse_divergence(GOOD, {"actor": 1.0}, Config(), "step 7", "")
-    refuse_divergence({}, {}, Config(), "step 7", "")
+    refuse_divergence(GOOD, {"actor": 1.0}, Config(), "step 7", str)
+    refuse_divergence({}, {}, Config(), "step 7", str)
 
 
 def test_flags_name_groups():
@@ -63,6 +64,28 @@ POISON = {
     "critic": lambda learner: learner.state()[0]["optimizer.critic.0.exp_avg_sq"],
     "alpha": lambda learner: learner.log_alpha,
 }
+
+
+def test_a_checkpoint_that_is_still_being_written_is_the_last_good_one(tmp_path, monkeypatch):
+    save = checkpoint.save_checkpoint
+
+    def slowly(*arguments, **named):
+        time.sleep(1.0)
+        save(*arguments, **named)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slowly)
+    agent = SAC(dataclasses.replace(SMALL, checkpoint_every=48))
+    step = SAC._step
+
+    def poisoning(*arguments):
+        if agent.steps == 48:
+            with torch.no_grad():
+                agent.learner.log_alpha.fill_(NAN)
+        return step(*arguments)
+
+    monkeypatch.setattr(SAC, "_step", poisoning)
+    with pytest.raises(Divergence, match=r"good checkpoint is .*step-000000000048$"):
+        agent.learn(total_steps=400, run_dir=tmp_path)
 
 
 @pytest.mark.parametrize("engine", ["fused", "reference"])

@@ -3,7 +3,8 @@
     gradient = w * score + (1 - w) * pathwise,  w = Var[pathwise] / (Var[score] + Var[pathwise])
 
 for each coordinate of mean and log_std. The variances are those over a state's K samples, averaged over the *other*
-half of the states: weights made from the samples that they weigh would be correlated with them, and biased.
+half of the states: weights made from the samples that they weigh would be correlated with them, and biased. So the
+weights, and with them the noise, depend on the batch; the expectation does not.
 """
 
 from __future__ import annotations

@@ -152,10 +152,9 @@ class _Processes:
             write_json(config_file(run_dir), dataclasses.asdict(run.config))
             command = [sys.executable, "-m", "fastsac.lab.worker", str(run_dir), str(os.getpid())]
             with log_file(run_dir).open("wb") as log:
-                # a session of its own: Ctrl-C reaches the comparison only, which hands it on once
-                process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-                )
+                # A group of its own: Ctrl-C reaches the comparison only, which hands it on once. No session of its own:
+                # Linux shares the CPU out among sessions, and `nice` before the comparison would not hold.
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
             self._under_way.append(process)
         self._watch.begin(run)
         status = process.wait()
