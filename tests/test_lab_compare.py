@@ -101,7 +101,8 @@ def test_an_interrupted_comparison_goes_on_and_ends_as_if_left_alone(tmp_path, c
     assert [(each["arm"], each["seed"], each["resumed_at"]) for each in result["runs"]] == [
         *[("pathwise", 0, [step]), ("pathwise", 1, []), ("score:none", 0, []), ("score:none", 1, [])]
     ]
-    for each in make_plan(larger).runs:
+    plan = make_plan(larger).runs
+    for each in (plan[0], plan[-1]):  # the resumed one, and one that was left alone
         as_if_alone(out, tmp_path, each)
     assert json.loads((out / "comparison.json").read_text()) == json.loads(json.dumps(record._finite(result)))
     check_schema(result)

@@ -45,8 +45,8 @@ def _gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         {"estimator": "score", "baseline": "value"},
         {"estimator": "score", "baseline": "mean-action", "entropy_split": 0.5},
         {"estimator": "pathwise-stl"},
-        {"estimator": "score-antithetic"},
-        {"estimator": "mix"},
+        pytest.param({"estimator": "score-antithetic"}, marks=pytest.mark.slow),
+        pytest.param({"estimator": "mix"}, marks=pytest.mark.slow),
         {"estimator": "measure-valued"},
         {"alpha": 0.0},
         {

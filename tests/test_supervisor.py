@@ -55,7 +55,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("abort", "the training process was aborted by an environment or a library (SIGABRT)"),
+        pytest.param("abort", "the training process was aborted by an environment or a library (SIGABRT)", marks=SLOW),
         pytest.param("segfault", "the training process was ended by a segmentation fault (SIGSEGV)", marks=SLOW),
         pytest.param("oom", "the training process was killed, perhaps for want of memory (SIGKILL)", marks=SLOW),
         pytest.param("exit", "the training process ended with status 77", marks=SLOW),
