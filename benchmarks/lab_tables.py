@@ -67,9 +67,9 @@ def costs() -> str:
     return table(["arm", "K", "actor's step, ms", "update, `reference`, ms", "update, ms", "engine"], rows)
 
 
-def gradients() -> str:
+def gradients(directory: str) -> str:
     """Return one row per arm at the newest checkpoint: noise and bias in the actor's parameters."""
-    result, rows = read("estimators/gradients.json"), list[Row]()
+    result, rows = read(f"{directory}/gradients.json"), list[Row]()
     last = max(row["checkpoint"] for row in result["rows"])
     for row in result["rows"]:
         if row["checkpoint"] == last:

@@ -196,13 +196,25 @@ RELIABILITY_TABLES: dict[str, Callable[[], str]] = {
     "faults": faults_table,
     "flips": flips_text,
 }
+ESTIMATORS_TABLES: dict[str, Callable[[], str]] = {
+    "lab_toy": lab_tables.toy,
+    "lab_ripples": lab_tables.ripples,
+    "lab_pendulum": lambda: lab_tables.comparison("estimators_pendulum"),
+    "lab_pendulum_command": lambda: lab_tables.commands("estimators_pendulum"),
+    "lab_mujoco": lambda: lab_tables.comparison("estimators_mujoco"),
+    "lab_mujoco_command": lambda: lab_tables.commands("estimators_mujoco"),
+    "lab_published": lab_tables.published,
+    "lab_gradients": lambda: lab_tables.gradients("estimators"),
+    "lab_gradients_value": lambda: lab_tables.gradients("estimators_value"),
+    "lab_costs": lab_tables.costs,
+}
 PRESET_SUITES = ("presets_halfcheetah", "presets_humanoid", "presets_humanoid_longer")
 PAGES = {
     README: TABLES,
     KERNELS_README: KERNELS_TABLES,
     PERFORMANCE: PERFORMANCE_TABLES,
     RELIABILITY: RELIABILITY_TABLES,
-    ESTIMATORS: {"lab_toy": lab_tables.toy, "lab_ripples": lab_tables.ripples},
+    ESTIMATORS: ESTIMATORS_TABLES,
     GUIDE: {"presets": lambda: learning_table(*PRESET_SUITES, what="preset")},
 }
 

@@ -204,6 +204,6 @@ def gradients(problem: Quadratic, choice: Choice, noise: Tensor) -> Tensor:
 
 
 def every_arm() -> list[Arm]:
-    """Return every estimator with every baseline, and the sign that the note prints."""
+    """Return every estimator with every baseline, pathwise at the K of `loo`, and the sign that the note prints."""
     arms = [Arm(name, baseline) for name, entry in ESTIMATORS.items() for baseline in entry.baselines or ("auto",)]
-    return [*arms, Arm("score", AS_PRINTED)]
+    return [arms[0], Arm("pathwise", num_action_samples=2), *arms[1:], Arm("score", AS_PRINTED)]
