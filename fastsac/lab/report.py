@@ -116,13 +116,14 @@ def answer(comparison: Json | None) -> Markup:
     (first, *others), env_ids, seeds = settings["arms"], settings["env_ids"], len(settings["seeds"])
     found: dict[str, dict[str, list[Markup]]] = {}  # places by verdict and label
     margins: dict[str, str] = {}
+    several = len(env_ids) > 1  # with one, its name is in the title
     for arm, env_id in itertools.product(others, env_ids):
         label = part(comparison, "best", env_id, arm) or arm
         equivalence = part(summary, env_id, label, "equivalence")
-        verdict, place = part(equivalence, "verdict") or "not tested", markup(env_id)
+        verdict, place = part(equivalence, "verdict") or "not tested", markup(env_id if several else "")
         if verdict == "different":
             side = "lower" if number(equivalence["difference"]).startswith(MINUS) else "higher"
-            place = join([env_id, f" ({side}: {interval(equivalence)})"], "")
+            place = join([env_id if several else "", f" ({side}: {interval(equivalence)})"], "")
         if part(equivalence, "margin") is not None:
             margins[env_id] = f"±{number(equivalence['margin'])}{share(settings, equivalence)}"
         found.setdefault(verdict, {}).setdefault(label, []).append(place)
@@ -132,7 +133,7 @@ def answer(comparison: Json | None) -> Markup:
         return markup(f"all {len(env_ids)} environments") if everywhere else listed(places)
 
     def those(verdict: str) -> Markup:
-        arms = [join([arm_text(arm), " on ", at(places)], "") for arm, places in found.get(verdict, {}).items()]
+        arms = [join([arm_text(arm), " on " if several else "", at(places)], "") for arm, places in found.get(verdict, {}).items()]
         return join([join(arms, "; ") or "none was shown to be", "."], "")
 
     told: list[object] = [
