@@ -47,8 +47,7 @@ def _gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         {"estimator": "pathwise-stl"},
         pytest.param({"estimator": "score-antithetic"}, marks=pytest.mark.slow),
         pytest.param({"estimator": "mix"}, marks=pytest.mark.slow),
-        {"estimator": "measure-valued"},
-        {"alpha": 0.0},
+        {"estimator": "measure-valued", "alpha": 0.0},
         {
             **{"critic": "categorical", "v_min": -20.0, "v_max": 20.0, "critic_reduction": "mean", "layer_norm": True},
             **{"num_atoms": 7, "n_step": 3, "normalize_obs": True, "normalize_reward": True, "optimizer": "adamw"},
