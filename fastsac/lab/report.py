@@ -133,7 +133,10 @@ def answer(comparison: Json | None) -> Markup:
         return markup(f"all {len(env_ids)} environments") if everywhere else listed(places)
 
     def those(verdict: str) -> Markup:
-        arms = [join([arm_text(arm), " on " if several else "", at(places)], "") for arm, places in found.get(verdict, {}).items()]
+        arms = [
+            join([arm_text(arm), " on " if several else "", at(places)], "")
+            for arm, places in found.get(verdict, {}).items()
+        ]
         return join([join(arms, "; ") or "none was shown to be", "."], "")
 
     told: list[object] = [
