@@ -144,18 +144,36 @@ def test_a_failing_run_is_named_and_the_others_finish(tmp_path, capsys, monkeypa
     monkeypatch.setattr(record, "random_return", lambda config: -20.0)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     asked = options(tmp_path / "out", env_ids=("tests.faulty:Faulty-v0",), arms=("pathwise",))
+    groups, popen = [], worker.subprocess.Popen
+
+    def started(*arguments, **named):
+        process = popen(*arguments, **named)
+        if "fastsac.lab.worker" in arguments[0]:
+            groups.append((os.getsid(process.pid) == os.getsid(0), os.getpgid(process.pid) == process.pid))
+        return process
+
+    monkeypatch.setattr(worker.subprocess, "Popen", started)
     with pytest.raises(FailedRuns, match="1 of 2 runs failed; the same command tries them again") as failed:
         run(asked)
     assert failed.value.exit_status == 1
+    assert groups == [(True, True)] * 2  # `nice` holds, and Ctrl-C reaches the comparison only
     told = capsys.readouterr()
     (line,) = re.findall(r"fastsac: tests.faulty:Faulty-v0 pathwise seed \d failed: .*", told.err)
     assert "ValueError: broken" in line
     assert "report: " in told.out  # of those that are there
+    assert "1 (1 failed)" in told.out
     assert failed.value.result["summary"]["tests.faulty:Faulty-v0"]["pathwise"]["failed"] == 1
     assert len(failed.value.result["runs"]) == 1
     result = compare(asked)  # it does not happen again
     assert [each["seed"] for each in result["runs"]] == [0, 1]
     assert result["failed"] == []
+
+
+def test_a_run_stops_when_the_comparison_has_died():
+    assert worker.WithParent(os.getppid()).on_step(None)
+    orphan = worker.WithParent(os.getppid() + 1)  # it died before the run could ask
+    assert not orphan.on_step(None)
+    assert orphan.orphaned
 
 
 def test_runs_are_not_repeated_and_more_may_be_added(tmp_path, in_process):

@@ -210,3 +210,9 @@ def test_what_looks_wrong_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> 
     result = toy.run(Toy(arms=("score-antithetic:none", "score:none"), num_samples=1000, seed=0))
     assert 0 < sum(seed == 2 for seed in measured) < 10
     assert all(row["unbiased"] and row.get("agrees", True) for row in result["rows"])
+
+
+def test_pathwise_is_there_at_the_number_of_samples_of_loo_too():
+    labels = [arm.label for arm in every_arm()]
+    assert labels[:2] == ["pathwise", "pathwise:2"]
+    assert len(set(labels)) == len(labels)

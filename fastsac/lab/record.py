@@ -57,7 +57,7 @@ class Record:
             self.result["settings"] = _union(before, plan.settings)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UsageError(f"{path} cannot be read ({reason}): choose another --out") from error
+            raise UsageError(f"{path} cannot be read ({reason}): {OTHER_OUT}") from error
         self.result["command"] = command_of(options, options.out.name)  # no path of this machine's
 
     def has(self, run: Run) -> bool:
@@ -164,7 +164,7 @@ def refuse_other_run(run_dir: Path, run: Run) -> None:
     if (run_dir / CONFIG).exists():
         what = difference(_settings(read_config(run_dir)), _settings(run.config))
         if what:
-            raise UsageError(f"{run_dir} holds another run: {what}; choose another --out")
+            raise UsageError(f"{run_dir} holds another run: {what}; {OTHER_OUT}")
 
 
 def command_of(options: Compare, out: str) -> str:
