@@ -209,9 +209,11 @@ def draw(result: dict[str, Any], directory: Path) -> None:
         for index, label in enumerate(labels):
             rows = [row for row in result["rows"] if row["arm"] == label and row["axis"] == name]
             known = [row for row in rows if row["closed_form"]]
-            axes.plot([row["value"] for row in known], [row["closed_form"] for row in known], color=colours(index % 20))
+            look = {"color": colours(index % colours.N)}
+            line = "-" if index < colours.N else "--"
+            axes.plot([row["value"] for row in known], [row["closed_form"] for row in known], line, **look)
             dots = [row["value"] for row in rows], [row["variance"] for row in rows]
-            axes.plot(*dots, marker="os^Dv"[index // 4 % 5], ls="", ms=5, color=colours(index % 20), label=label)
+            axes.plot(*dots, marker="os^DvX"[index // 4 % 6], ls="", ms=5, label=label, **look)
         axes.set(xscale="log", yscale="log", xlabel={"K": "action samples K"}.get(name, name))
         axes.set_xticks(sorted({row["value"] for row in result["rows"] if row["axis"] == name}))
         axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
