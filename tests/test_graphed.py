@@ -38,7 +38,8 @@ SETTINGS = [
     },
 ]
 every_setting = pytest.mark.parametrize("settings", SETTINGS, ids=str)
-few_settings = pytest.mark.parametrize("settings", [{}, {"actor_every": 2}, *SETTINGS[2:4], SETTINGS[6]], ids=str)
+slow_setting = pytest.param(SETTINGS[6], marks=pytest.mark.slow)
+few_settings = pytest.mark.parametrize("settings", [{}, {"actor_every": 2}, *SETTINGS[2:4], slow_setting], ids=str)
 
 
 @pytest.fixture(autouse=True, params=["pretended", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -44,14 +44,16 @@ def exact(**changes):
         {"env_id": "tests.faulty:Faulty-v0", "num_envs": 1},  # draws random numbers in every step
         {"env_id": "tests.faulty:Faulty-v0", "env_backend": "gymnasium-async", "num_envs": 2},
         {"env_id": "Hopper-v5", "max_episode_steps": 30, "env_kwargs": {"healthy_reward": 2.0}},
-        {"learning_starts": 900},
+        pytest.param({"learning_starts": 900}, marks=pytest.mark.slow),
         {"normalize_obs": True, "normalize_reward": True, "reward_scale": 0.5, "n_step": 3, "lr_schedule": "cosine"},
         {
             **{"critic": "categorical", "v_min": -50.0, "v_max": 10.0, "critic_reduction": "mean", "layer_norm": True},
             **{"optimizer": "adamw", "adam_betas": (0.9, 0.95), "max_grad_norm": 1.0, "initial_alpha": 0.1},
             **{"utd": 0.4, "utd_end": 0.1, "n_step": 2, "normalize_obs": True},
         },
-        {"utd": 0.05, "log_every": 4, "actor_every": 2},  # lines repeat what was measured before the cut
+        pytest.param(
+            {"utd": 0.05, "log_every": 4, "actor_every": 2}, marks=pytest.mark.slow
+        ),  # lines repeat what was measured before the cut
     ],
     ids=str,
 )

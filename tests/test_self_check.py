@@ -41,9 +41,9 @@ def _gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     "settings",
     [
         {},
-        {"estimator": "score", "actor_every": 3},
+        pytest.param({"estimator": "score", "actor_every": 3}, marks=pytest.mark.slow),
         {"estimator": "score", "baseline": "value"},
-        {"estimator": "score", "baseline": "mean-action", "entropy_split": 0.5},
+        pytest.param({"estimator": "score", "baseline": "mean-action", "entropy_split": 0.5}, marks=pytest.mark.slow),
         {"estimator": "pathwise-stl"},
         pytest.param({"estimator": "score-antithetic"}, marks=pytest.mark.slow),
         pytest.param({"estimator": "mix"}, marks=pytest.mark.slow),

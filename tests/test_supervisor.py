@@ -60,7 +60,7 @@ SLOW = pytest.mark.slow
         pytest.param("oom", "the training process was killed, perhaps for want of memory (SIGKILL)", marks=SLOW),
         pytest.param("exit", "the training process ended with status 77", marks=SLOW),
         ("hang", "the training process made no step in 6 s (--step-timeout) and was killed"),
-        ("raise", "an environment failed"),
+        pytest.param("raise", "an environment failed", marks=SLOW),
         pytest.param("nan", "an environment failed", marks=SLOW),
         pytest.param("nan-reward", "an environment failed", marks=SLOW),
         pytest.param("shape", "an environment failed", marks=SLOW),
@@ -128,7 +128,7 @@ def child_of(process):
 LONG = ("--restarts", "3", "--total-steps", "1000000", "--eval-every", "0")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=SLOW)])
 def test_signals_reach_the_child(tmp_path, number):
     process = start(tmp_path / "run", *LONG)
     wait_for(lambda: newest_step(tmp_path / "run"))
