@@ -42,12 +42,12 @@ train: install ## train a policy on Pendulum-v1 to a return of -180
 	$(BIN)/fastsac train --env-id Pendulum-v1 --total-steps 30000 --num-envs 4 --target-return -180 \
 	  --eval-every 2000 --eval-episodes 20 $(ARGS)
 
-test: install ## style, types, import floors, kernels compiled for six chips, and tests
+test: install ## style, types, import floors, kernels compiled for six chips (if they have changed), and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m benchmarks.compile_kernels
+	$(BIN)/python -m benchmarks.compile_kernels --if-changed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 test-slow: install ## the longer checks

@@ -2,6 +2,9 @@
 
     python -m benchmarks.compile_kernels
 
+With `--if-changed` nothing is done if the kernels, the launches and Triton are those of the result that is there: the
+same sources and compiler give the same binaries on any machine. `make test` does that.
+
 Registers, stack, shared memory and code size are written to benchmarks/results/kernel_resources.json, and those for
 sm_90 printed. Fails if a kernel spills registers to memory, if it wants more shared memory than a block of threads may
 have, or if the program that sums up reads the other programs' sums too early.
@@ -11,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -126,8 +131,23 @@ def faults(row: dict[str, Any]) -> list[str]:
     return found
 
 
+def source_hash() -> str:
+    """Return a hash of all that the binaries follow from."""
+    folder = Path(__file__).parent
+    names = [*Path(MODULES[0].__file__ or "").parent.glob("*.py"), folder / "kernel_launches.py", Path(__file__)]
+    digest = hashlib.sha256(triton.__version__.encode())
+    for path in sorted(names):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def main() -> None:
-    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--if-changed", action="store_true", help="do nothing if the result is of the same sources")
+    sources = source_hash()
+    if parser.parse_args().if_changed and json.loads(RESULT.read_text()).get("sources") == sources:
+        print(f"kernels compiled before: {RESULT.name} is of the same sources and the same Triton")
+        return
     usual, rare = launches()
     work = [(launched, chip) for launched in usual for chip in CHIPS]
     number = len(work)
@@ -147,6 +167,7 @@ def main() -> None:
             f"{row['registers']:6}{row['stack_bytes']:7}{row['shared_bytes']:8}{row['sass_bytes']:7}"
         )
     result = {"command": "python -m benchmarks.compile_kernels", "triton": triton.__version__}
+    result |= {} if wrong else {"sources": sources}  # what is wrong is compiled again
     write_json(RESULT, result | {"corner_cases": len(rows) - number, "rows": shown})
     verdict = "; ".join(wrong) or "no spill, sums in order, shared memory within limits"
     print(f"{len(rows)} binaries of {len(kernels)} kernels: {verdict}")

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastsac.arguments import Doctor, Eval, Presets, Train, parse
-from fastsac.config import Config
+from fastsac.config import AS_PRINTED, Config
 from fastsac.errors import EnvironmentFailure, FastsacError, UsageError
-from fastsac.estimators import AS_PRINTED
 from fastsac.lab.arguments import Compare, Cost, Gradients, Lab, Report, Toy
 from fastsac.presets import AUTO, find, presets, table
 from fastsac.run_dir import newest_step, read_config, refuse_if_taken

@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from fastsac.errors import UsageError
 
+#: the baseline with the sign that the note prints: unbiased, and worse than none; `fastsac compare` alone takes it
+AS_PRINTED = "value-as-printed"
+
 
 @dataclass(frozen=True)
 class Config:

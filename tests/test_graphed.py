@@ -38,8 +38,18 @@ SETTINGS = [
     },
 ]
 every_setting = pytest.mark.parametrize("settings", SETTINGS, ids=str)
-slow_setting = pytest.param(SETTINGS[6], marks=pytest.mark.slow)
-few_settings = pytest.mark.parametrize("settings", [{}, {"actor_every": 2}, *SETTINGS[2:4], slow_setting], ids=str)
+
+
+def slow(*settings: dict[str, Any]) -> list[Any]:
+    return [pytest.param(each, marks=pytest.mark.slow) for each in settings]
+
+
+most_settings = pytest.mark.parametrize(
+    "settings", [*SETTINGS[:2], *slow(*SETTINGS[2:3]), SETTINGS[3], *slow(*SETTINGS[4:6]), SETTINGS[6]], ids=str
+)
+few_settings = pytest.mark.parametrize(
+    "settings", [{"actor_every": 2}, SETTINGS[3], *slow({}, SETTINGS[2], SETTINGS[6])], ids=str
+)
 
 
 @pytest.fixture(autouse=True, params=["pretended", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -147,7 +157,7 @@ def test_an_update_advances_the_generator_by_one(num_updates: int) -> None:
     assert learner.rng.state[1] == learner.updates == num_updates
 
 
-@every_setting
+@most_settings
 def test_it_does_what_the_reference_does(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GraphedLearner, "backend", "triton")
     replay = filled(n_step=settings.get("n_step", 1))
@@ -180,7 +190,7 @@ def test_graphs_change_no_bit(settings: dict[str, Any], monkeypatch: pytest.Monk
     assert_equal(tensors_of(graphed), tensors_of(plain))
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["cosine", pytest.param("linear", marks=pytest.mark.slow)])
 def test_recorded_graphs_follow_the_schedule(schedule: str) -> None:
     replay, settings = filled(), {"lr_schedule": schedule, "estimator": "score", "baseline": "value"}
     graphed, plain = (make(**settings) for _ in range(2))

@@ -12,8 +12,8 @@ def check(result, kills):
     assert result["steps_lost"]["most"] <= 2 * INTERVAL  # an interval, and what came while a checkpoint was written
 
 
-def test_two_kills(tmp_path):
-    check(torment(2, 3, tmp_path, ["--estimator", "score"]), 2)
+def test_one_kill(tmp_path):
+    check(torment(1, 3, tmp_path, ["--estimator", "score"]), 1)
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from fastsac.types import Sampler
 from tests.pretend_cuda import pretended
 
 CUDA = torch.device("cuda")
+SLOW = pytest.mark.slow
 SMALL: dict[str, Any] = {"hidden_sizes": (8, 6), "batch_size": 16, "num_envs": 3}
 
 
@@ -41,18 +42,27 @@ def _gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     "settings",
     [
         {},
-        pytest.param({"estimator": "score", "actor_every": 3}, marks=pytest.mark.slow),
+        pytest.param({"estimator": "score", "actor_every": 3}, marks=SLOW),
         {"estimator": "score", "baseline": "value"},
-        pytest.param({"estimator": "score", "baseline": "mean-action", "entropy_split": 0.5}, marks=pytest.mark.slow),
-        {"estimator": "pathwise-stl"},
-        pytest.param({"estimator": "score-antithetic"}, marks=pytest.mark.slow),
-        pytest.param({"estimator": "mix"}, marks=pytest.mark.slow),
-        {"estimator": "measure-valued", "alpha": 0.0},
-        {
-            **{"critic": "categorical", "v_min": -20.0, "v_max": 20.0, "critic_reduction": "mean", "layer_norm": True},
-            **{"num_atoms": 7, "n_step": 3, "normalize_obs": True, "normalize_reward": True, "optimizer": "adamw"},
-            **{"lr_schedule": "linear", "batch_size": 3},  # interpreted, each row takes its time
-        },
+        pytest.param({"estimator": "score", "baseline": "mean-action", "entropy_split": 0.5}, marks=SLOW),
+        pytest.param({"estimator": "pathwise-stl"}, marks=SLOW),
+        pytest.param({"estimator": "score-antithetic"}, marks=SLOW),
+        pytest.param({"estimator": "mix"}, marks=SLOW),
+        pytest.param({"estimator": "measure-valued", "alpha": 0.0}, marks=SLOW),
+        pytest.param(
+            {
+                **{
+                    "critic": "categorical",
+                    "v_min": -20.0,
+                    "v_max": 20.0,
+                    "critic_reduction": "mean",
+                    "layer_norm": True,
+                },
+                **{"num_atoms": 7, "n_step": 3, "normalize_obs": True, "normalize_reward": True, "optimizer": "adamw"},
+                **{"lr_schedule": "linear", "batch_size": 3},  # interpreted, each row takes its time
+            },
+            marks=SLOW,
+        ),
     ],
     ids=str,
 )
@@ -163,16 +173,16 @@ class WrongActing(GraphedLearner):
     ("kind", "named"),
     [
         (WrongTargets, "target_critic"),
-        (WrongAlpha, "optimizer.alpha"),
+        pytest.param(WrongAlpha, "optimizer.alpha", marks=SLOW),
         (WrongLoss, "actor"),
-        (WrongMetrics, "is off by"),
+        pytest.param(WrongMetrics, "is off by", marks=SLOW),
         (NotFinite, "inf"),
         (StuckNumbers, "is off by"),
-        (WrongLongGraph, "is off by"),
-        (WrongAlphaLater, "log_alpha"),
+        pytest.param(WrongLongGraph, "is off by", marks=SLOW),
+        pytest.param(WrongAlphaLater, "log_alpha", marks=SLOW),
         (WrongMetricsLater, "is off by"),
-        (WrongMomentsLater, "mean of optimizer.actor.exp_avg"),
-        (EmptyGraph, "is off by"),
+        pytest.param(WrongMomentsLater, "mean of optimizer.actor.exp_avg", marks=SLOW),
+        pytest.param(EmptyGraph, "is off by", marks=SLOW),
         (WrongActing, "the action"),
     ],
 )
@@ -221,8 +231,8 @@ def test_a_child_that_fails_counts_as_a_difference(code: str, problem: str, monk
 
 
 def test_the_check_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = "from fastsac.learner import reference\nold = reference.td_loss\n"
-    wrong += "reference.td_loss = lambda *a: old(*a) * (1.001 if a[-1] == 'triton' else 1.0)\n"
+    wrong = "engine, old = graphed.GraphedLearner, graphed.GraphedLearner._descend\nengine.backend = 'reference'\n"
+    wrong += "engine._descend = lambda self, name, loss: old(self, name, loss * 1.0001 if name == 'actor' else loss)\n"
     child(monkeypatch, f"{PRETEND}{SHORT}{wrong}with pretended(): main()")
     found = self_check.verdict(Config(**SMALL), 5, 3, "graphed")
     assert "is off by" in found.problem

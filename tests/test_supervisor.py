@@ -90,6 +90,7 @@ def test_a_process_that_starts_or_saves_has_more_time(tmp_path, monkeypatch):
         os.close(tell)
 
 
+@SLOW  # the next one needs one restart more, and is as strict
 def test_it_gives_up_without_progress(tmp_path):
     process = start(tmp_path / "run", "--restarts", "1", "--checkpoint-every", "1000", fault="abort:30")
     _, stderr = process.communicate(timeout=120)

@@ -9,7 +9,7 @@ import functools
 import importlib
 from typing import Any, NamedTuple
 
-from fastsac.config import Config
+from fastsac.config import AS_PRINTED, Config
 from fastsac.errors import UsageError, did_you_mean
 from fastsac.estimators.antithetic import pathwise_antithetic, score_antithetic
 from fastsac.estimators.measure_valued import measure_valued
@@ -17,9 +17,6 @@ from fastsac.estimators.mix import mix, mix_gradient
 from fastsac.estimators.pathwise import pathwise, pathwise_gradient
 from fastsac.estimators.score import score, score_gradient
 from fastsac.types import Estimator, Gradient
-
-#: the baseline with the sign that the note prints: unbiased, and worse than none; `fastsac compare` alone takes it
-AS_PRINTED = "value-as-printed"
 
 
 class Entry(NamedTuple):

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsac.estimators import AS_PRINTED, ESTIMATORS, Choice
+from fastsac.config import AS_PRINTED
+from fastsac.estimators import ESTIMATORS, Choice
 from fastsac.lab.arms import Arm
 from fastsac.types import Draw
 
