@@ -48,7 +48,7 @@ test: install ## style, types, import floors, kernels compiled for six chips (if
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m benchmarks.compile_kernels --if-changed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-slow: install ## the longer checks
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)

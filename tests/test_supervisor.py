@@ -1,5 +1,6 @@
 """`fastsac train --restarts`: real processes that die, hang and are stopped."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -9,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fastsac import supervisor
+from fastsac import SAC, supervisor
 from fastsac.checkpoint import latest_checkpoint
 from fastsac.run_dir import newest_step
-from tests.runs import metrics_of
+from tests.runs import SMALL, metrics_of
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (  # noqa: SIM905, a list is harder to read
@@ -173,11 +174,14 @@ def test_a_child_that_cannot_start_is_not_started_again(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_has_ended_is_not_started_again(tmp_path, untroubled):
-    process = start(untroubled, "--resume", str(untroubled), "--restarts", "3")
+def test_a_run_that_has_ended_is_not_started_again(tmp_path):
+    ended = tmp_path / "run"
+    settings = {"env_id": "tests.faulty:Faulty-v0", "num_envs": 2, "hidden_sizes": (8,), "buffer_size": 1000}
+    SAC(dataclasses.replace(SMALL, **settings, total_steps=40, checkpoint_replay=True)).learn(run_dir=ended)
+    process = start(ended, "--resume", str(ended), "--restarts", "3", "--total-steps", "40")
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert told(stderr) == [f"fastsac: {untroubled} has reached step 300 already: a larger --total-steps goes on"]
+    assert told(stderr) == [f"fastsac: {ended} has reached step 40 already: a larger --total-steps goes on"]
 
 
 def test_a_diverged_run_is_not_started_again(tmp_path):
