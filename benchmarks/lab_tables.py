@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastsac.lab.outcome import interval
+
 RESULTS = Path("benchmarks/results")
 Row = list[object]
 
@@ -22,11 +24,6 @@ def table(head: list[str], rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in lines)
 
 
-def interval(of: dict[str, Any], form: str = ",.0f") -> str:
-    """Return an interquartile mean with its interval."""
-    return f"{of['iqm']:{form}} ({of['low']:{form}} to {of['high']:{form}})"
-
-
 def comparison(directory: str) -> str:
     """Return one row per task and arm of a comparison."""
     result, rows = read(f"{directory}/comparison.json"), list[Row]()
@@ -38,7 +35,8 @@ def comparison(directory: str) -> str:
                 verdict = test["verdict"]
                 if test["difference"] is not None:
                     beside = f"{test['difference']:+.1%} ({test['low']:+.1%} to {test['high']:+.1%})"
-            cells = env_id, f"`{label}`", arm["seeds"], interval(arm["final"]), interval(arm["auc"]), beside, verdict
+            returns = [interval(arm[name], ",.0f") for name in ("final", "auc")]
+            cells = env_id, f"`{label}`", arm["seeds"], *returns, beside, verdict
             rows.append(list(cells))
     head = ["task", "arm", "seeds", "final return", "area under the curve", "beside the first arm", "verdict"]
     return table(head, rows)
@@ -116,6 +114,6 @@ def published() -> str:
     for row in result["rows"]:
         arm = ours.get(row["env_id"], {}).get("pathwise")
         same = arm is not None and row["steps"] == 100_000
-        mine = f"{interval(arm['final'])}, {arm['seeds']} seeds" if same else "not run so far"
+        mine = f"{interval(arm['final'], ',.0f')}, {arm['seeds']} seeds" if same else "not run so far"
         rows.append([row["env_id"], f"{row['steps']:,}", row["source"], row["return"], mine])
     return table(["task", "steps", "source", "return", "ours, `pathwise`"], rows)

@@ -9,6 +9,8 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,15 +20,13 @@ import pytest
 
 from fastsac import SAC, UsageError
 from fastsac.arguments import Train, parse
-from fastsac.errors import Divergence, FastsacError
 from fastsac.lab import compare as module
 from fastsac.lab import record, worker
 from fastsac.lab.arguments import Compare
 from fastsac.lab.compare import FailedRuns, Stopped, compare, run
 from fastsac.lab.outcome import table
-from fastsac.lab.plan import make_plan
+from fastsac.lab.plan import make_plan, train_command
 from fastsac.lab.record import command_of, random_return
-from fastsac.lab.statistics import bootstrap
 from fastsac.lab.worker import Failure, last_line, train
 from fastsac.machine import describe_machine
 from fastsac.run_dir import newest_step, read_config
@@ -160,13 +160,26 @@ def test_a_failing_run_is_named_and_the_others_finish(tmp_path, capsys, monkeypa
     told = capsys.readouterr()
     (line,) = re.findall(r"fastsac: tests.faulty:Faulty-v0 pathwise seed \d failed: .*", told.err)
     assert "ValueError: broken" in line
-    assert "report: " in told.out  # of those that are there
+    page = (asked.out / "report.html").read_text()  # of those that are there
+    assert "1 of 2 runs failed." in page
+    assert "with 1 of 2 random seeds" in page
+    assert re.search(r"seed \d: .*ValueError: broken", page)
     assert "1 (1 failed)" in told.out
     assert failed.value.result["summary"]["tests.faulty:Faulty-v0"]["pathwise"]["failed"] == 1
     assert len(failed.value.result["runs"]) == 1
     result = compare(asked)  # it does not happen again
     assert [each["seed"] for each in result["runs"]] == [0, 1]
     assert result["failed"] == []
+
+
+def test_a_process_stops_when_the_comparison_has_died(tmp_path):
+    (each,) = make_plan(options(tmp_path, arms=("pathwise",), seeds="0", total_steps=4000)).runs
+    run_dir = tmp_path / each.run_dir
+    run_dir.parent.mkdir(parents=True)
+    worker.write_json(worker.config_file(run_dir), dataclasses.asdict(each.config))
+    gone = subprocess.run([sys.executable, "-m", "fastsac.lab.worker", str(run_dir), "1"], cwd=ROOT)
+    assert gone.returncode == worker.STOPPED
+    assert newest_step(run_dir) < 400
 
 
 def test_a_run_stops_when_the_comparison_has_died():
@@ -185,10 +198,48 @@ def test_runs_are_not_repeated_and_more_may_be_added(tmp_path, in_process):
     assert again["runs"] == first["runs"]
     del in_process["score:none"]
     compare(options(tmp_path, arms=("score:none", "pathwise"), seeds="1,0"))
-    more = compare(options(tmp_path, arms=("score:none",), seeds="0:3"))
+    last = options(tmp_path, arms=("score:none",), seeds="0:3")
+    more = compare(last)
     assert [each for each in more["runs"] if each["seed"] < 2] == first["runs"]
     assert [(each["arm"], each["seed"]) for each in more["runs"] if each["seed"] == 2] == [("score:none", 2)]
     assert more["settings"]["seeds"] == [0, 1, 2]
+    assert more["settings"]["arms"] == ["score:none", "pathwise"]  # as the last command that named all had them
+    assert more["summary"]["Pendulum-v1"]["pathwise"]["equivalence"]["against"] == "score:none"
+    assert "equivalence" not in more["summary"]["Pendulum-v1"]["score:none"]
+    told = parse(shlex.split(more["command"])[1:])  # makes all that there is
+    assert told == dataclasses.replace(last, arms=("score:none", "pathwise"), out=Path(tmp_path.name), jobs=None)
+
+
+def test_one_setting_has_one_spelling(tmp_path, in_process):
+    first = compare(options(tmp_path, "tau=1e-2", arms=("pathwise",), seeds="0"))
+    in_process["pathwise"] = True
+    for spelling in ("tau=0.01", "--tau=0.010", "tau=1e-2"):
+        again = compare(options(tmp_path, spelling, arms=("pathwise",), seeds="0"))
+        assert (again["settings"], again["command"]) == (first["settings"], first["command"])
+    assert first["settings"]["set"][-1] == "tau=0.01"
+
+
+def test_random_actions_are_measured_again_where_too_few_episodes_were_played(tmp_path, in_process):
+    asked = options(tmp_path, seeds="0")
+    compare(asked)
+    path = tmp_path / "comparison.json"
+    earlier = json.loads(path.read_text())
+    del earlier["random_episodes"]
+    path.write_text(json.dumps(earlier | {"random_return": {"Pendulum-v1": -1.0}}))
+    assert compare(asked)["random_return"] == {"Pendulum-v1": -1200.0}
+
+
+def test_the_command_of_each_run_makes_it(tmp_path):
+    arms = ("pathwise", "score:value-as-printed")
+    for each in make_plan(options(tmp_path, arms=arms, seeds="3")).runs:
+        command = parse(shlex.split(train_command(each.config))[1:])
+        if each.label == "pathwise":
+            assert isinstance(command, Train)
+            assert command.config == each.config
+        else:  # which `fastsac train` refuses
+            assert isinstance(command, Compare)
+            (run,) = make_plan(command).runs
+            assert run.config == each.config
 
 
 def test_two_spellings_of_an_arm_are_one(tmp_path, in_process):
@@ -204,7 +255,7 @@ def test_other_settings_are_refused_by_name(tmp_path, in_process):
         compare(options(tmp_path, total_steps=400))
     with pytest.raises(UsageError, match=r"with --set batch_size=16, not batch_size=32"):
         compare(options(tmp_path, set=tuple(each.replace("h_size=16", "h_size=32") for each in SETTINGS)))
-    with pytest.raises(UsageError, match=r"with --set no, not tau=0.01"):
+    with pytest.raises(UsageError, match=r"with --set no tau, not tau=0.01"):
         compare(options(tmp_path, "tau=0.01"))
     (tmp_path / "comparison.json").unlink()  # the run directories are looked at, too
     where = re.escape(str(tmp_path / "runs/Pendulum-v1/pathwise/seed-0"))
@@ -283,6 +334,7 @@ def test_an_environment_that_fails_at_random_has_no_random_return(tmp_path, in_p
         ({"jobs": 0}, "--jobs must be"),
         ({"margin": 0.0}, "--margin must be"),
         ({"gpus_per_run": 0.5}, "--gpus-per-run needs --ray"),
+        ({"jobs": 2, "ray": "auto"}, "--jobs is for runs on this machine"),
     ],
 )
 def test_usage_errors(tmp_path, changes, message):
@@ -318,7 +370,7 @@ def test_two_at_once_are_refused(tmp_path, in_process, monkeypatch):
 
 def test_the_command_can_be_given_again(tmp_path):
     asked = options(tmp_path, "actor_lr=1e-4", "actor_lr=1e-3", margin=0.1)
-    assert parse(shlex.split(command_of(asked, str(tmp_path)))[1:]) == dataclasses.replace(asked, jobs=None)
+    assert parse(shlex.split(command_of(asked))[1:]) == dataclasses.replace(asked, jobs=None)
 
 
 def test_the_last_line_of_a_log_says_what_happened(tmp_path):
@@ -329,8 +381,3 @@ def test_the_last_line_of_a_log_says_what_happened(tmp_path):
     assert last_line(log, 1) == "the environment broke"
     assert last_line(log, -11) == "its process was ended by SIGSEGV: the environment broke"
     assert "stopped by a signal" in last_line(log, 75)
-
-
-def test_errors_have_the_exit_status_of_their_kind():
-    assert Divergence.exit_status == FastsacError.exit_status == 1
-    assert math.isnan(bootstrap([np.array([1.0])]).low)

@@ -8,15 +8,19 @@ import json
 import signal
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
 
-from fastsac import SAC, UsageError
+from fastsac import SAC, FastsacError, UsageError
+from fastsac.lab import on_ray
 from fastsac.lab.arguments import Compare
 from fastsac.lab.compare import compare
-from fastsac.lab.on_ray import Store, connected, read_files, write_files
+from fastsac.lab.on_ray import connected
 from fastsac.lab.plan import make_plan
+from fastsac.lab.store import Store, read_files, write_files
+from fastsac.lab.worker import DIVERGED, STOPPED
 from fastsac.run_dir import newest_step
 from tests.runs import metrics_of
 
@@ -28,7 +32,7 @@ SETTINGS = (  # noqa: SIM905, a list is harder to read
 
 
 def options(out: Path, **changes) -> Compare:
-    plain = Compare(("Pendulum-v1",), ("pathwise",), out, "0:1", STEPS, tuple(SETTINGS), jobs=1)
+    plain = Compare(("Pendulum-v1",), ("pathwise",), out, "0:1", STEPS, tuple(SETTINGS))
     return dataclasses.replace(plain, **changes)
 
 
@@ -52,6 +56,80 @@ def test_what_is_shipped_is_never_half_there(tmp_path):
     with pytest.raises(ValueError, match="leads out"):
         write_files(tmp_path / "other", {"../evil": b""})
     assert read_files(run_dir) == files
+
+
+def test_the_best_checkpoint_is_shipped_beside_the_newest(tmp_path):
+    names = ["config.json", "metrics.jsonl", "machine.json", *(f"checkpoints/{name}/state.json" for name in ("a", "b"))]
+    best = {"checkpoints/best/state.json": b"best"}
+    write_files(tmp_path / "run", dict.fromkeys(names, b"") | best)
+    found = read_files(tmp_path / "run", tmp_path / "run" / "checkpoints" / "a")
+    assert found == dict.fromkeys(names[:-1], b"") | best
+
+
+class RayError(Exception):
+    """What Ray raises."""
+
+
+class Ray:
+    """What of Ray the end of a task needs."""
+
+    exceptions = types.SimpleNamespace(RayError=RayError)
+
+    def __init__(self):
+        self.cancelled, self.waited = [], None
+
+    def get(self, task):
+        if isinstance(task, Exception):
+            raise task
+        return task
+
+    def cancel(self, task):
+        self.cancelled.append(task)
+
+    def wait(self, tasks, num_returns, timeout):
+        self.waited = (tasks, num_returns)
+        raise RayError
+
+
+@pytest.mark.parametrize(
+    ("task", "told", "reason", "diverged"),
+    [
+        ((0, ""), 1, None, None),
+        ((1, "an environment broke"), 0, "an environment broke", False),
+        ((DIVERGED, "training diverged"), 0, "training diverged", True),
+        ((STOPPED, ""), 0, "its process was stopped by a signal; it can go on", False),
+        (RayError("long\n\n  no node is left\n"), 0, "no node is left", False),
+    ],
+)
+def test_what_becomes_of_a_task(tmp_path, task, told, reason, diverged):
+    (run,) = make_plan(options(tmp_path)).runs
+    done = []
+    failure = on_ray._outcome(Ray(), run, task, done.append)
+    assert len(done) == told
+    assert (failure and (failure.reason, failure.diverged)) == (None if reason is None else (reason, diverged))
+
+
+def test_a_run_that_cannot_be_taken_in_has_failed(tmp_path):
+    def done(run):
+        raise FastsacError("machine.json cannot be read")
+
+    (run,) = make_plan(options(tmp_path)).runs
+    assert on_ray._outcome(Ray(), run, (0, ""), done).reason == "machine.json cannot be read"
+
+
+def test_tasks_are_cancelled_the_waiting_ones_first():
+    ray = Ray()
+    on_ray._cancel(ray, ["first", "second"])
+    assert ray.cancelled == ["second", "first"]
+    assert ray.waited == (["first", "second"], 2)
+
+
+def test_what_no_node_has_is_told():
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 1.0}}]
+    assert on_ray.lacking(nodes, 8, 0.0) == ""
+    assert on_ray.lacking(nodes, 16, 0.0) == "a run takes 16 CPU, and no node of the cluster has more than 8"
+    assert on_ray.lacking(nodes, 1, 0.5) == "a run takes 0.5 GPU, and no node of the cluster has more than 0"
+    assert on_ray.lacking([], 1, 0.0) == "a run takes 1 CPU, and no node of the cluster has more than 0"
 
 
 def test_without_ray_it_says_how_to_get_it(tmp_path, monkeypatch):
@@ -121,4 +199,6 @@ def test_a_run_goes_on_when_its_node_is_lost(tmp_path):
     assert metrics_of(run_dir) == metrics_of(tmp_path / "alone")
     ours, alone = (path / "checkpoints" / f"step-{agent.steps:012d}" for path in (run_dir, tmp_path / "alone"))
     assert (ours / "learner.safetensors").read_bytes() == (alone / "learner.safetensors").read_bytes()
+    best = [SAC.load(path, best=True).steps for path in (run_dir, tmp_path / "alone")]
+    assert best[0] == best[1]
     assert json.loads((plain.out / "comparison.json").read_text())["runs"][0]["eval_return"] == found["eval_return"]

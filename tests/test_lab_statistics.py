@@ -65,15 +65,15 @@ def test_a_single_seed_has_no_interval():
     assert np.isnan(curve["low"]).all()
 
 
-def test_equivalence_is_two_one_sided_welch_tests():
+def test_equivalence_is_two_one_sided_paired_tests():
     rng = np.random.default_rng(1)
-    a, b, scale, margin = rng.normal(-120, 20, size=7), rng.normal(-125, 30, size=9), 1000.0, 0.03
+    a, scale, margin = rng.normal(-120, 20, size=7), 1000.0, 0.03
+    b = a + rng.normal(-5, 30, size=7)
     found = equivalence(a.tolist(), b.tolist(), scale, margin)
-    welch = {"equal_var": False}
-    below = stats.ttest_ind(b / scale + margin, a / scale, alternative="greater", **welch)
-    above = stats.ttest_ind(b / scale - margin, a / scale, alternative="less", **welch)
+    below = stats.ttest_rel(b / scale + margin, a / scale, alternative="greater")
+    above = stats.ttest_rel(b / scale - margin, a / scale, alternative="less")
     assert found.p == pytest.approx(max(below.pvalue, above.pvalue))
-    low, high = stats.ttest_ind(b / scale, a / scale, **welch).confidence_interval(0.90)
+    low, high = stats.ttest_rel(b / scale, a / scale).confidence_interval(0.90)
     assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
     assert found.difference == pytest.approx((b.mean() - a.mean()) / scale)
     assert (found.verdict == "equivalent") == (-margin < low and high < margin)
@@ -83,25 +83,35 @@ def test_equivalence_is_two_one_sided_welch_tests():
     ("other", "margin", "verdict"),
     [
         ([99.0, 100.0, 101.0, 100.0], 0.05, "equivalent"),
-        ([97.9, 98.0, 98.1, 98.0], 0.05, "equivalent"),  # different, too, but by less than matters
+        ([97.9, 99.0, 97.4, 98.5], 0.05, "equivalent"),  # different, too, but by less than matters
         ([80.0, 81.0, 79.0, 80.0], 0.05, "different"),
         ([60.0, 130.0, 100.0, 95.0], 0.05, "not shown"),
         ([100.0], 0.05, "not tested"),
         ([], 0.05, "not tested"),
         ([math.nan, 100.0, 100.0], 0.05, "not tested"),
         ([math.inf, 100.0, 100.0], 0.05, "not tested"),
-        ([-1e300, 1e300], 0.05, "not shown"),
+        ([-1e300, 1e300], 0.05, "not tested"),  # no finite standard error
+        ([-1e100, 1e100], 0.05, "not shown"),
     ],
 )
 def test_verdicts(other, margin, verdict):
-    assert equivalence([100.0, 101.0, 99.5, 100.5], other, 100.0, margin).verdict == verdict
+    reference = [100.0, 101.0, 99.5, 100.5][: len(other)]
+    assert equivalence(reference, other, 100.0, margin).verdict == verdict
+
+
+def test_what_all_runs_of_a_seed_share_is_no_difference():
+    """Start states, say: each return is uncertain, and the difference is not."""
+    luck = np.random.default_rng(3).normal(0.0, 0.3, size=6)
+    found = equivalence(1.0 + luck, 1.001 + luck + 1e-3 * np.arange(6), 1.0, 0.01)
+    assert found.verdict == "equivalent"
+    assert found.high - found.low < 0.01
 
 
 def test_different_is_what_a_two_sided_test_finds():
     rng, seen = np.random.default_rng(4), set()
     for _ in range(100):
         a, b = rng.normal(1.0, 0.2, size=4), rng.normal(1.3, 0.2, size=4)
-        found = stats.ttest_ind(a, b, equal_var=False).pvalue < 0.05
+        found = stats.ttest_rel(a, b).pvalue < 0.05
         verdict = equivalence(a.tolist(), b.tolist(), 1.0, 0.001).verdict
         assert verdict == ("different" if found else "not shown")
         seen.add(verdict)
@@ -124,14 +134,20 @@ def test_without_a_scale_nothing_is_tested(scale):
 def test_the_verdict_equivalent_is_rarely_wrong():
     """Means that differ by the margin are called equivalent in at most 5 % of all cases."""
     rng = np.random.default_rng(2)
-    pairs = rng.normal(size=(600, 2, 5)) * 0.02 + np.array([1.0, 1.05])[:, None]
+    pairs = rng.normal(size=(600, 2, 5)) * 0.02 + np.array([1.0, 1.05])[:, None] + rng.normal(size=(600, 1, 5))
     wrong = sum(equivalence(a, b, 1.0, 0.05).verdict == "equivalent" for a, b in pairs)
     assert wrong / 600 < 0.05 + 2.5 * math.sqrt(0.05 * 0.95 / 600)
 
 
 def run_of(env_id, arm, seed, values, steps=(1000, 2000, 3000)):
     return {
-        **{"env_id": env_id, "arm": arm, "seed": seed, "steps": list(steps), "eval_return": list(values)},
+        **{
+            "env_id": env_id,
+            "arm": arm,
+            "seed": seed,
+            "steps": list(steps)[: len(values)],
+            "eval_return": list(values),
+        },
         "time_s": 10.0 + seed,
     }
 
@@ -155,7 +171,7 @@ def test_a_summary_by_hand():
     assert none["final"]["values"][1] == pytest.approx(60.0, rel=0.01)
     test = none["equivalence"]
     assert test["difference"] == pytest.approx((np.mean(none["final"]["values"]) - 110.0) / 100.0)
-    assert test["against"] == "pathwise"
+    assert (test["against"], test["seeds"]) == ("pathwise", 2)
     assert result["summary"]["B"]["score:none"]["equivalence"]["verdict"] == "not tested"  # one seed
     overall = result["overall"]["pathwise"]["final"]
     assert overall["iqm"] == pytest.approx(np.mean([0.9, 1.1, 1.0]))
@@ -177,6 +193,31 @@ def test_the_best_settings_are_those_of_the_most_complete_runs_with_the_largest_
     result = summarize(runs, {"A": 0.0}, "pathwise", settings)
     assert result["best"] == {"A": {"pathwise": "pathwise tau=2"}}
     assert "chosen on the same seeds" in table({**result, "settings": settings})
+
+
+def test_runs_are_paired_by_their_seeds():
+    """Whatever is missing, and in whatever order it comes."""
+    runs = [run_of("A", "pathwise", seed, [0.0, 0.0, 100.0 + 10.0 * seed]) for seed in (3, 0, 2, 1)]
+    runs += [run_of("A", "score:none", seed, [0.0, 0.0, 101.0 + 10.0 * seed]) for seed in (2, 4, 0)]
+    settings = {"arms": ["pathwise", "score:none"], "margin": 0.05}
+    test = summarize(runs, {"A": 15.0}, "pathwise", settings)["summary"]["A"]["score:none"]["equivalence"]
+    assert test["seeds"] == 2
+    assert test["difference"] == pytest.approx(0.01)
+    assert test["high"] - test["low"] < 1e-9
+
+
+def test_no_share_of_a_gain_that_is_a_loss():
+    """Where the first arm ends below random actions, its gain is no unit."""
+    runs = [
+        run_of(env_id, arm, seed, [0.0, end])
+        for env_id, ends in (("A", (-300.0, -100.0)), ("B", (50.0, 40.0)))
+        for arm, end in zip(("pathwise", "score:none"), ends, strict=True)
+        for seed in (0, 1)
+    ]
+    settings = {"arms": ["pathwise", "score:none"], "margin": 0.05}
+    result = summarize(runs, {"A": -200.0, "B": 0.0}, "pathwise", settings)
+    assert result["overall"] == {}
+    assert result["summary"]["A"]["score:none"]["equivalence"]["verdict"] == "not tested"
 
 
 def test_no_numbers_do_not_stop_a_summary():

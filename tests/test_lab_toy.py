@@ -16,7 +16,7 @@ from fastsac.estimators import ESTIMATORS, Choice, Entry, choose
 from fastsac.lab import quadratic, toy
 from fastsac.lab.arguments import Toy
 from fastsac.lab.arms import parse_arm
-from fastsac.lab.quadratic import ALPHA, Quadratic, closed_form, every_arm, gradients, measure
+from fastsac.lab.quadratic import Quadratic, closed_form, every_arm, gradients, measure
 from fastsac.types import Estimate
 
 SPLITS = ("auto", 0.35)
@@ -155,26 +155,38 @@ def test_more_is_measured_until_it_is_known_well_enough() -> None:
     assert error < 0.02
 
 
+class Rippled(Quadratic):
+    """The problem in one dimension with a ripple on the critic."""
+
+    height, frequency = 0.1, 1.0
+
+    def q_function(self, action: Tensor) -> Tensor:
+        return (
+            super().q_function(action) + self.height * torch.sin(self.frequency * torch.atanh(action)).sum(-1)[:, None]
+        )
+
+    def value(self) -> Tensor:
+        damped = math.exp(-0.5 * (self.frequency * toy.SIGMA) ** 2)
+        return super().value() + self.height * torch.sin(self.frequency * self.mean).sum() * damped
+
+
 def test_the_ripple_turns_the_order_over() -> None:
-    """Against sampling, on both sides of the crossing."""
-    height = 0.1
-    crossing = toy.ripple(height)["from"]
-    eps = np.random.default_rng(0).standard_normal(400_000)
-    u = toy.DISTANCE + toy.SIGMA * eps
+    """The registered estimators themselves, on both sides of the crossing."""
+    one = torch.ones(1, dtype=torch.float64)
+    problem = Rippled(toy.DISTANCE * one, math.log(toy.SIGMA) * one, one[:, None], 0.0 * one)
+    crossing = toy.ripple(Rippled.height)["from"]
+    choices = [
+        choose(Config(estimator="pathwise")),
+        choose(Config(estimator="score", baseline="value", entropy_split=0.0)),
+    ]
     for frequency in (0.5 * crossing, 2.0 * crossing):
-        slope = u - height * frequency * np.cos(frequency * u)
-        f = 0.5 * u**2 - height * np.sin(frequency * u)
-        sampled = slope.var(), ((f - f.mean()) * eps / toy.SIGMA).var()
-        assert toy.ripple_variances(height, frequency) == pytest.approx(sampled, rel=0.03)
+        Rippled.frequency = frequency
+        sampled = [measure(problem, choice, 400_000, 0).variance[0].item() for choice in choices]
+        assert toy.ripple_variances(Rippled.height, frequency) == pytest.approx(sampled, rel=0.03)
         assert (sampled[0] > sampled[1]) == (frequency > crossing)
-    pathwise, score = toy.ripple_variances(height, crossing)
+    pathwise, score = toy.ripple_variances(Rippled.height, crossing)
     assert pathwise == pytest.approx(score)
     assert toy.ripple(1e-6)["from"] is None
-    plain = Quadratic(torch.tensor([0.5]), torch.tensor([0.3]).log(), torch.ones(1, 1), torch.zeros(1))
-    found = closed_form(plain._replace(**{k: getattr(plain, k).double() for k in ("mean", "log_std", "H", "c")}),
-                        choose(Config()), "pathwise")  # fmt: skip
-    assert toy.ripple_variances(0.0, 1.0)[0] == pytest.approx(found.variance[0].item())
-    assert math.isfinite(ALPHA)
 
 
 def test_the_command(tmp_path, capsys) -> None:
@@ -201,6 +213,13 @@ def test_the_command(tmp_path, capsys) -> None:
 def test_wrong_options(options: Toy, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         toy.run(options)
+
+
+def test_the_directory_is_made_before_anything_is_measured(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy, "sweep", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        toy.run(Toy(out=tmp_path / "file"))
 
 
 def test_what_looks_wrong_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ def compare(options: Compare) -> dict[str, Any]:
             where = ["--jobs", str(options.jobs)] if options.jobs is not None else []
             where += ["--ray", options.ray] if options.ray is not None else []
             where += ["--gpus-per-run", f"{options.gpus_per_run:g}"] if options.gpus_per_run else []
-            command = " ".join([command_of(options, str(options.out)), shlex.join(where)]).strip()
+            command = " ".join([command_of(options), shlex.join(where)]).strip()
             raise Stopped(f"interrupted; the same command goes on: {command}")
         if failed:
             told = f"{len(failed)} of {len(plan.runs)} runs failed; the same command tries them again"

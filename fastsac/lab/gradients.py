@@ -25,7 +25,7 @@ from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.estimators import Choice
 from fastsac.lab.arguments import Gradients
-from fastsac.lab.arms import Arm, parse_arm, parse_arms
+from fastsac.lab.arms import Arm, parse_arms
 from fastsac.lab.head import PARTS, Head, Moments, Oracle, oracles
 from fastsac.lab.quadratic import every_arm
 from fastsac.machine import describe_machine, write_json
@@ -46,8 +46,7 @@ def run(options: Gradients) -> dict[str, Any]:
         if getattr(options, name) < least:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} must be a whole number of at least {least}, got {getattr(options, name)}")
-    arms = parse_arms(options.arms) if options.arms else every_arm()
-    arms = list(dict.fromkeys([parse_arm("pathwise"), *arms]))  # what the others are held against
+    arms = parse_arms(("pathwise", *options.arms)) if options.arms else every_arm()  # the others are held against it
     config = _plain(options.run_dir)
     if newest_step(options.run_dir) is None:
         raise UsageError(f"{options.run_dir} has no checkpoint yet: train it for longer, or name another run")
@@ -64,7 +63,7 @@ def run(options: Gradients) -> dict[str, Any]:
         for row in measure(agent, obs, arms, options, skipped):
             rows.append({"checkpoint": steps, **row})
     numbers = ("num_states", "num_replicates", "oracle_samples", "seed")
-    words = ["fastsac", "lab", "gradients", options.run_dir.name]
+    words = ["fastsac", "lab", "gradients", options.run_dir.resolve().name]
     words += [word for name in numbers for word in ("--" + name.replace("_", "-"), str(getattr(options, name)))]
     words += ["--arms", *options.arms] if options.arms else []
     about = {name: getattr(config, name) for name in ("env_id", "estimator", "baseline", "seed", "hidden_sizes")}

@@ -14,11 +14,13 @@ WORDS = {
     "Interval, band": "95 % stratified bootstrap: the runs are drawn again with replacement many times, and 95 % "
     "of the results lie inside. With few seeds such intervals are too narrow rather than too wide.",
     "Equivalence margin": "The largest difference that does not matter, fixed before the runs.",
-    "Verdicts": "Equivalent: two one-sided Welch tests at 5 % each show that the means differ by less than the margin; "
-    "that is, the 90 % interval lies within it. Different: they do not, and a two-sided test finds a difference. Not "
-    "shown: neither, so these runs leave it open. No significant difference is not equality.",
-    "Normalised return": "0 is the mean return of random actions, 1 the first arm's mean final return, in each "
-    "environment.",
+    "Verdicts": "Equivalent: two one-sided paired t-tests at 5 % each show that the means differ by less than the "
+    "margin; that is, the 90 % interval lies within it. Different: they do not, and a two-sided test finds a "
+    "difference. Not shown: neither, so these runs leave it open. Pairs are runs of the same "
+    "seed, whose evaluations begin in the same states: where those decide the return, the difference is known better "
+    "than either return.",
+    "Normalised return": "0 is the mean return of random actions over 200 episodes, 1 the first arm's mean final "
+    "return, in each environment.",
     "Area under the curve": "The mean return over the whole run: it is higher where learning is faster.",
     "Arm": "An estimator of the actor's gradient, its baseline and its number of action samples, written "
     "estimator:baseline:samples; what is left out has its default.",
@@ -38,6 +40,14 @@ def how_section(results: Mapping[str, Json]) -> Markup:
         if configs:
             same = [[n, in_words(v)] for n, v in configs[0].items() if all(c.get(n, ...) == v for c in configs)]
             parts.append(folded("What all runs have in common", table(["option", "value"], same, "Options", "words")))
+        failed = [
+            element(
+                "li", join([each["env_id"], " ", arm_text(each["arm"]), f", seed {each['seed']}: {each['error']}"], "")
+            )
+            for each in comparison.get("failed", [])
+        ]
+        if failed:
+            parts.append(join([element("h3", "Runs that failed"), element("ul", join(failed))]))
         for env_id in settings["env_ids"]:
             chosen = [run_text(run) for run in runs if run["env_id"] == env_id]
             parts.append(folded(f"{env_id}: {plural(len(chosen), 'run')}, each with its command", join(chosen)))
@@ -50,8 +60,6 @@ def run_text(run: Json) -> Markup:
     engine = " ".join(str(run[name]) for name in ("engine", "precision") if name in run)
     told = [f", seed {run['seed']}: last evaluation {number(last)}, {number(run.get('updates'))} updates, "
             f"{duration(run.get('time_s'))}", f", engine {engine}" * bool(engine)]  # fmt: skip
-    if run.get("error"):
-        told.append(f", failed: {run['error']}")
     parts = [element("p", join([arm_text(run["arm"]), *told], "")), element("pre", run["command"])]
     return element("div", join(parts), class_="run")
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 import warnings
@@ -25,91 +26,16 @@ from fastsac.callbacks import Callback
 from fastsac.errors import Divergence, FastsacError, UsageError
 from fastsac.lab.arguments import Compare
 from fastsac.lab.plan import Run
+from fastsac.lab.store import Files, Store, read_files, write_files
 from fastsac.lab.watch import Watch
-from fastsac.lab.worker import DIVERGED, MACHINE, POLL_SECONDS, STOPPED, Done, Failure, train
-from fastsac.run_dir import CHECKPOINTS, CONFIG, LOCK, METRICS, config_from_dict, newest_step
+from fastsac.lab.worker import DIVERGED, POLL_SECONDS, STOPPED, Done, Failure, train
+from fastsac.run_dir import CHECKPOINTS, config_from_dict, newest_step
 
-#: a run's files, by their names relative to the run directory
-Files = dict[str, bytes]
 #: how often a run is started again after its node or its process was lost
 RETRIES = 5
 REPORT_SECONDS, CONNECT_SECONDS = 1.0, 10.0
 #: for tasks that have been cancelled to ship a last checkpoint
 PATIENCE_SECONDS = 60.0
-
-
-class Store:
-    """Keeps the runs' files in the comparison's directory: an actor on the driver's node."""
-
-    def __init__(self, out: str) -> None:
-        """Say where."""
-        self._out = Path(out)
-        self._attempts: dict[str, int] = {}
-        self._steps: dict[str, int] = {}
-
-    def begin(self, name: str) -> tuple[int, Files]:
-        """Return the number of this attempt at a run, and the files that earlier ones have left."""
-        self._attempts[name] = self._attempts.get(name, 0) + 1
-        run_dir = self._out / name
-        if not run_dir.exists() and _replaced(run_dir).exists():  # the driver died between two renames
-            _replaced(run_dir).rename(run_dir)
-        return self._attempts[name], read_files(run_dir) if (run_dir / CONFIG).exists() else {}
-
-    def put(self, name: str, attempt: int, files: Files) -> bool:
-        """Put the files in the place of the run directory, all at once; False if a later attempt has begun."""
-        if attempt != self._attempts[name]:
-            return False
-        run_dir = self._out / name
-        temporary, old = run_dir.with_name(f".{run_dir.name}.shipped"), _replaced(run_dir)
-        for path in (temporary, old):
-            shutil.rmtree(path, ignore_errors=True)
-        write_files(temporary, files)
-        if run_dir.exists():
-            run_dir.rename(old)
-        temporary.rename(run_dir)
-        shutil.rmtree(old, ignore_errors=True)
-        return True
-
-    def report(self, name: str, step: int) -> None:
-        """Take in how far a run is."""
-        self._steps[name] = step
-
-    def steps(self) -> dict[str, int]:
-        """Return how far each run is that has begun."""
-        return self._steps
-
-
-def _replaced(run_dir: Path) -> Path:
-    return run_dir.with_name(f".{run_dir.name}.replaced")
-
-
-def read_files(run_dir: Path, checkpoint: Path | None = None) -> Files:
-    """Return a run directory's files.
-
-    Args:
-        run_dir: the run directory.
-        checkpoint: while the run is under way: this checkpoint only, and the files beside it that a resume needs.
-    """
-    if checkpoint is None:
-        paths = [path for path in run_dir.rglob("*") if path.name != LOCK]
-    else:
-        paths = [*checkpoint.iterdir(), *(run_dir / name for name in (CONFIG, METRICS, MACHINE))]
-    return {path.relative_to(run_dir).as_posix(): path.read_bytes() for path in paths if path.is_file()}
-
-
-def write_files(run_dir: Path, files: Files) -> None:
-    """Write what `read_files` returned.
-
-    Raises:
-        ValueError: for a name that leads out of the directory.
-    """
-    run_dir.mkdir(parents=True)
-    for name, content in files.items():
-        path = run_dir / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{name!r} leads out of the run directory")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
 
 
 class Ship(Callback):
@@ -172,8 +98,10 @@ def train_all(options: Compare, runs: list[Run], done: Done, watch: Watch, stop:
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         store = ray.remote(Store).options(num_cpus=0, scheduling_strategy=here).remote(str(options.out.resolve()))
-        num_gpus = options.gpus_per_run if ray.cluster_resources().get("GPU", 0) else 0
-        task, takes = ray.remote(train_there), {"num_gpus": num_gpus, "max_retries": RETRIES, "retry_exceptions": False}
+        takes = {"num_gpus": options.gpus_per_run, "max_retries": RETRIES, "retry_exceptions": False}
+        task = ray.remote(train_there)
+        if told := lacking(ray.nodes(), max(max(1, run.config.num_threads) for run in runs), options.gpus_per_run):
+            print(f"fastsac: {told}; the runs wait for one", file=sys.stderr)
         waiting: dict[Any, Run] = {}
         for run in runs:
             settings = dataclasses.asdict(run.config)
@@ -195,6 +123,15 @@ def train_all(options: Compare, runs: list[Run], done: Done, watch: Watch, stop:
         if stop:
             _cancel(ray, list(waiting))
     return failed
+
+
+def lacking(nodes: list[dict[str, Any]], num_cpus: int, num_gpus: float) -> str:
+    """Return what a run takes that no node of the cluster has, in words; a cluster may grow."""
+    for what, needed in (("CPU", num_cpus), ("GPU", num_gpus)):
+        most = max((node["Resources"].get(what, 0) for node in nodes if node["Alive"]), default=0)
+        if most < needed:
+            return f"a run takes {needed:g} {what}, and no node of the cluster has more than {most:g}"
+    return ""
 
 
 def _outcome(ray: Any, run: Run, task: Any, done: Done) -> Failure | None:

@@ -35,6 +35,7 @@ def summarize(
             if run["env_id"] == env_id:
                 by_label.setdefault(run["arm"], []).append(run)
         labels = sorted(by_label, key=lambda label: _place(label, settings["arms"]))
+        seeds = {label: [run["seed"] for run in by_label[label]] for label in labels}
         summary[env_id] = {label: _of_arm(by_label[label]) for label in labels}
         best[env_id] = _best(summary[env_id])
         anchor = best[env_id].get(reference)
@@ -45,11 +46,15 @@ def summarize(
         scale = float(np.mean(finals[anchor])) - zero
         for label in best[env_id].values():
             if label != anchor:
-                found = equivalence(finals[anchor], finals[label], scale, settings["margin"])
+                both = [seed for seed in seeds[anchor] if seed in seeds[label]]
+                first, other = ([finals[each][seeds[each].index(seed)] for seed in both] for each in (anchor, label))
+                found = equivalence(first, other, scale, settings["margin"])
                 summary[env_id][label]["equivalence"] = {
-                    **{"against": anchor, "margin": settings["margin"]},
+                    **{"against": anchor, "margin": settings["margin"], "seeds": len(both)},
                     **found._asdict(),
                 }
+        if not (scale > 0.0 and math.isfinite(scale)):
+            continue
         for base, label in best[env_id].items():
             arm = summary[env_id][label]
             shares = {name: (np.array(arm[name]["values"]) - zero) / scale for name in ("final", "auc")}
@@ -104,7 +109,7 @@ def table(result: dict[str, Any]) -> str:
     rows = [["task", "arm", "seeds", "final return (95 %)", "area (95 %)", "beside the first arm", "verdict", "time"]]
     for env_id, arms in result["summary"].items():
         for label, arm in arms.items():
-            returns = [_interval(arm[name]) for name in ("final", "auc")]
+            returns = [interval(arm[name]) for name in ("final", "auc")]
             test, beside, verdict = arm.get("equivalence"), "", ""
             if test is not None:
                 verdict = test["verdict"]
@@ -118,19 +123,19 @@ def table(result: dict[str, Any]) -> str:
     margin = result["settings"]["margin"]
     lines.append(
         f"interquartile means; differences as shares of the first arm's gain over random actions, with 90 % intervals; "
-        f"equivalent: within {margin:.0%} by two one-sided tests; not shown: neither that nor a difference"
+        f"equivalent: within {100.0 * margin:g} % by two one-sided tests; not shown: neither that nor a difference"
     )
     if any(" " in label for arms in result["summary"].values() for label in arms):
         lines.append("an arm's best settings are tested, and were chosen on the same seeds, which flatters them")
     return "\n".join(lines)
 
 
-def _interval(of: dict[str, Any]) -> str:
+def interval(of: dict[str, Any], form: str = ",.1f") -> str:
     """Return an interquartile mean, with its interval if there is more than one seed."""
     if not _is_number(of["iqm"]):
         return NONE
-    ends = f" ({of['low']:,.1f} to {of['high']:,.1f})" if _is_number(of["low"]) and _is_number(of["high"]) else ""
-    return f"{of['iqm']:,.1f}{ends}"
+    ends = _is_number(of["low"]) and _is_number(of["high"])
+    return f"{of['iqm']:{form}}" + (f" ({of['low']:{form}} to {of['high']:{form}})" if ends else "")
 
 
 def _is_number(value: float | None) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastsac.config import Config
+from fastsac.config import AS_PRINTED, Config
 from fastsac.errors import UsageError, did_you_mean
 from fastsac.lab.arguments import Compare
 from fastsac.lab.arms import Arm, parse_arms
@@ -51,7 +51,6 @@ class Plan(NamedTuple):
 
     runs: list[Run]
     arms: list[Arm]
-    labels: list[str]  # the arms' and what varies of them, the first arm's first
     settings: dict[str, Any]  # for comparison.json
 
 
@@ -71,16 +70,17 @@ def make_plan(options: Compare) -> Plan:
         raise UsageError(f"--jobs must be a whole number of at least 1, got {options.jobs}")
     if not 0.0 <= options.gpus_per_run <= 1.0:
         raise UsageError(f"--gpus-per-run must be from 0 to 1, got {options.gpus_per_run}")
+    if options.jobs is not None and options.ray is not None:
+        raise UsageError("--jobs is for runs on this machine: with --ray, as many run as the cluster has cores for")
     settings = parse_settings(options.set)
     names = list(settings)
     variants = [dict(zip(names, values, strict=True)) for values in itertools.product(*settings.values())]
     varying = [name for name in names if len(settings[name]) > 1]
-    runs, labels = [], dict[str, None]()
+    runs = list[Run]()
     # seeds last, so that every arm has its first one before any has its second
     for seed, env_id, arm, variant in itertools.product(seeds, env_ids, arms, variants):
         varied = {name: variant[name] for name in varying}
         label = " ".join([arm.label, *(f"{name}={shown(value)}" for name, value in varied.items())])
-        labels[label] = None
         fixed = {"env_id": env_id, "total_steps": options.total_steps, "seed": seed}
         try:
             config = arm.config(Config(**{**defaults(options), **variant, **fixed}))
@@ -90,9 +90,9 @@ def make_plan(options: Compare) -> Plan:
         runs.append(Run(label, arm, varied, config, run_dir))
     common = {
         **{"env_ids": env_ids, "arms": [arm.label for arm in arms], "seeds": seeds, "margin": options.margin},
-        **{"total_steps": options.total_steps, "set": list(options.set)},
+        **{"total_steps": options.total_steps, "set": written(settings)},
     }
-    return Plan(runs, arms, list(labels), common)
+    return Plan(runs, arms, common)
 
 
 def defaults(options: Compare) -> dict[str, Any]:
@@ -156,6 +156,15 @@ def parse_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
     return found
 
 
+def written(settings: dict[str, list[Any]]) -> list[str]:
+    """Return what `parse_settings` has parsed, in one spelling."""
+
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+    return [f"{name}={text(value)}" for name, values in settings.items() for value in values]
+
+
 def shown(value: Any) -> str:
     """Return a setting's value as it is written after `name=`."""
     return f"{value:g}" if isinstance(value, float) else json.dumps(value) if not isinstance(value, str) else value
@@ -177,6 +186,15 @@ def difference(stored: dict[str, Any], asked: dict[str, Any]) -> str:
 
 def train_command(config: Config) -> str:
     """Return the command that makes such a run."""
+    if config.baseline == AS_PRINTED:  # which `fastsac train` refuses
+        arm = f"{config.estimator}:{AS_PRINTED}"
+        words = ["fastsac", "compare", "--env-ids", config.env_id, "--arms", arm, "--seeds", str(config.seed)]
+        others = {
+            name: [value]
+            for name, value in dataclasses.asdict(config).items()
+            if name not in OWN and value != getattr(Config(), name)
+        }
+        return shlex.join([*words, "--total-steps", str(config.total_steps), "--out", "DIR", "--set", *written(others)])
     plain, words = dataclasses.asdict(Config()), ["fastsac", "train"]
     for name, value in dataclasses.asdict(config).items():
         if name not in ("env_id", "seed", "total_steps", "estimator") and value == plain[name]:

@@ -20,7 +20,7 @@ from fastsac.estimators import choose
 from fastsac.evaluate import evaluate
 from fastsac.lab.arguments import Compare
 from fastsac.lab.outcome import summarize
-from fastsac.lab.plan import Plan, Run, difference, parse_settings, settings_of, train_command
+from fastsac.lab.plan import Plan, Run, difference, parse_settings, settings_of, train_command, written
 from fastsac.lab.worker import MACHINE, Failure
 from fastsac.machine import write_json
 from fastsac.plot import read_metric
@@ -28,7 +28,8 @@ from fastsac.run_dir import CONFIG, config_from_dict, read_config
 
 FORMAT = 1
 COMPARISON = "comparison.json"
-RANDOM_EPISODES, RANDOM_SEED = 10, 0
+#: of random actions, over so many environments; their mean is the unit of every difference's zero
+RANDOM_EPISODES, RANDOM_ENVS, RANDOM_SEED = 200, 10, 0
 OTHER_OUT = "choose another --out"
 
 
@@ -53,12 +54,14 @@ class Record:
             _refuse_other_comparison(directory, before, plan.settings)
             self._settings = {_key(each): _settings(config_from_dict(each["config"])) for each in self.result["runs"]}
             found = self.result["random_return"].items()
-            self.result["random_return"] = {env_id: value for env_id, value in found if value is not None}
+            played = self.result.get("random_episodes") == RANDOM_EPISODES
+            self.result["random_return"] = {env_id: value for env_id, value in found if value is not None and played}
+            self.result["random_episodes"] = RANDOM_EPISODES
             self.result["settings"] = _union(before, plan.settings)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UsageError(f"{path} cannot be read ({reason}): {OTHER_OUT}") from error
-        self.result["command"] = command_of(options, options.out.name)  # no path of this machine's
+        self.result["command"] = command_of(_united(options, self.result["settings"]))
 
     def has(self, run: Run) -> bool:
         """Return whether the run is complete; UsageError if it was made with other settings."""
@@ -123,8 +126,8 @@ class Record:
         """Write the file, with the summary of the runs that there are."""
         complete = set(map(_key, self.result["runs"]))
         failed = [each for each in self.result.get("failed", []) if _key(each) not in complete]
-        reference = self._plan.arms[0].label
-        self.result |= summarize(self.result["runs"], self.result["random_return"], reference, self._plan.settings)
+        settings = self.result["settings"]
+        self.result |= summarize(self.result["runs"], self.result["random_return"], settings["arms"][0], settings)
         self.result["failed"] = failed
         for each in failed:
             arms = self.result["summary"].setdefault(each["env_id"], {})
@@ -150,7 +153,7 @@ def _nothing() -> dict[str, Any]:
 
 def random_return(config: Config) -> float:
     """Return the mean return of uniformly random actions over some episodes."""
-    envs = make_envs(EnvSpec.of(config), RANDOM_EPISODES, RANDOM_SEED)
+    envs = make_envs(EnvSpec.of(config), RANDOM_ENVS, RANDOM_SEED)
     rng, size = np.random.default_rng(RANDOM_SEED), envs.spaces.action_size
     try:
         played = evaluate(lambda obs: rng.uniform(-1, 1, (len(obs), size)).astype(np.float32), envs, RANDOM_EPISODES)
@@ -167,10 +170,24 @@ def refuse_other_run(run_dir: Path, run: Run) -> None:
             raise UsageError(f"{run_dir} holds another run: {what}; {OTHER_OUT}")
 
 
-def command_of(options: Compare, out: str) -> str:
+def _united(options: Compare, settings: dict[str, Any]) -> Compare:
+    """Return the options of a command that makes all runs that there are or will be, without a path of this machine."""
+    seeds = settings["seeds"]
+    several = seeds == list(range(seeds[0], seeds[-1] + 1))
+    return dataclasses.replace(
+        options,
+        env_ids=tuple(settings["env_ids"]),
+        arms=tuple(settings["arms"]),
+        set=tuple(settings["set"]),
+        seeds=f"{seeds[0]}:{seeds[-1] + 1}" if several else ",".join(map(str, seeds)),
+        out=Path(options.out.resolve().name),
+    )
+
+
+def command_of(options: Compare) -> str:
     """Return the command line, without what does not change the outcome."""
     words = ["fastsac", "compare", "--env-ids", *options.env_ids, "--arms", *options.arms, "--seeds", options.seeds]
-    words += ["--total-steps", str(options.total_steps), "--out", out]
+    words += ["--total-steps", str(options.total_steps), "--out", str(options.out)]
     words += ["--set", *options.set] if options.set else []
     words += ["--margin", f"{options.margin:g}"] if options.margin != Compare.margin else []
     return shlex.join(words)
@@ -193,13 +210,18 @@ def _refuse_other_comparison(directory: Path, stored: dict[str, Any], asked: dic
     for name in sorted(before.keys() | now.keys()):
         ours, theirs = now.get(name, []), before.get(name, [])
         if ours != theirs and min(len(ours), len(theirs)) < 2:
-            told = [" ".join(text for text in each["set"] if text.startswith(name)) or "no" for each in (stored, asked)]
+            told = [" ".join(written({name: values})) or f"no {name}" for values in (theirs, ours)]
             raise UsageError(f"{directory} holds a comparison with --set {told[0]}, not {told[1]}: {OTHER_OUT}")
 
 
 def _union(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of all runs that there are or will be."""
-    lists = {name: list(dict.fromkeys([*asked[name], *stored[name]])) for name in ("env_ids", "arms", "set")}
+
+    def both(ours: list[str], theirs: list[str]) -> list[str]:  # in our order if we name all
+        return list(dict.fromkeys([*ours, *theirs] if set(theirs) <= set(ours) else [*theirs, *ours]))
+
+    before = stored | {"set": written(parse_settings(stored["set"]))}
+    lists = {name: both(asked[name], before[name]) for name in ("env_ids", "arms", "set")}
     return {**asked, **lists, "seeds": sorted({*stored["seeds"], *asked["seeds"]})}
 
 

@@ -34,7 +34,6 @@ from fastsac.lab.sections import (
     found_pictures,
     labels,
     rows_section,
-    share,
 )
 from fastsac.run_dir import temporary_sibling
 
@@ -108,12 +107,22 @@ def title(results: Mapping[str, Json]) -> str:
     return f"{what} on {where if len(env_ids) <= 3 else f'{len(env_ids)} environments'}"
 
 
+def seeds_in_words(comparison: Json) -> str:
+    """Return how many random seeds there are, and how many of them the arms have if some runs are missing."""
+    asked = len(comparison["settings"]["seeds"])
+    numbers = [values["seeds"] for arms in comparison["summary"].values() for values in arms.values()]
+    least, most = min(numbers, default=0), max(numbers, default=0)
+    if least == asked:
+        return plural(asked, "random seed")
+    return f"{least if least == most else f'{least} to {most}'} of {plural(asked, 'random seed')}"
+
+
 def answer(comparison: Json | None) -> Markup:
     """Return what the comparison says, in one paragraph."""
     if comparison is None:
         return element("p", "There is no comparison of trained agents here (no comparison.json).", class_="answer")
     settings, summary = comparison["settings"], comparison["summary"]
-    (first, *others), env_ids, seeds = settings["arms"], settings["env_ids"], len(settings["seeds"])
+    (first, *others), env_ids = settings["arms"], settings["env_ids"]
     found: dict[str, dict[str, list[Markup]]] = {}  # places by verdict and label
     margins: dict[str, str] = {}
     several = len(env_ids) > 1  # with one, its name is in the title
@@ -125,7 +134,7 @@ def answer(comparison: Json | None) -> Markup:
             side = "lower" if number(equivalence["difference"]).startswith(MINUS) else "higher"
             place = join([env_id if several else "", f" ({side}: {interval(equivalence)})"], "")
         if part(equivalence, "margin") is not None:
-            margins[env_id] = f"±{number(equivalence['margin'])}{share(settings, equivalence)}"
+            margins[env_id] = f"±{number(equivalence['margin'])} of the normalised return"
         found.setdefault(verdict, {}).setdefault(label, []).append(place)
 
     def at(places: list[Markup]) -> Markup:
@@ -140,7 +149,7 @@ def answer(comparison: Json | None) -> Markup:
         return join([join(arms, "; ") or "none was shown to be", "."], "")
 
     told: list[object] = [
-        f"Each arm was trained on {plural(len(env_ids), 'environment')} with {plural(seeds, 'random seed')} for "
+        f"Each arm was trained on {plural(len(env_ids), 'environment')} with {seeds_in_words(comparison)} for "
         f"{number(settings['total_steps'])} steps."
     ]
     if others:
@@ -160,7 +169,7 @@ def answer(comparison: Json | None) -> Markup:
         told.append(
             "Only an arm's best settings are tested, and they were chosen on the same seeds, which flatters them."
         )
-    failed = sum(part(values, "failed") or 0 for arms in summary.values() for values in arms.values())
-    if failed:
-        told.append(element("strong", f"{failed} of {plural(len(comparison['runs']), 'run')} failed."))
+    if failed := len(comparison.get("failed", [])):
+        total = failed + len(comparison["runs"])
+        told.append(element("strong", f"{failed} of {plural(total, 'run')} failed."))
     return element("p", join(told, " "), class_="answer")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,11 +60,6 @@ def labels(comparison: Json) -> list[str]:
     return sorted([*seen, *without], key=lambda label: order.get(label, order.get(label.partition(" ")[0], len(arms))))
 
 
-def share(settings: Json, equivalence: Json | None) -> str:
-    """Return what a difference is a share of: of the normalised return where the margin is as it was given."""
-    return " of the normalised return" if part(equivalence, "margin") == settings.get("margin", "none") else ""
-
-
 def curves_section(comparison: Json, pictures: dict[str, bytes]) -> Markup:
     """Return one panel per environment, and put all of them in curves.png."""
     settings, summary = comparison["settings"], comparison["summary"]
@@ -102,7 +96,7 @@ def final_section(comparison: Json, pictures: dict[str, bytes]) -> Markup:
         panels = [figure(draw(functions[-1:], size), f"Final return on {env_id}: {spoken(arms, 'final')}.")]
         if tests:
             margin = max((m for test in tests.values() if number(m := part(test, "margin")) != NONE), default=0.0)
-            label = f"difference to {key[0].short}" + ", normalised" * bool(share(settings, next(iter(tests.values()))))
+            label = f"difference to {key[0].short}, normalised"
             of: Json = {"title": Look.of(env_id).short, "xlabel": label, "rows": list(tests.items())}
             functions.append(partial(draw_dots, **of, zero=0.0, band=margin))
             said = "; ".join(f"{look.label} {interval(test)}, {part(test, 'verdict')}" for look, test in tests.items())
@@ -147,13 +141,11 @@ def cost_section(cost: Json, pictures: dict[str, bytes]) -> Markup:
     key = {look.label: look for look in looks(dict.fromkeys(row["arm"] for row in cost["rows"]))}
     functions, figures = list[Any](), []
     size = PANEL[0], 1.0 + 0.42 * len(key)
-    engines = dict.fromkeys(row["engine"] for row in cost["rows"])
-    # one row an arm: each with the fastest engine that serves it, beside one another
-    groups = {"the fastest": [*engines]} if len(key) == len(cost["rows"]) else {engine: [engine] for engine in engines}
-    for (group, members), (name, words) in itertools.product(groups.items(), RATIOS.items()):
-        rows = [(key[row["arm"]], row[name]) for row in cost["rows"] if row["engine"] in members and part(row, name)]
+    engines = list(dict.fromkeys(row["engine"] for row in cost["rows"]))
+    for name, words in RATIOS.items():
+        rows = [(key[row["arm"]], row[name]) for row in cost["rows"] if part(row, name)]
         if rows:
-            what = words.format(engine=next(iter(members)) if len(members) == 1 else group)
+            what = words.format(engine=engines[0] if len(engines) == 1 else "the fastest")
             label = f"time relative to {next(iter(key.values())).short}"
             functions.append(partial(draw_dots, title=what, xlabel=label, rows=rows, zero=1.0))
             said = ", ".join(f"{look.label} {interval(values)}" for look, values in rows)

@@ -81,32 +81,31 @@ class Equivalence(NamedTuple):
 def equivalence(
     reference: Sequence[float], other: Sequence[float], scale: float, margin: float, level: float = 0.05
 ) -> Equivalence:
-    """Test whether two means are within a margin of each other: two one-sided Welch tests (Schuirmann 1987).
+    """Test whether two means are within a margin of each other: two one-sided paired t-tests (Schuirmann 1987).
 
-    Not finding a difference would prove nothing: with few seeds nothing is found. "equivalent": both tests reject at
-    `level`, which is to say that the interval lies within the margin. "different": they do not, and a two-sided Welch
-    test at `level` finds a difference. "not shown": neither.
+    Runs of one seed are evaluated from the same start states, so their difference is what is tested. Not finding a
+    difference would prove nothing: with few seeds nothing is found. "equivalent": both tests reject at `level`, which
+    is to say that the interval lies within the margin. "different": they do not, and a two-sided test at `level` finds
+    a difference. "not shown": neither.
 
     Args:
         reference: a return for each seed.
-        other: likewise.
+        other: likewise, of the same seeds in the same order.
         scale: what a difference of 1 is, in units of return.
         margin: the largest share of `scale` that counts as no difference.
         level: of each test.
     """
     nothing = Equivalence(math.nan, math.nan, math.nan, math.nan, "not tested")
-    if min(len(reference), len(other)) < 2 or not scale > 0.0 or not math.isfinite(scale):
+    if len(reference) < 2 or not scale > 0.0 or not math.isfinite(scale):
         return nothing
-    a, b = np.asarray(reference, dtype=np.float64) / scale, np.asarray(other, dtype=np.float64) / scale
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+    differences = (np.asarray(other, dtype=np.float64) - np.asarray(reference, dtype=np.float64)) / scale
+    difference, error = float(differences.mean()), float(stats.sem(differences))
+    if not math.isfinite(error):
         return nothing
-    variances = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
-    difference, error = float(b.mean() - a.mean()), math.sqrt(sum(variances))
     if error == 0.0:
         verdict = "equivalent" if abs(difference) < margin else "different"
         return Equivalence(difference, difference, difference, 0.0 if verdict == "equivalent" else 1.0, verdict)
-    freedom = sum(variances) ** 2 / (variances[0] ** 2 / (len(a) - 1) + variances[1] ** 2 / (len(b) - 1))
-    t = stats.t(freedom)
+    t = stats.t(len(differences) - 1)
     p = float(max(t.sf((difference + margin) / error), t.sf((margin - difference) / error)))
     half = float(error * t.isf(level))
     differs = 2.0 * t.sf(abs(difference) / error) < level

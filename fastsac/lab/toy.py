@@ -50,6 +50,8 @@ def run(options: Toy) -> dict[str, Any]:
     arms = parse_arms(options.arms) if options.arms else every_arm()
     words = ["fastsac", "lab", "toy", "--seed", str(seed), "--num-samples", str(options.num_samples)]
     words += ["--arms", *options.arms] if options.arms else []
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)  # before anything takes its time
     rows = sweep(arms, seed, options.num_samples)
     allowed = judge(rows)
     for index, row in enumerate(rows):
@@ -61,7 +63,6 @@ def run(options: Toy) -> dict[str, Any]:
         **{"allowed_sigmas": allowed, "rows": rows, "ripple": [ripple(height) for height in HEIGHTS]},
     }
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / "toy.json", result)
         draw(result, options.out)
     return result

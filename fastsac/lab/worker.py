@@ -127,7 +127,7 @@ def train_here(options: Compare, runs: list[Run], done: Done, watch: Watch, stop
                     failure = None if status is None else _outcome(options.out / run.run_dir, run, status, done, stop)
                     failed += [failure] if failure is not None else []
                     if status is not None:
-                        watch.end(run, status)
+                        watch.end(run, status or int(failure is not None))
                 watch.show()
         finally:
             processes.end(signal.SIGKILL)
