@@ -54,6 +54,11 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     os.replace(file.name, path)
 
 
+def portable(path: Path) -> str:
+    """Return a path as it was given, for a command that is published; of an absolute one only the name."""
+    return path.as_posix() if not path.is_absolute() and path.name not in ("", "..") else path.resolve().name
+
+
 def package_versions(packages: tuple[str, ...]) -> dict[str, str | None]:
     """Return the installed version of each package, or None; nothing is imported."""
     versions: dict[str, str | None] = {}

@@ -145,10 +145,10 @@ def read_config(directory: Path) -> Config:
             raise ValueError("it is too large")
         values = parse_json(path.read_bytes())
     except OSError as error:
-        raise UsageError(f"{directory} is no run directory: {path} cannot be read ({error.strerror})") from error
+        raise UsageError(f"{directory} is not a run directory: {path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"{directory} is no run directory: {path} cannot be read ({reason})") from error
+        raise UsageError(f"{directory} is not a run directory: {path} cannot be read ({reason})") from error
     return config_from_dict(values)
 
 

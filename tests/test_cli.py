@@ -190,7 +190,7 @@ def test_video_of_a_mujoco_task_from_envpool(tmp_path):
         ("--env-id CarRacing-v3", "pixels are not supported"),
         ("--num-env 3", "did you mean --num-envs?"),
         ("--xyzzy 3", "Unrecognized options: --xyzzy, 3"),
-        ("--resume nowhere", "nowhere is no run directory"),
+        ("--resume nowhere", "nowhere is not a run directory"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, message):
@@ -299,7 +299,7 @@ def test_output_that_nobody_reads(trained):
 
 def test_a_missing_checkpoint(tmp_path, capsys):
     assert run("eval", tmp_path / "nothing") == 2
-    assert "is no run directory" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

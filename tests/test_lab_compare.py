@@ -90,9 +90,10 @@ def test_an_interrupted_comparison_goes_on_and_ends_as_if_left_alone(tmp_path, c
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(Stopped, match=rf"goes on: fastsac compare .*--out {re.escape(str(out))}") as stopped:
+    with pytest.raises(Stopped, match=rf"command again: fastsac compare .*--out {re.escape(str(out))}") as stopped:
         compare(asked)
-    assert stopped.value.exit_status == 0
+    assert stopped.value.exit_status == 128 + signal.SIGTERM
+    assert "seed 0: stopped (0 of 1)" in capsys.readouterr().err
     step = newest_step(out / first.run_dir)
     assert 0 < step < 1000
 
@@ -189,13 +190,16 @@ def test_a_run_stops_when_the_comparison_has_died():
     assert orphan.orphaned
 
 
-def test_runs_are_not_repeated_and_more_may_be_added(tmp_path, in_process):
+def test_runs_are_not_repeated_and_more_may_be_added(tmp_path, in_process, capsys):
     first = compare(options(tmp_path))
     for path in (tmp_path / "runs").rglob("config.json"):
         path.unlink()  # what is in comparison.json counts
     in_process |= dict.fromkeys(("pathwise", "score:none"), True)
     again = compare(options(tmp_path, arms=("pathwise", "score:none:1"), seeds="0"))
     assert again["runs"] == first["runs"]
+    assert (
+        f"{tmp_path} has earlier runs, too, and what follows includes them: random seeds 1" in capsys.readouterr().err
+    )
     del in_process["score:none"]
     compare(options(tmp_path, arms=("score:none", "pathwise"), seeds="1,0"))
     last = options(tmp_path, arms=("score:none",), seeds="0:3")
@@ -253,9 +257,9 @@ def test_other_settings_are_refused_by_name(tmp_path, in_process):
     compare(options(tmp_path, seeds="0"))
     with pytest.raises(UsageError, match=r"total_steps 80, not 400: choose another --out"):
         compare(options(tmp_path, total_steps=400))
-    with pytest.raises(UsageError, match=r"with --set batch_size=16, not batch_size=32"):
+    with pytest.raises(UsageError, match=r"with --set batch_size=16, not with --set batch_size=32"):
         compare(options(tmp_path, set=tuple(each.replace("h_size=16", "h_size=32") for each in SETTINGS)))
-    with pytest.raises(UsageError, match=r"with --set no tau, not tau=0.01"):
+    with pytest.raises(UsageError, match=r"with no --set tau, not with --set tau=0.01"):
         compare(options(tmp_path, "tau=0.01"))
     (tmp_path / "comparison.json").unlink()  # the run directories are looked at, too
     where = re.escape(str(tmp_path / "runs/Pendulum-v1/pathwise/seed-0"))
@@ -278,7 +282,9 @@ def test_a_setting_is_varied_and_the_best_value_is_named(tmp_path, in_process):
     assert sum("equivalence" in each for each in arms.values()) == 1  # only the best is tested
     more = compare(options(tmp_path, "actor_lr=1e-4", "actor_lr=3e-2", "actor_lr=1e-3", seeds="0"))
     assert len(more["runs"]) == 6
-    assert "actor_lr=0.03" in table(more)
+    shown = table(more)
+    assert "actor_lr=0.03" in shown
+    assert shown.count("not its best settings") == 4
 
 
 def test_arms_that_fail_are_counted(tmp_path, in_process):

@@ -289,7 +289,7 @@ def test_wrong_options(run_dir, changes, message) -> None:
 
 
 def test_no_run(tmp_path) -> None:
-    with pytest.raises(UsageError, match="is no run directory"):
+    with pytest.raises(UsageError, match="is not a run directory"):
         run(Gradients(tmp_path / "none"))
 
 

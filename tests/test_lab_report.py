@@ -214,7 +214,7 @@ def test_everything_is_on_the_page(page: Page) -> None:
 
 def test_the_answer_says_which_arms_are_equivalent_different_or_neither(page: Page) -> None:
     answer = page.text[page.text.index("Each arm was") : page.text.index("runs failed")]
-    parts = re.split("Equivalent|Different:|Not shown either way:|Not tested", answer)
+    parts = re.split("Equivalent|Different:|Not shown either way:|Not tested:", answer)
     for place, arm in ((1, ARMS[1]), (2, ARMS[2]), (3, ARMS[3])):
         assert f"{arm} on {'all 3 environments' if arm == ARMS[3] else 'Hopper-v5'}" in parts[place]
     assert "(±0.05 of the normalised return)" in parts[1]
@@ -275,7 +275,7 @@ def test_each_file_makes_a_page_of_its_own(name: str, tmp_path: Path) -> None:
     results["comparison"]["settings"]["env_ids"] = ENV_IDS[:1]
     page = Page(write_report(fill(tmp_path, **{name: results[name]})))
     assert page.open == []
-    assert ("comparison.json" in page.text) == (name != "comparison")
+    assert ("What the words mean" in page.text) == (name == "comparison")
 
 
 def test_arms_with_different_engines_are_beside_one_another(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_one_arm_and_arms_without_a_result(tmp_path: Path) -> None:
     result["runs"] = []
     del result["overall"]
     text = Page(write_report(fill(tmp_path, comparison=result))).text
-    assert "one arm only" in text
+    assert "No run has finished yet." in text
 
 
 def test_of_a_varied_setting_the_best_is_tested_and_the_others_are_shown(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_of_a_varied_setting_the_best_is_tested_and_the_others_are_shown(tmp_pat
     assert "chosen on the same seeds" in text
     row = text[text.index("median time") :]
     assert "the first arm" in row[row.index(first) : row.index(f"{ARMS[1]} actor_lr=1")]
-    assert "not tested" in row[row.index(f"{ARMS[1]} actor_lr=1") : row.index(other)]
+    assert "not its best settings" in row[row.index(f"{ARMS[1]} actor_lr=1") : row.index(other)]
     assert "equivalent" in row[row.index(other) :]
 
 
@@ -356,6 +356,8 @@ def test_curves_of_unequal_lengths_are_refused(tmp_path: Path) -> None:
 def test_an_empty_directory_and_a_damaged_picture_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none of comparison\.json"):
         write_report(tmp_path)
+    with pytest.raises(UsageError, match="nowhere does not exist"):
+        write_report(tmp_path / "nowhere")
     (tmp_path / "toy.png").write_bytes(b"GIF89a" * 10)
     with pytest.raises(UsageError, match=r"toy\.png is damaged"):
         write_report(fill(tmp_path, toy={}))

@@ -119,7 +119,7 @@ def test_different_is_what_a_two_sided_test_finds():
 
 
 def test_runs_that_are_all_alike_are_compared_as_they_are():
-    assert equivalence([1.0, 1.0], [1.0, 1.0], 1.0, 0.05) == (0.0, 0.0, 0.0, 0.0, "equivalent")
+    assert equivalence([1.0, 1.0], [1.0, 1.0], 1.0, 0.05) == (0.0, 0.0, 0.0, 0.0, "equivalent", "")
     assert equivalence([1.0, 1.0], [2.0, 2.0], 1.0, 0.05).verdict == "different"
 
 
@@ -128,6 +128,7 @@ def test_without_a_scale_nothing_is_tested(scale):
     """The reference is no better than random actions, say."""
     found = equivalence([1.0, 2.0], [1.0, 2.0], scale, 0.05)
     assert found.verdict == "not tested"
+    assert "above random actions" in found.reason
     assert math.isnan(found.p)
 
 
@@ -217,6 +218,7 @@ def test_no_share_of_a_gain_that_is_a_loss():
     settings = {"arms": ["pathwise", "score:none"], "margin": 0.05}
     result = summarize(runs, {"A": -200.0, "B": 0.0}, "pathwise", settings)
     assert result["overall"] == {}
+    assert "not tested: the first arm did not score above random actions" in table({**result, "settings": settings})
     assert result["summary"]["A"]["score:none"]["equivalence"]["verdict"] == "not tested"
 
 

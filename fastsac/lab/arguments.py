@@ -11,21 +11,25 @@ import tyro
 
 @dataclass(frozen=True)
 class Compare:
-    """Train every arm on every environment with every random seed, and compare them. The same command goes on."""
+    """Train every arm on every environment with every random seed, and compare them.
+
+    To continue an interrupted comparison, run the same command again.
+    """
 
     env_ids: tuple[str, ...]
     """Environments."""
     arms: tuple[str, ...]
-    """What is compared, as `estimator[:baseline[:K]]`: `pathwise score:loo:2 score:none`. The first is what the others
-    are tested against."""
+    """What is compared, as `estimator[:baseline[:K]]`: `pathwise score:loo:2 score:none`. The others are tested
+    against the first."""
     out: Path
-    """Directory for the runs, `comparison.json` and the pictures."""
+    """Directory for the runs, `comparison.json`, and the report with its pictures."""
     seeds: str = "0:5"
     """Random seeds: `0:5` is 0 to 4; `0,3,7`."""
     total_steps: int = 100_000
     """Environment steps of each run."""
     set: tuple[str, ...] = ()
-    """Other settings of the runs, as `name=value`. A name that is given again is varied: `tau=0.005 tau=0.01`."""
+    """Other settings of the runs, as `name=value`. A name that is given again is varied: `tau=0.005 tau=0.01`.
+    Lists are written as in JSON: `hidden_sizes=[64,64]`."""
     jobs: int | None = None
     """Runs side by side. Default: as many as there are CPU cores."""
     margin: float = 0.05
@@ -48,12 +52,12 @@ class Report:
 class Toy:
     """Measure every estimator's bias and variance on a problem with known answers."""
 
-    arms: tuple[str, ...] = ()
-    """Which ones, as for `fastsac compare`; all of them by default."""
+    arms: tuple[str, ...] | None = None
+    """Arms to measure, written as for `fastsac compare`. Default: all."""
     num_samples: int = 200_000
     """Gradient estimates for each figure."""
     seed: int | None = None
-    """Of the random problem and its noise; a fresh one by default, which is printed."""
+    """Random seed for the problem and its noise. Default: a new one, which is printed."""
     out: Path | None = None
     """Directory for toy.json and the pictures."""
 
@@ -64,8 +68,8 @@ class Gradients:
 
     run_dir: tyro.conf.Positional[Path]
     """The run directory."""
-    arms: tuple[str, ...] = ()
-    """Which ones, as for `fastsac compare`; all of them by default."""
+    arms: tuple[str, ...] | None = None
+    """Arms to measure, written as for `fastsac compare`. Default: all."""
     num_states: int = 64
     """States, drawn from the run's replay buffer."""
     num_replicates: int = 200
@@ -73,7 +77,7 @@ class Gradients:
     oracle_samples: int = 100_000
     """Action samples per state of the gradient that they are held against."""
     seed: int = 0
-    """Of states and noise."""
+    """Random seed for states and noise."""
     out: Path | None = None
     """Directory for gradients.json and its picture."""
 
@@ -82,8 +86,8 @@ class Gradients:
 class Cost:
     """Time the actor's step and a whole update of each arm, interleaved in one run."""
 
-    arms: tuple[str, ...] = ()
-    """Which ones, as for `fastsac compare`; all of them by default. The first is what the others are held against."""
+    arms: tuple[str, ...] | None = None
+    """Arms to measure, written as for `fastsac compare`. Default: all. The others are compared with the first."""
     batch_size: int = 256
     """Transitions per update."""
     rounds: int = 20

@@ -29,9 +29,7 @@ from fastsac.signals import stop_signals
 
 
 class Stopped(FastsacError):
-    """A signal has ended the comparison, which can go on."""
-
-    exit_status = 0
+    """A signal has ended the comparison, which can go on; the exit status is the shell's for that signal."""
 
 
 class FailedRuns(FastsacError):
@@ -75,6 +73,10 @@ def compare(options: Compare) -> dict[str, Any]:
     with _locked(options.out):
         record = Record(options.out, plan, options)
         missing = [each for each in plan.runs if not record.has(each)]
+        if more := record.more():
+            print(
+                f"fastsac: {options.out} has earlier runs, too, and what follows includes them: {more}", file=sys.stderr
+            )
         for each in missing:
             refuse_other_run(options.out / each.run_dir, each)
         record.measure_random()
@@ -92,7 +94,9 @@ def compare(options: Compare) -> dict[str, Any]:
             where += ["--ray", options.ray] if options.ray is not None else []
             where += ["--gpus-per-run", f"{options.gpus_per_run:g}"] if options.gpus_per_run else []
             command = " ".join([command_of(options), shlex.join(where)]).strip()
-            raise Stopped(f"interrupted; the same command goes on: {command}")
+            stopped = Stopped(f"interrupted; to continue, run the same command again: {command}")
+            stopped.exit_status = 128 + stop[0]
+            raise stopped
         if failed:
             told = f"{len(failed)} of {len(plan.runs)} runs failed; the same command tries them again"
             raise FailedRuns(told, record.result)

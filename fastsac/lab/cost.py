@@ -17,6 +17,7 @@ from fastsac.errors import UsageError
 from fastsac.lab.arguments import Cost
 from fastsac.lab.arms import Arm, parse_arms
 from fastsac.lab.quadratic import every_arm
+from fastsac.lab.watch import tracked
 from fastsac.learner import Learner, choose_engine, make_learner, resolve_device, set_up_torch
 from fastsac.learner.compare import random_replay
 from fastsac.machine import describe_machine, write_json
@@ -43,7 +44,7 @@ def run(options: Cost) -> dict[str, Any]:
         if getattr(options, name) < 2:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} must be a whole number of at least 2, got {getattr(options, name)}")
-    arms = parse_arms(options.arms) if options.arms else every_arm()
+    arms = every_arm() if options.arms is None else parse_arms(options.arms)
     device = resolve_device("auto")
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)  # before anything takes its time
@@ -88,7 +89,7 @@ def interleaved(
     for _ in range(WARM_UPS):
         for call in calls.values():
             call()
-    for _ in range(rounds):
+    for _ in tracked(range(rounds), "rounds"):
         rng.shuffle(order)
         for key in order:
             if synchronize:

@@ -25,10 +25,11 @@ from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.estimators import Choice
 from fastsac.lab.arguments import Gradients
-from fastsac.lab.arms import Arm, parse_arms
+from fastsac.lab.arms import Arm, parse_arm, parse_arms
 from fastsac.lab.head import PARTS, Head, Moments, Oracle, oracles
 from fastsac.lab.quadratic import every_arm
-from fastsac.machine import describe_machine, write_json
+from fastsac.lab.watch import tracked
+from fastsac.machine import describe_machine, portable, write_json
 from fastsac.run_dir import newest_step, read_config
 from fastsac.train import SAC
 
@@ -46,7 +47,11 @@ def run(options: Gradients) -> dict[str, Any]:
         if getattr(options, name) < least:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} must be a whole number of at least {least}, got {getattr(options, name)}")
-    arms = parse_arms(("pathwise", *options.arms)) if options.arms else every_arm()  # the others are held against it
+    chosen = every_arm() if options.arms is None else parse_arms(options.arms)
+    arms = [
+        parse_arm("pathwise"),
+        *(arm for arm in chosen if arm.label != "pathwise"),
+    ]  # the others are held against it
     config = _plain(options.run_dir)
     if newest_step(options.run_dir) is None:
         raise UsageError(f"{options.run_dir} has no checkpoint yet: train it for longer, or name another run")
@@ -63,7 +68,7 @@ def run(options: Gradients) -> dict[str, Any]:
         for row in measure(agent, obs, arms, options, skipped):
             rows.append({"checkpoint": steps, **row})
     numbers = ("num_states", "num_replicates", "oracle_samples", "seed")
-    words = ["fastsac", "lab", "gradients", options.run_dir.resolve().name]
+    words = ["fastsac", "lab", "gradients", portable(options.run_dir)]
     words += [word for name in numbers for word in ("--" + name.replace("_", "-"), str(getattr(options, name)))]
     words += ["--arms", *options.arms] if options.arms else []
     about = {name: getattr(config, name) for name in ("env_id", "estimator", "baseline", "seed", "hidden_sizes")}
@@ -139,7 +144,7 @@ def measure(
         Trial(label, arm.choice, baseline, truth) for arm in arms for label, baseline in _baselines(head, arm, skipped)
     ]
     order, rng = list(trials), random.Random(options.seed)
-    for _ in range(options.num_replicates):
+    for _ in tracked(range(options.num_replicates), "gradients"):
         rng.shuffle(order)
         for trial in order:
             trial.add(head)
@@ -178,14 +183,19 @@ def _plain(run_dir: Path) -> Config:
 
 def table(result: dict[str, Any]) -> str:
     """Return the outcome for people to read, in the actor's parameters."""
-    names = ["checkpoint", "arm", "K", "evaluations", "ms", "variance", "cosine"]
-    rows = [[*names, "bias, sigmas", "elsewhere", "at equal evaluations", "at equal time"]]
+    names = ["checkpoint", "arm", "K", "evaluations", "ms", "noise at the head", "in the parameters", "cosine"]
+    rows = [[*names, "bias, sigmas", "in a random direction", "at equal evaluations", "at equal time"]]
     for row in result["rows"]:
         of = row["parameters"]
         rows.append(
             [
                 *(f"{row['checkpoint']:,}", row["arm"], str(row["K"]), f"{row['evaluations']:g}"),
-                *(f"{row['time_ms']:.2f}", f"{of['variance']:.3g}", f"{of['cosine']:.3f}"),
+                *(
+                    f"{row['time_ms']:.2f}",
+                    f"{row['head']['variance']:.3g}",
+                    f"{of['variance']:.3g}",
+                    f"{of['cosine']:.3f}",
+                ),
                 *(f"{of['bias_sigmas']:+.1f}", f"{of['bias_random_sigmas']:+.1f}"),
                 *(f"{of['equal_evaluations']:.3g}", f"{of['equal_time']:.3g}"),
             ]
@@ -193,7 +203,7 @@ def table(result: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [
-        "variance: trace of the covariance over the squared norm; at equal ...: relative to pathwise's",
+        "noise: trace of the covariance over the squared norm of the gradient; at equal ...: relative to pathwise's",
         f"bias: along the gradient, and in a random direction; states from {result['states']}",
     ]
     lines += [f"{arm} was left out: {reason}" for arm, reason in result["skipped"].items()]

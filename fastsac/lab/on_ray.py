@@ -25,10 +25,10 @@ from typing import Any
 from fastsac.callbacks import Callback
 from fastsac.errors import Divergence, FastsacError, UsageError
 from fastsac.lab.arguments import Compare
-from fastsac.lab.plan import Run
+from fastsac.lab.plan import STOPPED, Run
 from fastsac.lab.store import Files, Store, read_files, write_files
 from fastsac.lab.watch import Watch
-from fastsac.lab.worker import DIVERGED, POLL_SECONDS, STOPPED, Done, Failure, train
+from fastsac.lab.worker import DIVERGED, POLL_SECONDS, Done, Failure, train
 from fastsac.run_dir import CHECKPOINTS, config_from_dict, newest_step
 
 #: how often a run is started again after its node or its process was lost

@@ -115,6 +115,8 @@ def table(result: dict[str, Any]) -> str:
                 verdict = test["verdict"]
                 if verdict != "not tested":
                     beside = "{difference:+.1%} ({low:+.1%} to {high:+.1%})".format(**test)
+            elif label not in result.get("best", {}).get(env_id, {label: label}).values():
+                verdict = "not its best settings"
             failed = f" ({arm['failed']} failed)" if arm.get("failed") else ""
             time_s = f"{arm['time_s']:.0f} s" if _is_number(arm["time_s"]) else NONE
             rows.append([env_id, label, f"{arm['seeds']}{failed}", *returns, beside, verdict, time_s])
@@ -125,9 +127,19 @@ def table(result: dict[str, Any]) -> str:
         f"interquartile means; differences as shares of the first arm's gain over random actions, with 90 % intervals; "
         f"equivalent: within {100.0 * margin:g} % by two one-sided tests; not shown: neither that nor a difference"
     )
+    lines += [f"not tested: {reason}" for reason in untested(result["summary"])]
     if any(" " in label for arms in result["summary"].values() for label in arms):
-        lines.append("an arm's best settings are tested, and were chosen on the same seeds, which flatters them")
+        lines.append(
+            "only each arm's best settings are tested: those with the largest area under the curve; they were chosen "
+            "on the same seeds, which flatters them"
+        )
     return "\n".join(lines)
+
+
+def untested(summary: dict[str, Any]) -> list[str]:
+    """Return the reasons for which arms were not tested, each once."""
+    tests = [arm.get("equivalence") or {} for arms in summary.values() for arm in arms.values()]
+    return list(dict.fromkeys(test["reason"] for test in tests if test.get("reason")))
 
 
 def interval(of: dict[str, Any], form: str = ",.1f") -> str:

@@ -33,9 +33,16 @@ class Look(NamedTuple):
 
     @property
     def short(self) -> str:
-        """The label for a picture."""
+        """The label for a picture: a line for the arm and one for each setting that varies."""
         text = "".join(character if character.isprintable() else "?" for character in self.label)
-        return text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
+        return "\n".join(
+            word if len(word) <= LONGEST_LABEL else word[: LONGEST_LABEL - 1] + "…" for word in text.split(" ")
+        )
+
+    @property
+    def lines(self) -> int:
+        """How many lines `short` has."""
+        return self.short.count("\n") + 1
 
     @property
     def key(self) -> Markup:
@@ -54,6 +61,11 @@ def looks(arms: Iterable[str]) -> list[Look]:
     ]
 
 
+def dots_height(key: Sequence[Look]) -> float:
+    """Return the height of `draw_dots` in inches."""
+    return 1.0 + (0.24 + 0.18 * max((look.lines for look in key), default=1)) * len(key)
+
+
 def draw(
     parts: Sequence[Callable[[Any], None]], size: tuple[float, float], key: Sequence[Look] = (), columns: int = 1
 ) -> bytes:
@@ -65,6 +77,7 @@ def draw(
     from matplotlib.lines import Line2D
 
     rows, lines = -(-len(parts) // columns), -(-len(key) // (2 * columns))
+    lines *= max((look.lines for look in key), default=1)
     figsize = size[0] * columns, size[1] * rows + 0.25 * lines
     settings: Any = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
                      "axes.grid": True, "grid.alpha": 0.3, "text.parse_math": False}  # fmt: skip

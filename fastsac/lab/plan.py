@@ -23,6 +23,8 @@ OWN = {
     **dict.fromkeys(("estimator", "baseline", "num_action_samples"), "--arms"),
     "target_return": "nothing: runs of different lengths cannot be compared",
 }
+#: exit status of a run's process that can go on
+STOPPED = 75
 #: settings that change how fast a run is, and not what comes out
 IGNORED = ("num_threads",)
 

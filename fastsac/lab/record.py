@@ -22,7 +22,7 @@ from fastsac.lab.arguments import Compare
 from fastsac.lab.outcome import summarize
 from fastsac.lab.plan import Plan, Run, difference, parse_settings, settings_of, train_command, written
 from fastsac.lab.worker import MACHINE, Failure
-from fastsac.machine import write_json
+from fastsac.machine import portable, write_json
 from fastsac.plot import read_metric
 from fastsac.run_dir import CONFIG, config_from_dict, read_config
 
@@ -69,6 +69,15 @@ class Record:
         if stored is not None and (what := difference(stored, _settings(run.config))):
             raise UsageError(f"{self._directory / COMPARISON} has another run of {run.name()}: {what}")
         return stored is not None
+
+    def more(self) -> str:
+        """Return what of the earlier runs this plan does not ask for, in words."""
+        united, asked = self.result["settings"], self._plan.settings
+        left = {
+            name: [each for each in united[name] if each not in asked[name]] for name in ("env_ids", "arms", "seeds")
+        }
+        words = {"env_ids": "environments", "arms": "arms", "seeds": "random seeds"}
+        return "; ".join(f"{words[name]} {', '.join(map(str, each))}" for name, each in left.items() if each)
 
     def measure_random(self) -> None:
         """Play with uniformly random actions in each environment that has not been played in."""
@@ -180,7 +189,7 @@ def _united(options: Compare, settings: dict[str, Any]) -> Compare:
         arms=tuple(settings["arms"]),
         set=tuple(settings["set"]),
         seeds=f"{seeds[0]}:{seeds[-1] + 1}" if several else ",".join(map(str, seeds)),
-        out=Path(options.out.resolve().name),
+        out=Path(portable(options.out)),
     )
 
 
@@ -210,8 +219,8 @@ def _refuse_other_comparison(directory: Path, stored: dict[str, Any], asked: dic
     for name in sorted(before.keys() | now.keys()):
         ours, theirs = now.get(name, []), before.get(name, [])
         if ours != theirs and min(len(ours), len(theirs)) < 2:
-            told = [" ".join(written({name: values})) or f"no {name}" for values in (theirs, ours)]
-            raise UsageError(f"{directory} holds a comparison with --set {told[0]}, not {told[1]}: {OTHER_OUT}")
+            told = ["--set ".join(["", *written({name: values})]) or f"no --set {name}" for values in (theirs, ours)]
+            raise UsageError(f"{directory} holds a comparison with {told[0]}, not with {told[1]}: {OTHER_OUT}")
 
 
 def _union(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastsac.errors import FastsacError
 from fastsac.lab.how import WORDS, how_section
+from fastsac.lab.outcome import untested
 from fastsac.lab.page import (
     Markup,
     arm_text,
@@ -65,8 +66,9 @@ def write_report(directory: Path) -> Path:
         if name in results:
             sections.append((name, heading, rows_section(results[name], found_pictures(directory, name), heading)))
     sections.append(("how", "How it was run", how_section(results)))
-    words = (join([element("dt", word), element("dd", text)]) for word, text in WORDS.items())
-    sections.append(("words", "What the words mean", element("dl", join(words))))
+    if comparison:
+        words = (join([element("dt", word), element("dd", text)]) for word, text in WORDS.items())
+        sections.append(("words", "What the words mean", element("dl", join(words))))
     links = (element("a", heading, href=f"#{name}") for name, heading, _ in sections)
     body = [element("h1", title(results)), answer(comparison), element("nav", join(links), aria_label="Contents")]
     for name, heading, content in sections:
@@ -120,7 +122,9 @@ def seeds_in_words(comparison: Json) -> str:
 def answer(comparison: Json | None) -> Markup:
     """Return what the comparison says, in one paragraph."""
     if comparison is None:
-        return element("p", "There is no comparison of trained agents here (no comparison.json).", class_="answer")
+        return Markup("")
+    if not comparison["runs"]:
+        return element("p", "No run has finished yet.", class_="answer")
     settings, summary = comparison["settings"], comparison["summary"]
     (first, *others), env_ids = settings["arms"], settings["env_ids"]
     found: dict[str, dict[str, list[Markup]]] = {}  # places by verdict and label
@@ -159,9 +163,10 @@ def answer(comparison: Json | None) -> Markup:
         told += [element("strong", "Equivalent"), "to", arm_text(first)]
         told += [join(["in final return within the margin", within, ":"], ""), those("equivalent")]
         told += [element("strong", "Different:"), those("different")]
-        for verdict, words in (("not shown", "Not shown either way:"), ("not tested", "Not tested, for want of runs:")):
+        for verdict, words in (("not shown", "Not shown either way:"), ("not tested", "Not tested:")):
             if verdict in found:
                 told += [element("strong", words), those(verdict)]
+        told += [f"Not tested means here: {reason}." for reason in untested(summary)]
         told.append("No significant difference is not equality: only an interval inside the margin shows equivalence.")
     else:
         told.append("There is one arm only, and nothing to compare it with.")

@@ -35,6 +35,8 @@ def read_results(directory: Path) -> dict[str, Json]:
         UsageError: if there is nothing, or a file is not what it should be.
     """
     results: dict[str, Json] = {}
+    if not directory.is_dir():
+        raise UsageError(f"{directory} does not exist" if not directory.exists() else f"{directory} is not a directory")
     for name, shape in SHAPES.items():
         path = directory / f"{name}.json"
         try:

@@ -20,7 +20,7 @@ from fastsac.lab.page import (
     part,
     table,
 )
-from fastsac.lab.pictures import Look, draw, draw_curves, draw_dots, looks
+from fastsac.lab.pictures import Look, dots_height, draw, draw_curves, draw_dots, looks
 
 Json = dict[str, Any]
 NONE = "–"
@@ -41,7 +41,7 @@ PICTURES = {
     "gradients": {"gradients.png": "Variance of each estimator's gradient at checkpoints of a trained run."},
     "toy": {
         "toy.png": "Toy problem with a known answer: each estimator's variance as measured beside its formula.",
-        "toy_ripple.png": "Toy problem with a rippled reward: how each estimator fares as the ripple grows.",
+        "toy_ripple.png": "Toy problem with a ripple on the critic: the variance of both families over its frequency.",
     },
 }
 
@@ -85,7 +85,7 @@ def final_section(comparison: Json, pictures: dict[str, bytes]) -> Markup:
     """Return dots and a table per environment, and put all the dots in final.png."""
     settings, summary = comparison["settings"], comparison["summary"]
     key, functions = looks(labels(comparison)), list[Any]()
-    size = PANEL[0], 1.0 + 0.42 * len(key)
+    size = PANEL[0], dots_height(key)
     parts = [element("p", FINAL_NOTE.format(first=settings["arms"][0]), class_="note")]
     for env_id in settings["env_ids"]:
         arms = summary.get(env_id, {})
@@ -125,7 +125,8 @@ def final_table(env_id: str, key: list[Look], arms: Json, difference: str) -> Ma
             rows.append([look.key, *[NONE] * 7])
             continue
         test = values.get("equivalence")
-        verdict = "the first arm" if look.label == first else part(test, "verdict") or "not tested"
+        best = part(test, "verdict") or ("not its best settings" if " " in look.label else "not tested")
+        verdict = "the first arm" if look.label == first else best
         sign = SIGNS[verdict] + "\N{NO-BREAK SPACE}" if verdict in SIGNS else ""
         shown = element("span", sign + verdict, class_=verdict.replace(" ", "-"))
         returns = [interval(values[name]) for name in ("final", "auc")]
@@ -140,7 +141,7 @@ def cost_section(cost: Json, pictures: dict[str, bytes]) -> Markup:
     """Return the times relative to the first arm as dots, and all figures as a table."""
     key = {look.label: look for look in looks(dict.fromkeys(row["arm"] for row in cost["rows"]))}
     functions, figures = list[Any](), []
-    size = PANEL[0], 1.0 + 0.42 * len(key)
+    size = PANEL[0], dots_height(list(key.values()))
     engines = list(dict.fromkeys(row["engine"] for row in cost["rows"]))
     for name, words in RATIOS.items():
         rows = [(key[row["arm"]], row[name]) for row in cost["rows"] if part(row, name)]

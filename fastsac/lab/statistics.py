@@ -75,6 +75,7 @@ class Equivalence(NamedTuple):
     high: float
     p: float  # the larger one of the two one-sided tests'
     verdict: str  # "equivalent", "different", "not shown" or "not tested"
+    reason: str = ""  # why it was not tested
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -95,13 +96,18 @@ def equivalence(
         margin: the largest share of `scale` that counts as no difference.
         level: of each test.
     """
-    nothing = Equivalence(math.nan, math.nan, math.nan, math.nan, "not tested")
-    if len(reference) < 2 or not scale > 0.0 or not math.isfinite(scale):
-        return nothing
+
+    def untested(reason: str) -> Equivalence:
+        return Equivalence(math.nan, math.nan, math.nan, math.nan, "not tested", reason)
+
+    if len(reference) < 2:
+        return untested("fewer than two random seeds are complete in both arms")
+    if not scale > 0.0 or not math.isfinite(scale):
+        return untested("the first arm did not score above random actions, so there is no gain to measure against")
     differences = (np.asarray(other, dtype=np.float64) - np.asarray(reference, dtype=np.float64)) / scale
     difference, error = float(differences.mean()), float(stats.sem(differences))
     if not math.isfinite(error):
-        return nothing
+        return untested("a return is not finite")
     if error == 0.0:
         verdict = "equivalent" if abs(difference) < margin else "different"
         return Equivalence(difference, difference, difference, 0.0 if verdict == "equivalent" else 1.0, verdict)

@@ -22,6 +22,7 @@ from fastsac.estimators import ESTIMATORS, choose
 from fastsac.lab.arguments import Toy
 from fastsac.lab.arms import Arm, parse_arms
 from fastsac.lab.quadratic import MOST, Quadratic, closed_form, every_arm, measure
+from fastsac.lab.watch import tracked
 from fastsac.machine import describe_machine, write_json
 
 #: standard errors that one figure may be off by; among many, as many as are as improbable for the worst of them
@@ -47,7 +48,7 @@ def run(options: Toy) -> dict[str, Any]:
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if options.seed is None else options.seed
     if seed < 0:
         raise UsageError(f"--seed must be a whole number of at least 0, got {seed}")
-    arms = parse_arms(options.arms) if options.arms else every_arm()
+    arms = every_arm() if options.arms is None else parse_arms(options.arms)
     words = ["fastsac", "lab", "toy", "--seed", str(seed), "--num-samples", str(options.num_samples)]
     words += ["--arms", *options.arms] if options.arms else []
     if options.out is not None:
@@ -72,7 +73,7 @@ def sweep(arms: Sequence[Arm], seed: int, num_samples: int) -> list[dict[str, An
     """Return a row for each arm at each point: one axis at a time from the centre, then the action samples K."""
     points = [(axis, value, {**CENTRE, axis: value}) for axis, values in AXES.items() for value in values]
     rows = []
-    for arm in arms:
+    for arm in tracked(arms, "toy problem"):
         entry = ESTIMATORS[arm.estimator.rpartition(":")[2]]
         for axis, value, point in points:
             rows.append(_row(arm, axis, value, point, seed, num_samples))
@@ -186,9 +187,10 @@ def table(result: dict[str, Any]) -> str:
         "at dimension {dimension}, distance {distance:g} from the optimum, sigma {sigma:g}; seed {seed}".format(
             **CENTRE, seed=result["seed"]
         ),
-        f"all {len(result['rows'])} figures, allowed {result['allowed_sigmas']:.1f} sigmas each: "
-        f"biased: {', '.join(biased) or 'none'}; other than the closed form: {', '.join(wrong) or 'none'}",
+        f"{len(result['rows'])} measurements, threshold {result['allowed_sigmas']:.1f} standard errors: "
+        f"biased: {', '.join(biased) or 'none'}; different from the closed form: {', '.join(wrong) or 'none'}",
     ]
+    lines.append("and with a ripple on the critic, for one fixed problem of one dimension, by integration:")
     for each in result["ripple"]:
         where = "nowhere up to 100" if each["from"] is None else f"omega = {each['from']:.3g}"
         lines.append(f"ripple {each['height']:g} sin(omega u): pathwise is the noisier one from {where}")

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
+from signal import SIGTERM
+from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, track
 
-from fastsac.lab.plan import Run
+from fastsac.lab.plan import STOPPED, Run
 from fastsac.run_dir import METRICS
+
+T = TypeVar("T")
 
 
 class Watch:
@@ -56,7 +61,7 @@ class Watch:
                 self._progress.remove_task(bar)
         self._done += status == 0
         if self._progress.disable:
-            word = {0: "complete"}.get(status, f"ended with status {status}")
+            word = "complete" if status == 0 else "stopped" if status in (STOPPED, -SIGTERM) else "failed"
             print(f"{run.name()}: {word} ({self._done} of {self._total})", file=sys.stderr, flush=True)
 
     def show(self, steps: dict[tuple[str, str, int], int] | None = None) -> None:
@@ -70,6 +75,12 @@ class Watch:
                 shares += step / run.config.total_steps
                 self._progress.update(bar, completed=step)
             self._progress.update(self._all, completed=self._done + shares)
+
+
+def tracked(each: Iterable[T], description: str) -> Iterable[T]:
+    """Return the same, with a bar on a terminal's stderr."""
+    console = Console(stderr=True)
+    return track(list(each), description, console=console, transient=True, disable=not console.is_terminal)
 
 
 def newest_logged_step(run_dir: Path) -> int:
