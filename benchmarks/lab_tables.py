@@ -38,7 +38,7 @@ def comparison(directory: str) -> str:
             returns = [interval(arm[name], ",.0f") for name in ("final", "auc")]
             cells = env_id, f"`{label}`", arm["seeds"], *returns, beside, verdict
             rows.append(list(cells))
-    head = ["task", "arm", "seeds", "final return", "area under the curve", "beside the first arm", "verdict"]
+    head = ["task", "arm", "seeds", "final return", "area under the curve", "difference of means", "verdict"]
     return table(head, rows)
 
 

@@ -106,7 +106,7 @@ def _place(label: str, arms: list[str]) -> tuple[int, str]:
 
 def table(result: dict[str, Any]) -> str:
     """Return the outcome for people to read."""
-    rows = [["task", "arm", "seeds", "final return (95 %)", "area (95 %)", "beside the first arm", "verdict", "time"]]
+    rows = [["task", "arm", "seeds", "final return (95 %)", "area (95 %)", "difference of means", "verdict", "time"]]
     for env_id, arms in result["summary"].items():
         for label, arm in arms.items():
             returns = [interval(arm[name]) for name in ("final", "auc")]
@@ -124,8 +124,8 @@ def table(result: dict[str, Any]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     margin = result["settings"]["margin"]
     lines.append(
-        f"interquartile means; differences as shares of the first arm's gain over random actions, with 90 % intervals; "
-        f"equivalent: within {100.0 * margin:g} % by two one-sided tests; not shown: neither that nor a difference"
+        f"interquartile means; differences to the first arm as shares of its gain over random actions, with 90 % "
+        f"intervals; equivalent: within {100.0 * margin:g} % by two one-sided tests; not shown: neither that nor a difference"
     )
     lines += [f"not tested: {reason}" for reason in untested(result["summary"])]
     if any(" " in label for arms in result["summary"].values() for label in arms):

@@ -191,11 +191,9 @@ def train_command(config: Config) -> str:
     if config.baseline == AS_PRINTED:  # which `fastsac train` refuses
         arm = f"{config.estimator}:{AS_PRINTED}"
         words = ["fastsac", "compare", "--env-ids", config.env_id, "--arms", arm, "--seeds", str(config.seed)]
-        others = {
-            name: [value]
-            for name, value in dataclasses.asdict(config).items()
-            if name not in OWN and value != getattr(Config(), name)
-        }
+        ours = defaults(Compare((), (), Path()))  # written out, since they are not `Config()`'s
+        values = dataclasses.asdict(config).items()
+        others = {n: [value] for n, value in values if n not in OWN and (n in ours or value != getattr(Config(), n))}
         return shlex.join([*words, "--total-steps", str(config.total_steps), "--out", "DIR", "--set", *written(others)])
     plain, words = dataclasses.asdict(Config()), ["fastsac", "train"]
     for name, value in dataclasses.asdict(config).items():
