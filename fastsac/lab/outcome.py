@@ -125,7 +125,8 @@ def table(result: dict[str, Any]) -> str:
     margin = result["settings"]["margin"]
     lines.append(
         f"interquartile means; differences to the first arm as shares of its gain over random actions, with 90 % "
-        f"intervals; equivalent: within {100.0 * margin:g} % by two one-sided tests; not shown: neither that nor a difference"
+        f"intervals; equivalent: within {100.0 * margin:g} % by two one-sided tests; not shown: neither that nor a "
+        "difference"
     )
     lines += [f"not tested: {reason}" for reason in untested(result["summary"])]
     if any(" " in label for arms in result["summary"].values() for label in arms):
