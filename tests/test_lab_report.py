@@ -146,7 +146,7 @@ def some_png() -> bytes:
 
 
 def fill_everything(directory: Path) -> Path:
-    rows = [{"step": 1000, "arm": arm, "mean": {"bias": 0.01, "variance": 2.5}} for arm in ARMS[:3]]
+    rows = [{"step": 1000, "arm": arm, "mean": {"bias_sigmas": 0.01, "variance": 2.5}} for arm in ARMS[:3]]
     for file in ("gradients.png", "toy.png", "toy_ripple.png"):
         (directory / file).write_bytes(some_png())
     gradients = {"command": "fastsac gradients runs/0", "machine": machine(), "rows": rows}
@@ -205,6 +205,7 @@ def test_everything_is_on_the_page(page: Page) -> None:
         "7 of 28 runs failed",
         "0 to 3 of 3 random seeds",
     ]
+    words += ["mean: bias, standard errors", "mean: noise", "Noise is the trace of the covariance"]
     words += ["Runs that failed", "seed 2: a loss is not <finite>", "3 (3 diverged)"]
     assert [word for word in words if word not in page.text] == []
     assert page.open == []

@@ -32,9 +32,8 @@ from fastsac.lab.sections import (
     cost_section,
     curves_section,
     final_section,
-    found_pictures,
+    lab_section,
     labels,
-    rows_section,
 )
 from fastsac.run_dir import temporary_sibling
 
@@ -64,7 +63,7 @@ def write_report(directory: Path) -> Path:
         sections.append(("cost", "Cost of an update", cost_section(cost, pictures)))
     for name, heading in (("gradients", "Gradient diagnostics"), ("toy", "Toy problem with known answers")):
         if name in results:
-            sections.append((name, heading, rows_section(results[name], found_pictures(directory, name), heading)))
+            sections.append((name, heading, lab_section(name, results[name], directory, heading)))
     sections.append(("how", "How it was run", how_section(results)))
     if comparison:
         words = (join([element("dt", word), element("dd", text)]) for word, text in WORDS.items())

@@ -37,6 +37,32 @@ RATIOS = {
     "reference_update_ratio": "a whole update, engine reference",
     "actor_step_ratio": "the actor's step",
 }
+#: what the lab's files call it, in words
+HEADINGS = {
+    "variance": "noise",
+    "closed_form": "noise by the closed form",
+    "bias_sigmas": "bias, standard errors",
+    "bias_random_sigmas": "bias in a random direction, standard errors",
+    "variance_sigmas": "off the closed form, standard errors",
+    "evaluations": "critic evaluations",
+    "equal_evaluations": "noise at equal critic evaluations",
+    "equal_time": "noise at equal time",
+    "time_ms": "time, ms",
+    "height": "height of the ripple",
+    "from": "pathwise is the noisier one from frequency",
+    "actor_step_ms": "actor's step, ms",
+    "actor_step_ratio": "actor's step, relative",
+    "update_ms": "update, ms",
+    "update_ratio": "update, relative",
+    "reference_update_ms": "update, engine reference, ms",
+    "reference_update_ratio": "update, engine reference, relative",
+}
+NOISE = "Noise is the trace of the covariance of one gradient estimate over the squared norm of the gradient."
+NOTES = {
+    "gradients": f"{NOISE} Head: at the policy's outputs, mean and log_std; parameters: in all of the actor's "
+    "parameters. At equal evaluations and at equal time it is relative to pathwise.",
+    "toy": f"{NOISE} One of dimension, distance from the optimum, sigma and K is varied at a time.",
+}
 PICTURES = {
     "gradients": {"gradients.png": "Variance of each estimator's gradient at checkpoints of a trained run."},
     "toy": {
@@ -158,6 +184,12 @@ def cost_section(cost: Json, pictures: dict[str, bytes]) -> Markup:
     return join([element("p", note, class_="note"), panels, rows_section(cost, [], "Cost: median [quartiles]")])
 
 
+def lab_section(name: str, result: Json, directory: Path, label: str) -> Markup:
+    """Return the pictures and figures of `fastsac lab gradients` or `toy`."""
+    note = element("p", NOTES[name], class_="note")
+    return join([note, rows_section(result, found_pictures(directory, name), label)])
+
+
 def rows_section(result: Json, figures: list[Markup], label: str) -> Markup:
     """Return the pictures, and each list of objects in a result as a table with the columns that are there."""
     parts = [element("div", join(figures), class_="panels")] if figures else []
@@ -167,9 +199,15 @@ def rows_section(result: Json, figures: list[Markup], label: str) -> Markup:
             columns = list(dict.fromkeys(key for row in flat for key in row))
             cells = ([row.get(column, NONE) for column in columns] for row in flat)
             heading = label if name == "rows" else f"{label}: {name.replace('_', ' ')}"
-            shown = table([column.replace("_", " ") for column in columns], cells, heading)
+            shown = table(list(map(in_words, columns)), cells, heading)
             parts.append(folded(f"{heading}, all {len(rows)} rows", shown) if len(rows) > LONG else shown)
     return join(parts)
+
+
+def in_words(column: str) -> str:
+    """Return a column's heading: `head bias_sigmas` is the head's bias."""
+    *of, name = column.split(" ")
+    return " ".join([*(f"{each}:" for each in of), HEADINGS.get(name, name.replace("_", " "))])
 
 
 def flattened(row: Json, before: str = "") -> dict[str, object]:

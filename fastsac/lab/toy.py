@@ -172,11 +172,11 @@ def ripple(height: float) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Return the outcome for people to read: at the centre, and where the families turn over."""
-    rows = [["arm", "K", "trace of covariance / |g|^2", "closed form", "bias", "variance"]]
+    rows = [["arm", "K", "noise", "closed form", "bias", "off the closed form"]]
     for row in result["rows"]:
         if row["axis"] == "dimension" and row["value"] == CENTRE["dimension"]:
             known = "-" if row["closed_form"] is None else f"{row['closed_form']:.4g}"
-            off = f"{row['variance_sigmas']:.1f} sigmas off" if "variance_sigmas" in row else "-"
+            off = f"{row['variance_sigmas']:.1f} sigmas" if "variance_sigmas" in row else "-"
             bias = f"{row['bias_sigmas']:.1f} sigmas"
             rows.append([row["arm"], str(row["K"]), f"{row['variance']:.4g}", known, bias, off])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -184,6 +184,7 @@ def table(result: dict[str, Any]) -> str:
     biased = [f"{row['arm']} ({row['axis']} {row['value']:g})" for row in result["rows"] if not row["unbiased"]]
     wrong = [f"{row['arm']} ({row['axis']} {row['value']:g})" for row in result["rows"] if not row.get("agrees", True)]
     lines += [
+        "noise: trace of the covariance over the squared norm of the gradient; sigmas: standard errors",
         "at dimension {dimension}, distance {distance:g} from the optimum, sigma {sigma:g}; seed {seed}".format(
             **CENTRE, seed=result["seed"]
         ),
