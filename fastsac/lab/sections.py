@@ -158,9 +158,9 @@ def final_table(env_id: str, key: list[Look], arms: Json, difference: str) -> Ma
         returns = [interval(values[name]) for name in ("final", "auc")]
         diverged = f" ({number(values['diverged'])} diverged)" if values.get("diverged") else ""
         last = [duration(values.get("time_s")), number(values.get("failed", 0)) + diverged]
-        rows.append([look.key, number(values["seeds"]), *returns, interval(test) if test else NONE, shown, *last])
-    headers = ["arm", "seeds", "final return: IQM", "area under the curve", f"{difference} [90 % interval]"]
-    return table([*headers, "verdict", "median time", "failed runs"], rows, f"{env_id}: IQM [95 % interval]")
+        rows.append([look.key, shown, number(values["seeds"]), *returns, interval(test) if test else NONE, *last])
+    headers = ["arm", "verdict", "seeds", "final return: IQM", "area under the curve", f"{difference} [90 % interval]"]
+    return table([*headers, "median time", "failed runs"], rows, f"{env_id}: IQM [95 % interval]")
 
 
 def cost_section(cost: Json, pictures: dict[str, bytes]) -> Markup:
