@@ -17,6 +17,7 @@ from fastsac.run_dir import LOCK
 from tests.runs import SMALL, metrics_of, parameters, rows_of
 from tests.test_cli import TINY, run
 
+SLOW = pytest.mark.slow
 CONFIG = dataclasses.replace(SMALL, total_steps=200, eval_every=100, checkpoint_every=60)
 
 
@@ -122,15 +123,15 @@ def test_metrics_and_actor(tmp_path):
     [
         ("on_step", False, 80),
         ("on_step", np.False_, 80),  # what `returns.mean() < 5.0` gives
-        ("on_step", np.array(False), 80),
+        pytest.param("on_step", np.array(False), 80, marks=SLOW),
         ("on_step", torch.tensor(False), 80),
         ("on_step", np.zeros(3, bool), 200),
-        ("on_step", torch.tensor(0), 200),
+        pytest.param("on_step", torch.tensor(0), 200, marks=SLOW),
         ("on_evaluation", False, 100),
         ("on_checkpoint", False, None),  # a write that began at step 60 or 120 has ended some steps later
         ("on_step", 0, 200),
-        ("on_step", True, 200),
-        ("on_checkpoint", "", 200),
+        pytest.param("on_step", True, 200, marks=SLOW),
+        pytest.param("on_checkpoint", "", 200, marks=SLOW),
     ],
 )
 def test_only_false_ends_training_and_a_later_call_goes_on(tmp_path, capsys, hook, answer, end):

@@ -248,7 +248,7 @@ def history(turns: list[bool]) -> int:
     return value
 
 
-@pytest.mark.parametrize("actor_every", [1, 2, 3, 4, 100])
+@pytest.mark.parametrize("actor_every", [1, *(pytest.param(each, marks=pytest.mark.slow) for each in (2, 4)), 3, 100])
 def test_the_actor_has_its_turn_as_in_the_reference(actor_every: int) -> None:
     learner, total = make(Noting, actor_every=actor_every), 0
     replay = filled()
@@ -264,7 +264,9 @@ def test_the_actor_has_its_turn_as_in_the_reference(actor_every: int) -> None:
             assert {name: value.item() for name, value in learner.metrics().items()} == expected
 
 
-@pytest.mark.parametrize(("actor_every", "long"), [(1, 4), (2, 4), (3, 3), (4, 4)])
+@pytest.mark.parametrize(
+    ("actor_every", "long"), [(1, 4), *(pytest.param(each, 4, marks=pytest.mark.slow) for each in (2, 4)), (3, 3)]
+)
 def test_few_graphs_serve_all(actor_every: int, long: int) -> None:
     learner, replay = make(Noting, actor_every=actor_every), filled()
     for num_updates in (16, 1, 16, 5, 16, 16, 3, 16):

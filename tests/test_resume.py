@@ -43,7 +43,7 @@ def exact(**changes):
         pytest.param({"env_id": "WalkerWalk-v1", "estimator": "score", "baseline": "value", **LONG}, marks=SLOW),
         {"env_backend": "gymnasium", "estimator": "score"},
         pytest.param({"env_backend": "gymnasium", "env_id": "Hopper-v5"}, marks=SLOW),
-        {"env_id": "tests.faulty:Faulty-v0", "num_envs": 1},  # draws random numbers in every step
+        pytest.param({"env_id": "tests.faulty:Faulty-v0", "num_envs": 1}, marks=SLOW),  # draws numbers in every step
         {"env_id": "tests.faulty:Faulty-v0", "env_backend": "gymnasium-async", "num_envs": 2},
         {"env_id": "Hopper-v5", "max_episode_steps": 30, "env_kwargs": {"healthy_reward": 2.0}},
         pytest.param({"learning_starts": 900}, marks=SLOW),

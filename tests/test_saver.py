@@ -55,8 +55,13 @@ def test_a_block_is_written_once_and_dropped_when_the_ring_has_passed_it(tmp_pat
     assert state_of(loaded)["tensors"] == state_of(agent)["tensors"]
 
 
-@pytest.mark.parametrize("least", [1, 1024])
-@pytest.mark.parametrize("buffer_size", [4, 20, 256, 400])
+@pytest.mark.parametrize(
+    ("buffer_size", "least"),
+    [
+        *[(4, 1), (20, 1024), (256, 1), (400, 1024)],
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, 1024), (20, 1), (256, 1024), (400, 1)]),
+    ],
+)
 def test_rings_of_any_size(tmp_path, monkeypatch, buffer_size, least):
     monkeypatch.setattr(saver, "LEAST", least)
     agent = SAC(dataclasses.replace(CONFIG, buffer_size=buffer_size, checkpoint_every=36))

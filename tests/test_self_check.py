@@ -41,7 +41,7 @@ def _gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        pytest.param({}, marks=SLOW),
         pytest.param({"estimator": "score", "actor_every": 3}, marks=SLOW),
         {"estimator": "score", "baseline": "value"},
         pytest.param({"estimator": "score", "baseline": "mean-action", "entropy_split": 0.5}, marks=SLOW),

@@ -95,11 +95,20 @@ def test_reset_rows_are_no_steps():
     assert agent.replay.size == 4 * 205
 
 
+CHOICES = [{"estimator": "score", "baseline": baseline} for baseline in ("none", "constant", "value", "loo")]
+CHOICES = [{"estimator": "pathwise"}, *CHOICES]
+BF16 = {"precision": "bf16", "num_threads": 2, "hidden_sizes": (64, 64)}
+
+
 @pytest.mark.parametrize(
-    "choice",
-    [{"estimator": "pathwise"}] + [{"estimator": "score", "baseline": b} for b in ("none", "constant", "value", "loo")],
+    ("choice", "setup"),
+    [
+        *((choice, {}) for choice in CHOICES),
+        *((choice, BF16) for choice in (CHOICES[0], CHOICES[-1])),
+        *(pytest.param(choice, BF16, marks=pytest.mark.slow) for choice in CHOICES[1:-1]),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("setup", [{}, {"precision": "bf16", "num_threads": 2, "hidden_sizes": (64, 64)}], ids=str)
 def test_same_seed_same_parameters(choice, setup, monkeypatch):
     if "precision" in setup:  # also where it is emulated
         monkeypatch.setattr("fastsac.learner.device.has_bfloat16_products", lambda: True)

@@ -86,8 +86,19 @@ def test_td_loss(critics: int, batch: int, flag: torch.dtype, discounts: bool, d
 
 
 @every_device
-@pytest.mark.parametrize(("critics", "batch", "atoms"), [(1, 1, 2), (2, 9, 3), (1, 9, 51), (2, 9, 101), (3, 5, 128)])
-@pytest.mark.parametrize("target", ["own", "smallest"])
+@pytest.mark.parametrize(
+    ("target", "critics", "batch", "atoms"),
+    [
+        *[("own", 1, 1, 2), ("smallest", 2, 9, 3), ("own", 1, 9, 51), ("smallest", 2, 9, 101), ("own", 3, 5, 128)],
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)  # the other target
+            for case in [
+                *[("smallest", 1, 1, 2), ("own", 2, 9, 3), ("smallest", 1, 9, 51), ("own", 2, 9, 101)],
+                ("smallest", 3, 5, 128),
+            ]
+        ),
+    ],
+)
 def test_categorical_loss(critics: int, batch: int, atoms: int, target: str, device: str) -> None:
     for flag, discounts in ((torch.bool, False), (torch.uint8, True)):
         check(categorical(critics, batch, atoms, flag=flag, discounts=discounts, target=target), device)
