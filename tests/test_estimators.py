@@ -442,7 +442,7 @@ def test_arms(text: str, arm: tuple[object, ...], label: str) -> None:
         ("", "an arm is estimator[:baseline[:K]]"),
         ("score:", "an arm is estimator[:baseline[:K]]"),
         ("score:loo:2:2", "an arm is estimator[:baseline[:K]]"),
-        ("scor:loo", "cannot import 'scor' for --estimator scor:loo; did you mean score"),
+        ("scor:loo", "unknown --estimator 'scor'; did you mean score"),
         ("score:lo", "arm 'score:lo': unknown --baseline 'lo'"),
         ("score:loo:1", "--num-action-samples must be at least 2"),
         ("pathwise:none", "takes no --baseline"),

@@ -95,8 +95,10 @@ def find(name: str) -> Entry:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            hint = (error.name == module and did_you_mean(module, ESTIMATORS)) or ": is it on PYTHONPATH?"
-            raise UsageError(f"cannot import {error.name!r} for --estimator {name}{hint}") from error
+            if error.name == module and (hint := did_you_mean(module, ESTIMATORS)):
+                raise UsageError(f"unknown --estimator {module!r}{hint}") from error
+            told = f"cannot import {error.name!r} for --estimator {name}: is it on PYTHONPATH?"
+            raise UsageError(told) from error
         except Exception as error:
             told = " ".join(f"{type(error).__name__}: {error}".split())
             raise UsageError(f"--estimator {name} cannot be imported: {told}") from error
