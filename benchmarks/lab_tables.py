@@ -9,6 +9,7 @@ from typing import Any
 from fastsac.lab.outcome import interval
 
 RESULTS = Path("benchmarks/results")
+MUJOCO = ("estimators_mujoco", "estimators_mujoco_bf16")
 Row = list[object]
 
 
@@ -24,10 +25,15 @@ def table(head: list[str], rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in lines)
 
 
-def comparison(directory: str) -> str:
-    """Return one row per task and arm of a comparison."""
-    result, rows = read(f"{directory}/comparison.json"), list[Row]()
-    for env_id, arms in result["summary"].items():
+def summary(directories: tuple[str, ...]) -> dict[str, Any]:
+    """Return the summaries of comparisons on different tasks as one."""
+    return {env_id: arms for name in directories for env_id, arms in read(f"{name}/comparison.json")["summary"].items()}
+
+
+def comparison(*directories: str) -> str:
+    """Return one row per task and arm of comparisons."""
+    rows = list[Row]()
+    for env_id, arms in summary(directories).items():
         for label, arm in arms.items():
             test = arm.get("equivalence")
             beside = verdict = ""
@@ -110,7 +116,7 @@ def ripples() -> str:
 def published() -> str:
     """Return others' returns beside ours at the same step, where there are any."""
     result, rows = read("published_returns.json"), list[Row]()
-    ours = read("estimators_mujoco/comparison.json")["summary"]
+    ours = summary(MUJOCO)
     for row in result["rows"]:
         arm = ours.get(row["env_id"], {}).get("pathwise")
         same = arm is not None and row["steps"] == 100_000
