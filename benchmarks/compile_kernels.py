@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--if-changed", action="store_true", help="do nothing if the result is of the same sources")
     sources = source_hash()
-    if parser.parse_args().if_changed and json.loads(RESULT.read_text()).get("sources") == sources:
+    if parser.parse_args().if_changed and RESULT.exists() and json.loads(RESULT.read_text()).get("sources") == sources:
         print(f"kernels compiled before: {RESULT.name} is of the same sources and the same Triton")
         return
     usual, rare = launches()

@@ -225,6 +225,10 @@ def test_random_actions_are_measured_again_where_too_few_episodes_were_played(tm
     del earlier["random_episodes"]
     path.write_text(json.dumps(earlier | {"random_return": {"Pendulum-v1": -1.0}}))
     assert compare(asked)["random_return"] == {"Pendulum-v1": -1200.0}
+    path.write_text(json.dumps(earlier))
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    other = compare(dataclasses.replace(asked, env_ids=("MountainCarContinuous-v0",)))
+    assert other["random_return"].keys() == {"Pendulum-v1", "MountainCarContinuous-v0"}  # of earlier runs, too
 
 
 def test_the_command_of_each_run_makes_it(tmp_path):
@@ -253,6 +257,8 @@ def test_other_settings_are_refused_by_name(tmp_path, in_process):
         compare(options(tmp_path, total_steps=400))
     with pytest.raises(UsageError, match=r"with --set batch_size=16, not with --set batch_size=32"):
         compare(options(tmp_path, set=tuple(each.replace("h_size=16", "h_size=32") for each in SETTINGS)))
+    with pytest.raises(UsageError, match=r"with no --set tau, not with --set tau=0.01 tau=0.02: choose"):
+        compare(options(tmp_path, "tau=0.01", "tau=0.02"))
     with pytest.raises(UsageError, match=r"with no --set tau, not with --set tau=0.01"):
         compare(options(tmp_path, "tau=0.01"))
     (tmp_path / "comparison.json").unlink()  # the run directories are looked at, too

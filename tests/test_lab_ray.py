@@ -185,6 +185,8 @@ def test_a_run_goes_on_when_its_node_is_lost(tmp_path):
         breaker.start()
         result = compare(dataclasses.replace(plain, ray=cluster.address))
         breaker.join(60)
+        again = compare(dataclasses.replace(plain, ray=cluster.address))  # nothing is left to do
+        assert again["runs"] == result["runs"]
     finally:
         cluster.shutdown()
         signal.signal(signal.SIGTERM, handler)

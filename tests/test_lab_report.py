@@ -19,7 +19,7 @@ import pytest
 from fastsac.errors import UsageError
 from fastsac.lab.page import interval, number
 from fastsac.lab.pictures import draw, looks
-from fastsac.lab.record import _nothing
+from fastsac.lab.record import no_runs
 from fastsac.lab.report import write_report
 
 EVIL = "<script>alert(1)</script>&\"'"
@@ -50,7 +50,7 @@ def spread(middle: float, width: float, runs: int = 1) -> dict[str, Any]:
 
 def arm_summary(place: int, seeds: int, verdict: str) -> dict[str, Any]:
     if place == 3:
-        return _nothing() | {"failed": seeds, "diverged": seeds}
+        return no_runs() | {"failed": seeds, "diverged": seeds}
     end = [2400.0, 2350.0, 300.0][place]
     steps = list(range(0, 100_001, 5000))
     middle = [end * (1 - math.exp(-step / 30_000)) for step in steps]
@@ -295,7 +295,16 @@ def test_one_arm_and_arms_without_a_result(tmp_path: Path) -> None:
     result["runs"] = []
     del result["overall"]
     text = Page(write_report(fill(tmp_path, comparison=result))).text
-    assert "No run has finished yet." in text
+    assert "No run is complete. 7 of 7 runs failed." in text
+
+
+def test_an_arm_without_a_run_has_no_seed(tmp_path: Path) -> None:
+    result = comparison()
+    result["settings"] |= {"env_ids": ENV_IDS[:1]}
+    result["failed"] = []
+    del result["summary"][ENV_IDS[0]][ARMS[3]]  # as after an interruption
+    text = Page(write_report(fill(tmp_path, comparison=result))).text
+    assert "with 0 to 3 of 3 random seeds" in text
 
 
 def test_of_a_varied_setting_the_best_is_tested_and_the_others_are_shown(tmp_path: Path) -> None:

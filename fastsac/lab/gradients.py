@@ -48,10 +48,8 @@ def run(options: Gradients) -> dict[str, Any]:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} must be a whole number of at least {least}, got {getattr(options, name)}")
     chosen = every_arm() if options.arms is None else parse_arms(options.arms)
-    arms = [
-        parse_arm("pathwise"),
-        *(arm for arm in chosen if arm.label != "pathwise"),
-    ]  # the others are held against it
+    # the others are held against it
+    arms = [parse_arm("pathwise"), *(arm for arm in chosen if arm.label != "pathwise")]
     config = _plain(options.run_dir)
     if newest_step(options.run_dir) is None:
         raise UsageError(f"{options.run_dir} has no checkpoint yet: train it for longer, or name another run")

@@ -19,7 +19,7 @@ WORDS = {
     "difference. Not shown: neither, so these runs leave it open. Pairs are runs of the same "
     "seed, whose evaluations begin in the same states: where those decide the return, the difference is known better "
     "than either return.",
-    "Normalised return": "0 is the mean return of random actions over 200 episodes, 1 the first arm's mean final "
+    "Normalised return": "0 is the mean return of random actions, 1 the first arm's mean final "
     "return, in each environment.",
     "Area under the curve": "The mean return over the whole run: it is higher where learning is faster.",
     "Arm": "An estimator of the actor's gradient, its baseline and its number of action samples, written "

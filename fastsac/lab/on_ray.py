@@ -25,10 +25,10 @@ from typing import Any
 from fastsac.callbacks import Callback
 from fastsac.errors import Divergence, FastsacError, UsageError
 from fastsac.lab.arguments import Compare
-from fastsac.lab.plan import STOPPED, Run
+from fastsac.lab.plan import Run
 from fastsac.lab.store import Files, Store, read_files, write_files
 from fastsac.lab.watch import Watch
-from fastsac.lab.worker import DIVERGED, POLL_SECONDS, Done, Failure, train
+from fastsac.lab.worker import DIVERGED, POLL_SECONDS, STOPPED, Done, Failure, train
 from fastsac.run_dir import CHECKPOINTS, config_from_dict, newest_step
 
 #: how often a run is started again after its node or its process was lost
@@ -100,7 +100,8 @@ def train_all(options: Compare, runs: list[Run], done: Done, watch: Watch, stop:
         store = ray.remote(Store).options(num_cpus=0, scheduling_strategy=here).remote(str(options.out.resolve()))
         takes = {"num_gpus": options.gpus_per_run, "max_retries": RETRIES, "retry_exceptions": False}
         task = ray.remote(train_there)
-        if told := lacking(ray.nodes(), max(max(1, run.config.num_threads) for run in runs), options.gpus_per_run):
+        num_cpus = max((run.config.num_threads for run in runs), default=1)
+        if told := lacking(ray.nodes(), num_cpus, options.gpus_per_run):
             print(f"fastsac: {told}; the runs wait for one", file=sys.stderr)
         waiting: dict[Any, Run] = {}
         for run in runs:
@@ -118,7 +119,7 @@ def train_all(options: Compare, runs: list[Run], done: Done, watch: Watch, stop:
                 run = waiting.pop(task_)
                 failure = _outcome(ray, run, task_, done)
                 failed += [failure] if failure is not None else []
-                watch.end(run, 0 if failure is None else 1)
+                watch.end(run, "complete" if failure is None else "failed")
             watch.show({run.key: steps.get(name, 0) for name, run in names.items()})
         if stop:
             _cancel(ray, list(waiting))

@@ -23,8 +23,6 @@ OWN = {
     **dict.fromkeys(("estimator", "baseline", "num_action_samples"), "--arms"),
     "target_return": "nothing: runs of different lengths cannot be compared",
 }
-#: exit status of a run's process that can go on
-STOPPED = 75
 #: settings that change how fast a run is, and not what comes out
 IGNORED = ("num_threads",)
 
@@ -52,7 +50,6 @@ class Plan(NamedTuple):
     """All runs, and what they have in common."""
 
     runs: list[Run]
-    arms: list[Arm]
     settings: dict[str, Any]  # for comparison.json
 
 
@@ -94,7 +91,7 @@ def make_plan(options: Compare) -> Plan:
         **{"env_ids": env_ids, "arms": [arm.label for arm in arms], "seeds": seeds, "margin": options.margin},
         **{"total_steps": options.total_steps, "set": written(settings)},
     }
-    return Plan(runs, arms, common)
+    return Plan(runs, common)
 
 
 def defaults(options: Compare) -> dict[str, Any]:

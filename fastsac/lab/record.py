@@ -81,14 +81,16 @@ class Record:
 
     def measure_random(self) -> None:
         """Play with uniformly random actions in each environment that has not been played in."""
-        for run in self._plan.runs:
-            if run.config.env_id not in self.result["random_return"]:
+        earlier = {each["env_id"]: each["config"] for each in self.result["runs"]}
+        configs = {env_id: config_from_dict(values) for env_id, values in earlier.items()}
+        for env_id, config in (configs | {run.config.env_id: run.config for run in self._plan.runs}).items():
+            if env_id not in self.result["random_return"]:
                 try:
-                    value = random_return(run.config)
+                    value = random_return(config)
                 except EnvironmentFailure as error:  # the runs may be luckier, and other environments have theirs
                     print(f"fastsac: no return of a random policy: {error}", file=sys.stderr)
                     value = math.nan
-                self.result["random_return"][run.config.env_id] = value
+                self.result["random_return"][env_id] = value
 
     def add(self, run: Run) -> None:
         """Take a complete run in, and write the file.
@@ -140,7 +142,7 @@ class Record:
         self.result["failed"] = failed
         for each in failed:
             arms = self.result["summary"].setdefault(each["env_id"], {})
-            arms.setdefault(each["arm"], _nothing())
+            arms.setdefault(each["arm"], no_runs())
         for env_id, arms in self.result["summary"].items():
             for label, values in arms.items():
                 here = [each["diverged"] for each in failed if _key(each)[:2] == (env_id, label)]
@@ -152,7 +154,7 @@ def _key(entry: dict[str, Any]) -> tuple[str, str, int]:
     return entry["env_id"], entry["arm"], entry["seed"]
 
 
-def _nothing() -> dict[str, Any]:
+def no_runs() -> dict[str, Any]:
     """Return the summary of an arm none of whose runs is complete."""
     nan: dict[str, Any] = {"iqm": math.nan, "low": math.nan, "high": math.nan}
     curve: dict[str, Any] = {"steps": [], "iqm": [], "low": [], "high": []}
@@ -219,7 +221,7 @@ def _refuse_other_comparison(directory: Path, stored: dict[str, Any], asked: dic
     for name in sorted(before.keys() | now.keys()):
         ours, theirs = now.get(name, []), before.get(name, [])
         if ours != theirs and min(len(ours), len(theirs)) < 2:
-            told = ["--set ".join(["", *written({name: values})]) or f"no --set {name}" for values in (theirs, ours)]
+            told = [" ".join(["--set", *written({name: v})]) if v else f"no --set {name}" for v in (theirs, ours)]
             raise UsageError(f"{directory} holds a comparison with {told[0]}, not with {told[1]}: {OTHER_OUT}")
 
 

@@ -111,8 +111,9 @@ def title(results: Mapping[str, Json]) -> str:
 def seeds_in_words(comparison: Json) -> str:
     """Return how many random seeds there are, and how many of them the arms have if some runs are missing."""
     asked = len(comparison["settings"]["seeds"])
-    numbers = [values["seeds"] for arms in comparison["summary"].values() for values in arms.values()]
-    least, most = min(numbers, default=0), max(numbers, default=0)
+    places = itertools.product(comparison["settings"]["env_ids"], labels(comparison))
+    numbers = [part(comparison["summary"], env_id, label, "seeds") or 0 for env_id, label in places]
+    least, most = min(numbers), max(numbers)
     if least == asked:
         return plural(asked, "random seed")
     return f"{least if least == most else f'{least} to {most}'} of {plural(asked, 'random seed')}"
@@ -122,8 +123,12 @@ def answer(comparison: Json | None) -> Markup:
     """Return what the comparison says, in one paragraph."""
     if comparison is None:
         return Markup("")
+    failed = len(comparison.get("failed", []))
+    lost = (
+        [element("strong", f"{failed} of {plural(failed + len(comparison['runs']), 'run')} failed.")] if failed else []
+    )
     if not comparison["runs"]:
-        return element("p", "No run has finished yet.", class_="answer")
+        return element("p", join(["No run is complete.", *lost], " "), class_="answer")
     settings, summary = comparison["settings"], comparison["summary"]
     (first, *others), env_ids = settings["arms"], settings["env_ids"]
     found: dict[str, dict[str, list[Markup]]] = {}  # places by verdict and label
@@ -173,7 +178,4 @@ def answer(comparison: Json | None) -> Markup:
         told.append(
             "Only an arm's best settings are tested, and they were chosen on the same seeds, which flatters them."
         )
-    if failed := len(comparison.get("failed", [])):
-        total = failed + len(comparison["runs"])
-        told.append(element("strong", f"{failed} of {plural(total, 'run')} failed."))
-    return element("p", join(told, " "), class_="answer")
+    return element("p", join([*told, *lost], " "), class_="answer")

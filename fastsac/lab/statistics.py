@@ -102,7 +102,9 @@ def equivalence(
 
     if len(reference) < 2:
         return untested("fewer than two random seeds are complete in both arms")
-    if not scale > 0.0 or not math.isfinite(scale):
+    if not math.isfinite(scale):
+        return untested("the first arm's gain over random actions is not known")
+    if scale <= 0.0:
         return untested("the first arm did not score above random actions, so there is no gain to measure against")
     differences = (np.asarray(other, dtype=np.float64) - np.asarray(reference, dtype=np.float64)) / scale
     difference, error = float(differences.mean()), float(stats.sem(differences))

@@ -7,13 +7,12 @@ import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from signal import SIGTERM
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, track
 
-from fastsac.lab.plan import STOPPED, Run
+from fastsac.lab.plan import Run
 from fastsac.run_dir import METRICS
 
 T = TypeVar("T")
@@ -53,16 +52,15 @@ class Watch:
             bar = self._progress.add_task(run.name(), total=run.config.total_steps)
             self._bars[run.key] = run, bar
 
-    def end(self, run: Run, status: int) -> None:
-        """Take a run out that has ended with an exit status."""
+    def end(self, run: Run, outcome: Literal["complete", "stopped", "failed"]) -> None:
+        """Take a run out that has ended."""
         with self._lock:
             _, bar = self._bars.pop(run.key, (run, None))
             if bar is not None:
                 self._progress.remove_task(bar)
-        self._done += status == 0
+        self._done += outcome == "complete"
         if self._progress.disable:
-            word = "complete" if status == 0 else "stopped" if status in (STOPPED, -SIGTERM) else "failed"
-            print(f"{run.name()}: {word} ({self._done} of {self._total})", file=sys.stderr, flush=True)
+            print(f"{run.name()}: {outcome} ({self._done} of {self._total})", file=sys.stderr, flush=True)
 
     def show(self, steps: dict[tuple[str, str, int], int] | None = None) -> None:
         """Show how far the runs are: by their files, or by `steps`."""

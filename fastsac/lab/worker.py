@@ -25,14 +25,14 @@ from fastsac.callbacks import Callback
 from fastsac.config import Config
 from fastsac.errors import Divergence, FastsacError
 from fastsac.lab.arguments import Compare
-from fastsac.lab.plan import STOPPED, Run, jobs
+from fastsac.lab.plan import Run, jobs
 from fastsac.lab.watch import Watch
 from fastsac.machine import describe_machine, write_json
 from fastsac.run_dir import CONFIG, config_from_dict
 from fastsac.train import SAC
 
-#: exit status of a run that has diverged
-DIVERGED = 76
+#: exit statuses of a run that can go on, and of one that has diverged
+STOPPED, DIVERGED = 75, 76
 MACHINE = "machine.json"
 POLL_SECONDS = 0.5
 
@@ -127,7 +127,7 @@ def train_here(options: Compare, runs: list[Run], done: Done, watch: Watch, stop
                     failure = None if status is None else _outcome(options.out / run.run_dir, run, status, done, stop)
                     failed += [failure] if failure is not None else []
                     if status is not None:
-                        watch.end(run, status or int(failure is not None))
+                        watch.end(run, "failed" if failure is not None else "stopped" if status else "complete")
                 watch.show()
         finally:
             processes.end(signal.SIGKILL)

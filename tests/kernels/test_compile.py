@@ -1,10 +1,14 @@
 """What `make test` concludes from the compiled kernels, and that it compiles what is launched."""
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import compile_kernels
 from benchmarks.compile_kernels import CHIPS, CORNER_CHIPS, disorder, faults, variant
 from benchmarks.kernel_launches import Launch, corners, launches, recorded
 from fastsac_kernels import PhiloxState, sample_squashed_gaussian
@@ -179,3 +183,28 @@ def test_arguments_are_bound_by_triton_itself() -> None:
     assert launched.constants.items() >= {"stride_mean_a": 1, "stream": 1, "HAS_NOISE": False}.items()
     assert launched.signature["stream"] == "constexpr"
     assert launched.signature["B"] == "i32"
+
+
+def test_what_has_changed_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["compile_kernels", "--if-changed"])
+    monkeypatch.setattr(compile_kernels, "RESULT", tmp_path / "result.json")
+
+    class Compiled(Exception):
+        """It begins."""
+
+    def launches() -> None:
+        raise Compiled
+
+    monkeypatch.setattr(compile_kernels, "launches", launches)
+    with pytest.raises(Compiled):
+        compile_kernels.main()
+    sources = compile_kernels.source_hash()
+    compile_kernels.RESULT.write_text(json.dumps({"sources": sources}))
+    compile_kernels.main()
+    monkeypatch.setattr(compile_kernels.triton, "__version__", "another")
+    assert compile_kernels.source_hash() != sources
+    with pytest.raises(Compiled):
+        compile_kernels.main()
+    compile_kernels.RESULT.write_text("{}")  # as what spills leaves it
+    with pytest.raises(Compiled):
+        compile_kernels.main()
