@@ -141,6 +141,11 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+def compiled_of(sources: str, wrong: list[str]) -> dict[str, str]:
+    """Return what the result says of its sources: nothing if a kernel is wrong, so that it is compiled again."""
+    return {} if wrong else {"sources": sources}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--if-changed", action="store_true", help="do nothing if the result is of the same sources")
@@ -167,8 +172,7 @@ def main() -> None:
             f"{row['registers']:6}{row['stack_bytes']:7}{row['shared_bytes']:8}{row['sass_bytes']:7}"
         )
     result = {"command": "python -m benchmarks.compile_kernels", "triton": triton.__version__}
-    result |= {} if wrong else {"sources": sources}  # what is wrong is compiled again
-    write_json(RESULT, result | {"corner_cases": len(rows) - number, "rows": shown})
+    write_json(RESULT, result | compiled_of(sources, wrong) | {"corner_cases": len(rows) - number, "rows": shown})
     verdict = "; ".join(wrong) or "no spill, sums in order, shared memory within limits"
     print(f"{len(rows)} binaries of {len(kernels)} kernels: {verdict}")
     sys.exit(bool(wrong))

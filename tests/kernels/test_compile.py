@@ -199,12 +199,14 @@ def test_what_has_changed_is_compiled_again(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(Compiled):
         compile_kernels.main()
     sources = compile_kernels.source_hash()
-    compile_kernels.RESULT.write_text(json.dumps({"sources": sources}))
+    compile_kernels.RESULT.write_text(json.dumps(compile_kernels.compiled_of(sources, [])))
     compile_kernels.main()
     monkeypatch.setattr(compile_kernels.triton, "__version__", "another")
     assert compile_kernels.source_hash() != sources
     with pytest.raises(Compiled):
         compile_kernels.main()
-    compile_kernels.RESULT.write_text("{}")  # as what spills leaves it
+    compile_kernels.RESULT.write_text(
+        json.dumps(compile_kernels.compiled_of(compile_kernels.source_hash(), ["spills"]))
+    )
     with pytest.raises(Compiled):
         compile_kernels.main()
