@@ -312,11 +312,14 @@ def test_of_a_varied_setting_the_best_is_tested_and_the_others_are_shown(tmp_pat
     first, other = (f"{arm} actor_lr=0.001" for arm in ARMS[:2])
     arms = result["summary"][env_id]
     worse = {name: value for name, value in arms[ARMS[1]].items() if name != "equivalence"}
-    found = {first: arms[ARMS[0]], f"{ARMS[1]} actor_lr=1": worse, other: arms[ARMS[1]]}
+    found = {f"{ARMS[0]} actor_lr=1": worse, first: arms[ARMS[0]], f"{ARMS[1]} actor_lr=1": worse, other: arms[ARMS[1]]}
     found[other]["equivalence"]["against"] = first
     result["settings"] |= {"arms": ARMS[:2], "env_ids": [env_id]}
     result |= {"summary": {env_id: found}, "best": {env_id: {ARMS[0]: first, ARMS[1]: other}}}
-    text = Page(write_report(fill(tmp_path, comparison=result))).text
+    page = Page(write_report(fill(tmp_path, comparison=result)))
+    text = page.text
+    assert any(f"Difference in final return to {first} on" in (image["alt"] or "") for image in page.all("img"))
+    assert f"difference to {first.replace(' ', chr(10))}, normalised" in text
     assert f"{other}." in text[text.index("Equivalent") : text.index("Different:")]
     assert "chosen on the same seeds" in text
     row = text[text.index("median time") :]

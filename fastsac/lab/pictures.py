@@ -91,7 +91,8 @@ def draw(
                 function(place)
             if key:
                 handles = [Line2D([], [], color=look.colour, dashes=look.dashes or (None, None), lw=2) for look in key]
-                labels = ["\N{HAIR SPACE}" + look.short for look in key]  # a label that starts with _ would be left out
+                space = "\N{HAIR SPACE}"  # a label that starts with _ would be left out
+                labels = [space + look.short.replace("\n", "\n" + space) for look in key]
                 chart.legend(handles, labels, loc="outside lower center", ncols=2 * columns, frameon=False)
             file = io.BytesIO()
             chart.savefig(file, dpi=170, format="png")

@@ -122,11 +122,12 @@ def final_section(comparison: Json, pictures: dict[str, bytes]) -> Markup:
         panels = [figure(draw(functions[-1:], size), f"Final return on {env_id}: {spoken(arms, 'final')}.")]
         if tests:
             margin = max((m for test in tests.values() if number(m := part(test, "margin")) != NONE), default=0.0)
-            label = f"difference to {key[0].short}, normalised"
+            first = Look.of(part(next(iter(tests.values())), "against") or key[0].label)
+            label = f"difference to {first.short}, normalised"
             of: Json = {"title": Look.of(env_id).short, "xlabel": label, "rows": list(tests.items())}
             functions.append(partial(draw_dots, **of, zero=0.0, band=margin))
             said = "; ".join(f"{look.label} {interval(test)}, {part(test, 'verdict')}" for look, test in tests.items())
-            alt = f"Difference in final return to {key[0].label} on {env_id}, margin ±{number(margin)}: {said}."
+            alt = f"Difference in final return to {first.label} on {env_id}, margin ±{number(margin)}: {said}."
             panels.append(figure(draw(functions[-1:], size), alt))
         parts += [
             element("h3", env_id),
