@@ -92,7 +92,7 @@ def table() -> str:
                 if variant != REFERENCE:
                     found = compare(values[REFERENCE], own, level)
                     cells[-2] = f"{found.difference:+.1%} ({found.low:+.1%} to {found.high:+.1%})"
-                    cells[-1] = f"{'yes' if found.p < level else 'not shown'} (p = {found.p:.1g})"
+                    cells[-1] = f"{'yes' if found.p < level else 'inconclusive'} (p = {found.p:.1g})"
                 lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

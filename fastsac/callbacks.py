@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastsac.errors import FastsacError, UsageError, did_you_mean
+from fastsac.errors import FastsacError, UsageError, did_you_mean, told
 
 if TYPE_CHECKING:
     from fastsac.evaluate import Evaluation
@@ -115,7 +114,9 @@ class Hooks:
             except FastsacError:  # of the agent's own methods: an environment that fails may be restarted
                 raise
             except Exception as error:
-                raise UsageError(f"callback {name} failed at step {self._agent.steps:,}: {_told(error)}") from error
+                raise UsageError(
+                    f"callback {name} failed at step {self._agent.steps:,}: {told(error, __file__)}"
+                ) from error
             if _is_false(answer):
                 self.ended_by = self.ended_by or name
         return bool(self.ended_by)
@@ -146,7 +147,7 @@ def make_callback(place: str) -> Callback:
     except ModuleNotFoundError as error:
         raise UsageError(f"cannot import {error.name!r} for --callback {place}: is it on PYTHONPATH?") from error
     except Exception as error:
-        raise UsageError(f"--callback {place} cannot be made: {_told(error)}") from error
+        raise UsageError(f"--callback {place} cannot be made: {told(error, __file__)}") from error
     if not isinstance(made, Callback):
         raise UsageError(f"--callback {place} must be a subclass of fastsac.Callback, got {made!r}")
     return made
@@ -157,12 +158,3 @@ def _is_false(answer: Any) -> bool:
     if isinstance(answer, np.bool_ | np.ndarray | torch.Tensor):
         return str(answer.dtype) in ("bool", "torch.bool") and answer.ndim == 0 and not bool(answer)
     return answer is False
-
-
-def _told(error: Exception) -> str:
-    """Return the error on one line, with the line of the user's code that it came from."""
-    ours = (__file__, importlib.__file__)
-    frames = [each for each in traceback.extract_tb(error.__traceback__) if each.filename not in ours]
-    first = next((each for each in frames if not each.filename.startswith("<frozen importlib")), None)
-    where = "" if first is None else f" ({Path(first.filename).name}, line {first.lineno})"
-    return " ".join(f"{type(error).__name__}: {error}{where}".split())

@@ -165,7 +165,7 @@ class Config:
             if (value == "auto" and name in _AUTOMATIC) or (value is None and name in _OPTIONAL):
                 continue
             if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
-                raise UsageError(f"{_flag(name)} must be {meaning}, got {value}")
+                raise UsageError(f"{_flag(name)} must be {meaning}, got {value!r}")
             object.__setattr__(self, name, float(value))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:

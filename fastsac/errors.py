@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class FastsacError(Exception):
@@ -35,9 +38,18 @@ class WorkerError(Exception):
 
 
 class UsageError(FastsacError):
-    """A request that cannot be served, found before anything was started or written; or a callback that failed."""
+    """A request that cannot be served, found before anything was written; or code of the user's own that failed."""
 
     exit_status = 2
+
+
+def told(error: Exception, *ours: str) -> str:
+    """Return an error of the user's code on one line, with the first place in its traceback outside `ours`."""
+    ours = (*ours, importlib.__file__)
+    frames = [each for each in traceback.extract_tb(error.__traceback__) if each.filename not in ours]
+    first = next((each for each in frames if not each.filename.startswith("<frozen importlib")), None)
+    where = "" if first is None else f" ({Path(first.filename).name}, line {first.lineno})"
+    return " ".join(f"{type(error).__name__}: {error}{where}".split())
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

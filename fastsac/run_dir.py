@@ -27,6 +27,18 @@ LONGEST_CONFIG = 2**20  # bytes
 STEP = re.compile(r"step-([0-9]{1,18})")
 
 
+def lock(descriptor: int) -> bool:
+    """Lock an open file for this process; return False if another one has it. Some file systems have no locks: True."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
+            raise
+    return True
+
+
 class RunLock:
     """Holds a run directory for this process; the system lets go of it when the process ends, however it ends."""
 
@@ -58,18 +70,13 @@ class RunLock:
             raise FastsacError(f"cannot write to the run directory {directory}: {error.strerror}") from error
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(self._descriptor):
             owner = os.read(self._descriptor, 300).decode(errors="replace") or "another process"
             ours = owner == _this_process()
             os.close(self._descriptor)
             self._descriptor = -1
             advice = "this process itself: choose another directory" if ours else f"{owner}: wait for it, or stop it"
-            raise UsageError(f"{self.directory} is being written by {advice}") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):  # a file system without locks
-                raise
+            raise UsageError(f"{self.directory} is being written by {advice}")
 
     def holds(self) -> bool:
         """Whether the directory is still there, and ours."""

@@ -1,7 +1,8 @@
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from fastsac.cli import main
 from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.estimators import ESTIMATORS, Entry, choose, register
+from fastsac.estimators.own import Own
 from fastsac.lab.arms import parse_arm
 from fastsac.train import SAC
 from fastsac.types import Draw, Estimate, QFunction
@@ -413,6 +415,68 @@ def test_an_estimator_from_outside_the_package(tmp_path: Path, monkeypatch: pyte
     finally:
         ESTIMATORS.pop("normalized", None)
         sys.modules.pop("tests.toy_estimator", None)
+
+
+def attached(mean, log_std, draw, q_function, alpha, baseline):
+    """Plain `pathwise`, as one would write it first: nothing is detached."""
+    action, log_prob = draw.sample(mean, log_std)
+    q = q_function(action)
+    return Estimate((alpha * log_prob - q.amin(1)).mean(), log_prob, q)
+
+
+def test_what_an_own_estimator_returns_need_not_be_detached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def detached(*inputs):
+        found = attached(*inputs)
+        return Estimate(found.loss, found.log_prob.detach(), found.q.detach())
+
+    try:
+        register("attached", Entry(attached))
+        register("detached", Entry(detached))
+        plain = Config(env_id="Pendulum-v1", total_steps=60, num_envs=2, learning_starts=40, eval_every=0, batch_size=8)
+        plain = replace(plain, hidden_sizes=(8,), engine="reference", precision="fp32")
+        parameters = []
+        for name in ("attached", "detached"):
+            agent = SAC(replace(plain, estimator=name))
+            agent.learn()
+            parameters.append(torch.cat([each.detach().flatten() for each in agent.actor.parameters()]))
+            agent.close()
+        torch.testing.assert_close(*parameters, rtol=0.0, atol=0.0)
+    finally:
+        ESTIMATORS.pop("attached", None)
+        ESTIMATORS.pop("detached", None)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (lambda e: 1 // 0, r"estimator own failed: ZeroDivisionError: .*\(test_estimators.py, line \d+\)"),
+        (lambda e: e.loss, "estimator own returned a Tensor, not a fastsac.types.Estimate"),
+        (lambda e: e._replace(loss=e.q.mean((0, 1))), "returned a loss that is no scalar tensor"),
+        (lambda e: e._replace(loss=e.loss.detach()), "returned a loss that is no scalar tensor"),
+        (
+            lambda e: e._replace(log_prob=e.log_prob[0]),
+            r"log_prob that is no tensor of the shape \[K, B\], here \[2, 9\]",
+        ),
+        (lambda e: e._replace(q=e.q[..., 1:]), r"a q that is no tensor of the shape \[K, E, B\], here \[2, E, 9\]"),
+        (lambda e: e._replace(q=e.q[:, 0]), r"a q that is no tensor of the shape \[K, E, B\], here \[2, E, 9\]"),
+    ],
+)
+def test_what_an_own_estimator_does_wrong_is_told_in_one_line(found: Any, message: str) -> None:
+    mean, log_std = torch.zeros(9, 3, requires_grad=True), torch.zeros(9, 3, requires_grad=True)
+    draw = Draw(torch.randn(2, 9, 3), 2)
+
+    def q_function(action: Tensor) -> Tensor:
+        return torch.stack([action.sum(-1), action.square().sum(-1)], 1)
+
+    own = Own("own", lambda *inputs: found(attached(*inputs)))
+    with pytest.raises(UsageError, match=message) as caught:
+        own(mean, log_std, draw, q_function, torch.tensor(0.1), "none")
+    assert "\n" not in str(caught.value)
+    whole = Own("own", attached)(mean, log_std, draw, q_function, torch.tensor(0.1), "none")
+    assert not whole.q.requires_grad
+    assert not whole.log_prob.requires_grad
+    with pytest.raises(UsageError, match="estimator own failed: TypeError"):
+        Own("own", lambda mean: mean)(mean, log_std, draw, q_function, torch.tensor(0.1), "none")
 
 
 @pytest.mark.parametrize(

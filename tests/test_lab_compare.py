@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -17,10 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from fastsac import SAC, UsageError
+from fastsac import SAC, UsageError, run_dir
 from fastsac.arguments import Train, parse
+from fastsac.errors import FastsacError
 from fastsac.lab import compare as module
-from fastsac.lab import record, worker
+from fastsac.lab import record, results, worker
 from fastsac.lab.arguments import Compare
 from fastsac.lab.compare import FailedRuns, Stopped, compare, run
 from fastsac.lab.outcome import table
@@ -296,7 +298,8 @@ def test_arms_that_fail_are_counted(tmp_path, in_process):
     stored = json.loads((tmp_path / "comparison.json").read_text())
     assert stored["summary"]["Pendulum-v1"]["score:none"]["final"]["iqm"] is None
     assert stored["failed"][0]["error"] == "an explosion"
-    assert "score:none" in table(failed.value.result)
+    (row,) = (line for line in table(failed.value.result).splitlines() if "score:none" in line)
+    assert "no complete run" in row
     in_process |= {"pathwise": False}
     everything = options(tmp_path / "all", seeds="0")
     with pytest.raises(FailedRuns, match="2 of 2 runs failed"):
@@ -330,6 +333,10 @@ def test_an_environment_that_fails_at_random_has_no_random_return(tmp_path, in_p
         ({"set": ("batch_size",)}, "name=value"),
         ({"set": ("batch_size=many",)}, "--batch-size must be a whole number"),
         ({"set": ("hidden_sizes=3",)}, "--hidden-sizes must be whole numbers"),
+        (
+            {"set": ("max_episode_steps=50", "max_episode_steps=200")},
+            "--set max_episode_steps: all runs of a comparison",
+        ),
         ({"set": ("eval_every=0",)}, "eval_every=0 leaves nothing to compare"),
         ({"set": ("entropy_split=0.5",), "arms": ("pathwise", "pathwise-stl")}, "takes no --entropy-split"),
         ({"arms": ("pathwise:x",)}, "arm 'pathwise:x'"),
@@ -350,10 +357,16 @@ def test_usage_errors(tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_directory_is_refused_if_it_is_something_else(tmp_path):
+def test_the_directory_is_refused_if_it_is_something_else(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
         compare(options(tmp_path / "file"))
+    with pytest.raises(UsageError, match=r"file/below cannot be made \(Not a directory\): choose another --out"):
+        compare(options(tmp_path / "file" / "below"))
+    with monkeypatch.context() as patched:  # root may write everywhere
+        patched.setattr(results.os, "access", lambda *_: False)
+        with pytest.raises(UsageError, match="cannot be written to: choose another --out"):
+            compare(options(tmp_path))
     (tmp_path / "config.json").touch()
     with pytest.raises(UsageError, match="is a run directory"):
         compare(options(tmp_path))
@@ -372,6 +385,52 @@ def test_two_at_once_are_refused(tmp_path, in_process, monkeypatch):
 
     monkeypatch.setattr(record, "random_return", another)
     compare(options(tmp_path, arms=("pathwise",), seeds="0"))
+
+
+def test_a_file_system_without_locks(tmp_path, in_process, monkeypatch):
+    monkeypatch.setattr(run_dir.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "no locks")))
+    assert compare(options(tmp_path, arms=("pathwise",), seeds="0"))["runs"]
+
+
+def test_a_run_waits_for_the_process_of_a_comparison_that_was_killed(tmp_path, in_process, monkeypatch):
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.01)
+    (each,) = make_plan(options(tmp_path, arms=("pathwise",), seeds="0")).runs
+    where = tmp_path / each.run_dir
+    train(where, dataclasses.replace(each.config, total_steps=40)).close()
+    orphan, held, resume = run_dir.RunLock(where), [], SAC.resume
+    monkeypatch.setattr(worker.SAC, "resume", lambda *args: held.append(orphan.holds()) or resume(*args))
+    threading.Timer(0.3, orphan.release).start()
+    train(where, each.config).close()
+    assert held == [False]  # its last checkpoint is there by then
+    assert json.loads((where / worker.MACHINE).read_text())["resumed_at"] == [40]
+    orphan = run_dir.RunLock(where)
+    monkeypatch.setattr(worker, "ORPHAN_SECONDS", 0.05)
+    with pytest.raises(UsageError, match="is being written by"):
+        train(where, each.config)
+    orphan.release()
+
+
+def test_a_run_without_its_last_evaluation_is_not_taken_in(tmp_path, in_process, monkeypatch):
+    """A return that is no finite number is not in the file."""
+    plain = record.read_metric
+
+    def without_the_last(where, name):
+        steps, values = plain(where, name)
+        return (steps[:-1], values[:-1]) if name == "eval_return" else (steps, values)
+
+    monkeypatch.setattr(record, "read_metric", without_the_last)
+    often = tuple(each.replace("eval_every=500", "eval_every=40") for each in SETTINGS)
+    with pytest.raises(FastsacError, match="has not been evaluated at its last step"):
+        compare(options(tmp_path, set=often, arms=("pathwise",), seeds="0"))
+
+
+def test_a_margin_that_is_changed_afterwards_is_on_record(tmp_path, in_process):
+    asked = options(tmp_path, seeds="0")
+    assert "earlier_margins" not in compare(asked)["settings"]
+    assert "earlier_margins" not in compare(asked)["settings"]
+    for margin, earlier in ((0.5, [0.05]), (0.5, [0.05]), (0.1, [0.05, 0.5])):
+        settings = compare(dataclasses.replace(asked, margin=margin))["settings"]
+        assert (settings["margin"], settings["earlier_margins"]) == (margin, earlier)
 
 
 def test_the_command_can_be_given_again(tmp_path):

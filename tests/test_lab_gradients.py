@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from fastsac.lab.arguments import Gradients
 from fastsac.lab.arms import parse_arm
 from fastsac.lab.gradients import Trial, run
 from fastsac.lab.head import Counted, Head, Moments, Oracle, oracles
+from fastsac.run_dir import read_config
 from fastsac.types import Draw, Estimate
 
 SIZES = {"hidden_sizes": (8, 8), "num_envs": 2, "learning_starts": 100, "eval_every": 200, "eval_episodes": 2}
@@ -293,6 +295,12 @@ def test_no_run(tmp_path) -> None:
         run(Gradients(tmp_path / "none"))
 
 
+def test_a_run_of_a_gpu_is_looked_at_without_one(run_dir, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_gpu = replace(read_config(run_dir), device="cuda")
+    monkeypatch.setattr(gradients, "read_config", lambda _: of_gpu)
+    assert gradients._plain(run_dir).device == "auto"
+
+
 def test_a_run_without_a_checkpoint(run_dir, tmp_path, capsys) -> None:
     (tmp_path / "config.json").write_bytes((run_dir / "config.json").read_bytes())
     with pytest.raises(SystemExit, match="2"):
@@ -305,6 +313,6 @@ def test_a_run_without_a_checkpoint(run_dir, tmp_path, capsys) -> None:
 def test_a_directory_that_cannot_be_made_is_found_out_first(run_dir, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(gradients, "measure", lambda *_: pytest.fail("it was measured"))
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         main(["lab", "gradients", str(run_dir), "--out", str(tmp_path / "file")])
-    assert capsys.readouterr().err == f"fastsac: {tmp_path / 'file'}: File exists\n"
+    assert capsys.readouterr().err == f"fastsac: {tmp_path / 'file'} is a file: choose another --out\n"

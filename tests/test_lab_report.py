@@ -224,11 +224,11 @@ def test_the_answer_says_which_arms_are_equivalent_different_or_neither(page: Pa
     assert not any(ENV_IDS[2] in part for part in parts[1:3])
 
 
-def test_what_is_not_shown_is_said(tmp_path: Path) -> None:
+def test_what_is_inconclusive_is_said(tmp_path: Path) -> None:
     result = comparison()
-    result["summary"]["Hopper-v5"][ARMS[1]]["equivalence"]["verdict"] = "not shown"
+    result["summary"]["Hopper-v5"][ARMS[1]]["equivalence"]["verdict"] = "inconclusive"
     text = Page(write_report(fill(tmp_path, comparison=result))).text
-    assert f"Not shown either way: {ARMS[1]} on Hopper-v5." in text
+    assert f"Inconclusive: {ARMS[1]} on Hopper-v5." in text
 
 
 def test_names_are_shown_and_not_run(page: Page) -> None:
@@ -307,6 +307,25 @@ def test_an_arm_without_a_run_has_no_seed(tmp_path: Path) -> None:
     assert "with 0 to 3 of 3 random seeds" in text
 
 
+def test_a_varied_setting_without_a_test(tmp_path: Path) -> None:
+    """Nothing is tested then, but what is best is known; and so are the figures of all environments together."""
+    result, env_id = comparison(), ENV_IDS[0]
+    worse, best, lost = (f"{ARMS[0]} tau={tau}" for tau in ("0.005", "0.01", "0.02"))
+    arm = result["summary"][env_id][ARMS[0]]
+    other = f"{ARMS[1]} tau=0.01"  # as if the first arm had no run
+    result["settings"] |= {"arms": ARMS[:2], "env_ids": [env_id]}
+    result["summary"] = {env_id: {worse: arm, best: arm, lost: no_runs(), other: arm}}
+    result["best"] = {env_id: {ARMS[0]: best, ARMS[1]: other}}
+    result["overall"] = {ARMS[0]: {"final": spread(0.9, 0.05), "auc": spread(0.7, 0.05)}}
+    text = Page(write_report(fill(tmp_path, comparison=result))).text
+    row = text[text.index("median time") :]
+    assert "not its best settings" in row[row.index(worse) : row.index(best)]
+    assert "the first arm" in row[row.index(best) : row.index(lost)]
+    assert "no complete run" in row[row.index(lost) : row.index(other)]
+    assert "not tested" in row[row.index(other) :]
+    assert "0.900 [0.850" in text[text.index("Over all environments") :]
+
+
 def test_of_a_varied_setting_the_best_is_tested_and_the_others_are_shown(tmp_path: Path) -> None:
     result, env_id = comparison(), ENV_IDS[0]
     first, other = (f"{arm} actor_lr=0.001" for arm in ARMS[:2])
@@ -322,6 +341,7 @@ def test_of_a_varied_setting_the_best_is_tested_and_the_others_are_shown(tmp_pat
     assert f"difference to {first.replace(' ', chr(10))}, normalised" in text
     assert f"{other}." in text[text.index("Equivalent") : text.index("Different:")]
     assert "chosen on the same seeds" in text
+    assert text.count("not its best settings") == 2
     row = text[text.index("median time") :]
     assert "the first arm" in row[row.index(first) : row.index(f"{ARMS[1]} actor_lr=1")]
     assert "not its best settings" in row[row.index(f"{ARMS[1]} actor_lr=1") : row.index(other)]

@@ -85,13 +85,13 @@ def test_equivalence_is_two_one_sided_paired_tests():
         ([99.0, 100.0, 101.0, 100.0], 0.05, "equivalent"),
         ([97.9, 99.0, 97.4, 98.5], 0.05, "equivalent"),  # different, too, but by less than matters
         ([80.0, 81.0, 79.0, 80.0], 0.05, "different"),
-        ([60.0, 130.0, 100.0, 95.0], 0.05, "not shown"),
+        ([60.0, 130.0, 100.0, 95.0], 0.05, "inconclusive"),
         ([100.0], 0.05, "not tested"),
         ([], 0.05, "not tested"),
         ([math.nan, 100.0, 100.0], 0.05, "not tested"),
         ([math.inf, 100.0, 100.0], 0.05, "not tested"),
         ([-1e300, 1e300], 0.05, "not tested"),  # no finite standard error
-        ([-1e100, 1e100], 0.05, "not shown"),
+        ([-1e100, 1e100], 0.05, "inconclusive"),
     ],
 )
 def test_verdicts(other, margin, verdict):
@@ -113,7 +113,7 @@ def test_different_is_what_a_two_sided_test_finds():
         a, b = rng.normal(1.0, 0.2, size=4), rng.normal(1.3, 0.2, size=4)
         found = stats.ttest_rel(a, b).pvalue < 0.05
         verdict = equivalence(a.tolist(), b.tolist(), 1.0, 0.001).verdict
-        assert verdict == ("different" if found else "not shown")
+        assert verdict == ("different" if found else "inconclusive")
         seen.add(verdict)
     assert len(seen) == 2
 
@@ -163,7 +163,7 @@ def test_a_summary_by_hand():
         run_of("B", "score:none", 0, [5.0, 5.0, 9.0]),
     ]
     settings = {"arms": ["pathwise", "score:none"], "margin": 0.05}
-    result = summarize(runs, {"A": 10.0, "B": 1.0}, "pathwise", settings)
+    result = summarize(runs, [], {"A": 10.0, "B": 1.0}, "pathwise", settings)
     pathwise, none = result["summary"]["A"]["pathwise"], result["summary"]["A"]["score:none"]
     assert pathwise["final"]["iqm"] == 110.0
     assert pathwise["auc"]["values"] == [50.0, 55.0]
@@ -191,9 +191,32 @@ def test_the_best_settings_are_those_of_the_most_complete_runs_with_the_largest_
         run_of("A", "pathwise tau=3", 0, [0.0, 9.0, 9.0]),  # its other run has failed
     ]
     settings = {"arms": ["pathwise"], "margin": 0.05}
-    result = summarize(runs, {"A": 0.0}, "pathwise", settings)
+    result = summarize(runs, [], {"A": 0.0}, "pathwise", settings)
     assert result["best"] == {"A": {"pathwise": "pathwise tau=2"}}
     assert "chosen on the same seeds" in table({**result, "settings": settings})
+
+
+def test_an_arm_whose_runs_have_diverged_is_not_called_equivalent():
+    """The runs that are left are a choice of the lucky ones."""
+    runs = [run_of(env_id, "pathwise", seed, [0.0, 100.0 + seed]) for env_id in "AB" for seed in range(4)]
+    runs += [run_of("A", "score:none", seed, [0.0, 100.0 + seed]) for seed in (0, 1)]
+    runs += [run_of("B", "score:none", seed, [0.0, 100.0 + seed]) for seed in range(4)]
+    lost = [{"env_id": "A", "arm": "score:none", "seed": seed, "diverged": True} for seed in (2, 3)]
+    settings, random = {"arms": ["pathwise", "score:none"], "margin": 0.05}, {"A": 0.0, "B": 0.0}
+
+    def verdicts(failed):
+        result = summarize(runs, failed, random, "pathwise", settings)
+        table({**result, "settings": settings})
+        of = {env_id: arms["score:none"]["equivalence"] for env_id, arms in result["summary"].items()}
+        return of["A"]["verdict"], of["B"]["verdict"], list(result["overall"]), of["A"]["reason"]
+
+    assert verdicts([])[:3] == ("equivalent", "equivalent", ["pathwise", "score:none"])
+    assert verdicts(lost)[:3] == ("not tested", "equivalent", ["pathwise"])
+    assert "have diverged" in verdicts(lost)[3]
+    crashed = [each | {"diverged": False} for each in lost]  # by no fault of the arm
+    assert verdicts(crashed)[:3] == verdicts([])[:3]
+    of_first = [each | {"arm": "pathwise"} for each in lost]
+    assert verdicts(of_first)[:3] == ("not tested", "equivalent", ["score:none"])
 
 
 def test_runs_are_paired_by_their_seeds():
@@ -201,7 +224,7 @@ def test_runs_are_paired_by_their_seeds():
     runs = [run_of("A", "pathwise", seed, [0.0, 0.0, 100.0 + 10.0 * seed]) for seed in (3, 0, 2, 1)]
     runs += [run_of("A", "score:none", seed, [0.0, 0.0, 101.0 + 10.0 * seed]) for seed in (2, 4, 0)]
     settings = {"arms": ["pathwise", "score:none"], "margin": 0.05}
-    test = summarize(runs, {"A": 15.0}, "pathwise", settings)["summary"]["A"]["score:none"]["equivalence"]
+    test = summarize(runs, [], {"A": 15.0}, "pathwise", settings)["summary"]["A"]["score:none"]["equivalence"]
     assert test["seeds"] == 2
     assert test["difference"] == pytest.approx(0.01)
     assert test["high"] - test["low"] < 1e-9
@@ -216,7 +239,7 @@ def test_no_share_of_a_gain_that_is_a_loss():
         for seed in (0, 1)
     ]
     settings = {"arms": ["pathwise", "score:none"], "margin": 0.05}
-    result = summarize(runs, {"A": -200.0, "B": 0.0}, "pathwise", settings)
+    result = summarize(runs, [], {"A": -200.0, "B": 0.0}, "pathwise", settings)
     assert result["overall"] == {}
     assert "not tested: the first arm did not score above random actions" in table({**result, "settings": settings})
     assert result["summary"]["A"]["score:none"]["equivalence"]["verdict"] == "not tested"
@@ -229,7 +252,7 @@ def test_no_numbers_do_not_stop_a_summary():
         run_of("A", "score:none", 0, [1.0, 2.0, 3.0]),
     ]
     settings = {"arms": ["pathwise", "score:none"], "margin": 0.05}
-    result = summarize(runs, {"A": math.nan}, "pathwise", settings)
+    result = summarize(runs, [], {"A": math.nan}, "pathwise", settings)
     assert result["summary"]["A"]["score:none"]["equivalence"]["verdict"] == "not tested"
     shown = table({**result, "settings": settings})
     assert "pathwise" in shown

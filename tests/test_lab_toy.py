@@ -218,7 +218,7 @@ def test_wrong_options(options: Toy, message: str) -> None:
 def test_the_directory_is_made_before_anything_is_measured(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy, "sweep", lambda *_: pytest.fail("measured"))
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError):
+    with pytest.raises(UsageError, match="is a file: choose another --out"):
         toy.run(Toy(out=tmp_path / "file"))
 
 

@@ -10,10 +10,11 @@ import importlib
 from typing import Any, NamedTuple
 
 from fastsac.config import AS_PRINTED, Config
-from fastsac.errors import UsageError, did_you_mean
+from fastsac.errors import UsageError, did_you_mean, told
 from fastsac.estimators.antithetic import pathwise_antithetic, score_antithetic
 from fastsac.estimators.measure_valued import measure_valued
 from fastsac.estimators.mix import mix, mix_gradient
+from fastsac.estimators.own import Own
 from fastsac.estimators.pathwise import pathwise, pathwise_gradient
 from fastsac.estimators.score import score, score_gradient
 from fastsac.types import Estimator, Gradient
@@ -62,6 +63,7 @@ def register(name: str, entry: Entry) -> None:
     """
     if not name or ":" in name or any(map(str.isspace, name)):
         raise ValueError(f"an estimator's name has no colon and no white space, got {name!r}")
+    entry = entry._replace(estimator=Own(name, entry.estimator))
     if ESTIMATORS.setdefault(name, entry) != entry:
         raise ValueError(f"there is an estimator {name!r} already")
 
@@ -97,11 +99,9 @@ def find(name: str) -> Entry:
         except ModuleNotFoundError as error:
             if error.name == module and (hint := did_you_mean(module, ESTIMATORS)):
                 raise UsageError(f"unknown --estimator {module!r}{hint}") from error
-            told = f"cannot import {error.name!r} for --estimator {name}: is it on PYTHONPATH?"
-            raise UsageError(told) from error
+            raise UsageError(f"cannot import {error.name!r} for --estimator {name}: is it on PYTHONPATH?") from error
         except Exception as error:
-            told = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UsageError(f"--estimator {name} cannot be imported: {told}") from error
+            raise UsageError(f"--estimator {name} cannot be imported: {told(error, __file__)}") from error
         if own not in ESTIMATORS:
             raise UsageError(f"{module} registers no estimator {own!r}: fastsac.estimators.register({own!r}, ...)")
         return ESTIMATORS[own]

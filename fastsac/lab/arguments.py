@@ -55,7 +55,7 @@ class Toy:
     arms: tuple[str, ...] | None = None
     """Arms to measure, written as for `fastsac compare`. Default: all."""
     num_samples: int = 200_000
-    """Gradient estimates for each figure."""
+    """Gradient estimates for each measured value."""
     seed: int | None = None
     """Random seed for the problem and its noise. Default: a new one, which is printed."""
     out: Path | None = None

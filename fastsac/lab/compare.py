@@ -6,7 +6,6 @@ and is all that tables, tests and the report are made of: the run directories ma
 
 from __future__ import annotations
 
-import fcntl
 import shlex
 import sys
 from collections.abc import Iterator
@@ -20,11 +19,12 @@ from fastsac.errors import FastsacError, UsageError
 from fastsac.estimators import choose
 from fastsac.lab.arguments import Compare
 from fastsac.lab.outcome import table
-from fastsac.lab.plan import Plan, make_plan
-from fastsac.lab.record import OTHER_OUT, Record, command_of, refuse_other_run
+from fastsac.lab.plan import Plan, jobs, make_plan
+from fastsac.lab.record import Record, command_of, refuse_other_run
+from fastsac.lab.results import OTHER_OUT, make_directory
 from fastsac.lab.watch import Watch
-from fastsac.lab.worker import train_here
-from fastsac.run_dir import CONFIG
+from fastsac.lab.worker import log_file, train_here
+from fastsac.run_dir import CONFIG, lock
 from fastsac.signals import stop_signals
 
 
@@ -69,7 +69,7 @@ def compare(options: Compare) -> dict[str, Any]:
     """
     plan = make_plan(options)
     _refuse_misfits(plan, options)
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_directory(options.out)
     with _locked(options.out):
         record = Record(options.out, plan, options)
         missing = [each for each in plan.runs if not record.has(each)]
@@ -80,6 +80,10 @@ def compare(options: Compare) -> dict[str, Any]:
         for each in missing:
             refuse_other_run(options.out / each.run_dir, each)
         record.measure_random()
+        if missing:
+            beside = f", {min(jobs(options), len(missing))} at a time" if options.ray is None else ""
+            told = f"{len(missing)} of {len(plan.runs)} runs to train{beside}, below {options.out / 'runs'}"
+            print(f"fastsac: {told}", file=sys.stderr)
         with stop_signals() as stop, Watch(options.out, plan.runs, missing) as watch:
             if options.ray is not None:
                 from fastsac.lab.on_ray import train_all
@@ -88,7 +92,9 @@ def compare(options: Compare) -> dict[str, Any]:
             failed = train_all(options, missing, record.add, watch, stop)
         record.fail(failed)
         for failure in failed:
-            print(f"fastsac: {failure.run.name()} failed: {failure.reason}", file=sys.stderr)
+            log = log_file(options.out / failure.run.run_dir)  # on Ray it is the task's
+            more = f" (see {log})" if options.ray is None and log.exists() else ""
+            print(f"fastsac: {failure.run.name()} failed: {failure.reason}{more}", file=sys.stderr)
         if stop:
             where = ["--jobs", str(options.jobs)] if options.jobs is not None else []
             where += ["--ray", options.ray] if options.ray is not None else []
@@ -107,17 +113,13 @@ def compare(options: Compare) -> dict[str, Any]:
 def _locked(directory: Path) -> Iterator[None]:
     """Keep another comparison out of the directory."""
     with (directory / ".compare.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another comparison is running in {directory}: wait for it, or stop it") from None
+        if not lock(file.fileno()):
+            raise UsageError(f"another comparison is running in {directory}: wait for it, or stop it")
         yield
 
 
 def _refuse_misfits(plan: Plan, options: Compare) -> None:
     """Raise UsageError for what would make every run of an arm or an environment fail."""
-    if options.out.exists() and not options.out.is_dir():
-        raise UsageError(f"{options.out} is a file: {OTHER_OUT}")
     if (options.out / CONFIG).exists():
         raise UsageError(f"{options.out} is a run directory: {OTHER_OUT}")
     if options.gpus_per_run and options.ray is None:

@@ -17,6 +17,7 @@ from fastsac.errors import UsageError
 from fastsac.lab.arguments import Cost
 from fastsac.lab.arms import Arm, parse_arms
 from fastsac.lab.quadratic import every_arm
+from fastsac.lab.results import make_directory
 from fastsac.lab.watch import tracked
 from fastsac.learner import Learner, choose_engine, make_learner, resolve_device, set_up_torch
 from fastsac.learner.compare import random_replay
@@ -47,7 +48,7 @@ def run(options: Cost) -> dict[str, Any]:
     arms = every_arm() if options.arms is None else parse_arms(options.arms)
     device = resolve_device("auto")
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)  # before anything takes its time
+        make_directory(options.out)  # before anything takes its time
     plain = Config(batch_size=options.batch_size, precision="fp32", num_threads=1)
     set_up_torch(plain, device, OBS_SIZE, ACTION_SIZE)  # as for training
     replay = random_replay(OBS_SIZE, ACTION_SIZE, device)

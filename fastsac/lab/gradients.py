@@ -28,6 +28,7 @@ from fastsac.lab.arguments import Gradients
 from fastsac.lab.arms import Arm, parse_arm, parse_arms
 from fastsac.lab.head import PARTS, Head, Moments, Oracle, oracles
 from fastsac.lab.quadratic import every_arm
+from fastsac.lab.results import make_directory
 from fastsac.lab.watch import tracked
 from fastsac.machine import describe_machine, portable, write_json
 from fastsac.run_dir import newest_step, read_config
@@ -53,10 +54,10 @@ def run(options: Gradients) -> dict[str, Any]:
     config = _plain(options.run_dir)
     if newest_step(options.run_dir) is None:
         raise UsageError(f"{options.run_dir} has no checkpoint yet: train it for longer, or name another run")
+    if options.out is not None:
+        make_directory(options.out)  # before anything takes its time
     newest = SAC.load(options.run_dir, config)
     obs, source = states(newest, options.num_states, options.seed)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)  # before anything takes its time
     agents = {newest.steps: newest}
     if checkpoint.best_checkpoint(options.run_dir).exists():
         best = SAC.load(options.run_dir, config, best=True)
@@ -176,7 +177,7 @@ def _baselines(head: Head, arm: Arm, skipped: dict[str, str]) -> list[tuple[str,
 
 def _plain(run_dir: Path) -> Config:
     """Return the run's configuration for the reference engine, whose parts are used here."""
-    return dataclasses.replace(read_config(run_dir), engine="reference", precision="fp32", num_threads=1)
+    return dataclasses.replace(read_config(run_dir), device="auto", engine="reference", precision="fp32", num_threads=1)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -203,6 +204,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "noise: trace of the covariance over the squared norm of the gradient; at equal ...: relative to pathwise's",
         f"bias: along the gradient, and in a random direction; states from {result['states']}",
+        "a biased estimator's noise says little: one that makes its gradient too small makes less noise, too",
     ]
     lines += [f"{arm} was left out: {reason}" for arm, reason in result["skipped"].items()]
     return "\n".join(lines)

@@ -13,10 +13,11 @@ WORDS = {
     "IQM": "The interquartile mean: the mean of the middle half of the runs. A lucky or a broken run hardly moves it.",
     "Interval, band": "95 % stratified bootstrap: the runs are drawn again with replacement many times, and 95 % "
     "of the results lie inside. With few seeds such intervals are too narrow rather than too wide.",
-    "Equivalence margin": "The largest difference that does not matter, fixed before the runs.",
+    "Equivalence margin": "The largest difference that does not matter. It should be chosen before the runs: "
+    "margins that were tried before this one are in the settings above, as earlier_margins.",
     "Verdicts": "Equivalent: two one-sided paired t-tests at 5 % each show that the means differ by less than the "
     "margin; that is, the 90 % interval lies within it. Different: they do not, and a two-sided test finds a "
-    "difference. Not shown: neither, so these runs leave it open. Pairs are runs of the same "
+    "difference at 5 %. Inconclusive: neither, so these runs leave it open. Pairs are runs of the same "
     "seed, whose evaluations begin in the same states: where those decide the return, the difference is known better "
     "than either return.",
     "Normalised return": "0 is the mean return of random actions, 1 the first arm's mean final "

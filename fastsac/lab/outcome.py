@@ -7,28 +7,32 @@ from typing import Any
 
 import numpy as np
 
-from fastsac.lab.statistics import Numbers, area, bootstrap, equivalence
+from fastsac.lab.statistics import Numbers, area, bootstrap, equivalence, untestable
 
 Runs = list[dict[str, Any]]
 NONE = "-"
+DIVERGED = "runs of the arm or of the first one have diverged, and those that are left would flatter it"
 
 
 def summarize(
-    runs: Runs, random_return: dict[str, float], reference: str, settings: dict[str, Any]
+    runs: Runs, failed: Runs, random_return: dict[str, float], reference: str, settings: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Return `summary`, `best` and `overall` of comparison.json.
 
     A return is normalised to 0 for uniformly random actions and 1 for the mean final return of the reference arm. Where
     a setting is varied, an arm's best value of it is what is tested: the one with the largest area under the curve
-    among those with the most complete runs. It is chosen on the runs that are tested, in every arm alike.
+    among those with the most complete runs. It is chosen on the runs that are tested, in every arm alike. An arm with
+    runs that have diverged is not tested: those that are left would flatter it.
 
     Args:
         runs: of comparison.json.
+        failed: likewise.
         random_return: for each environment.
         reference: label of the arm that the others are held against.
         settings: of comparison.json.
     """
     summary, best, normalised = dict[str, Any](), dict[str, dict[str, str]](), dict[str, list[dict[str, Numbers]]]()
+    diverged = {(each["env_id"], each["arm"]) for each in failed if each["diverged"]}
     for env_id in dict.fromkeys(run["env_id"] for run in runs):
         by_label: dict[str, Runs] = {}
         for run in runs:
@@ -48,7 +52,8 @@ def summarize(
             if label != anchor:
                 both = [seed for seed in seeds[anchor] if seed in seeds[label]]
                 first, other = ([finals[each][seeds[each].index(seed)] for seed in both] for each in (anchor, label))
-                found = equivalence(first, other, scale, settings["margin"])
+                whole = not {(env_id, anchor), (env_id, label)} & diverged
+                found = equivalence(first, other, scale, settings["margin"]) if whole else untestable(DIVERGED)
                 summary[env_id][label]["equivalence"] = {
                     **{"against": anchor, "margin": settings["margin"], "seeds": len(both)},
                     **found._asdict(),
@@ -56,6 +61,8 @@ def summarize(
         if not (scale > 0.0 and math.isfinite(scale)):
             continue
         for base, label in best[env_id].items():
+            if (env_id, label) in diverged:
+                continue
             arm = summary[env_id][label]
             shares = {name: (np.array(arm[name]["values"]) - zero) / scale for name in ("final", "auc")}
             normalised.setdefault(base, []).append(shares)
@@ -115,6 +122,8 @@ def table(result: dict[str, Any]) -> str:
                 verdict = test["verdict"]
                 if verdict != "not tested":
                     beside = "{difference:+.1%} ({low:+.1%} to {high:+.1%})".format(**test)
+            elif not arm["seeds"]:
+                verdict = "no complete run"
             elif label not in result.get("best", {}).get(env_id, {label: label}).values():
                 verdict = "not its best settings"
             failed = f" ({arm['failed']} failed)" if arm.get("failed") else ""
@@ -125,7 +134,7 @@ def table(result: dict[str, Any]) -> str:
     margin = result["settings"]["margin"]
     lines.append(
         f"interquartile means; differences to the first arm as shares of its gain over random actions, with 90 % "
-        f"intervals; equivalent: within {100.0 * margin:g} % by two one-sided tests; not shown: neither that nor a "
+        f"intervals; equivalent: within {100.0 * margin:g} % by two one-sided tests; inconclusive: neither that nor a "
         "difference"
     )
     lines += [f"not tested: {reason}" for reason in untested(result["summary"])]

@@ -33,10 +33,11 @@ class Look(NamedTuple):
 
     @property
     def short(self) -> str:
-        """The label for a picture: a line for the arm and one for each setting that varies."""
+        """The label for a picture: a line for the arm and one for each setting that varies, each with both its ends."""
         text = "".join(character if character.isprintable() else "?" for character in self.label)
         return "\n".join(
-            word if len(word) <= LONGEST_LABEL else word[: LONGEST_LABEL - 1] + "…" for word in text.split(" ")
+            word if len(word) <= LONGEST_LABEL else f"{word[: LONGEST_LABEL - 13]}…{word[-12:]}"
+            for word in text.split(" ")
         )
 
     @property

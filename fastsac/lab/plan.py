@@ -23,6 +23,8 @@ OWN = {
     **dict.fromkeys(("estimator", "baseline", "num_action_samples"), "--arms"),
     "target_return": "nothing: runs of different lengths cannot be compared",
 }
+#: settings that decide what a return is: where these differ, returns cannot be compared
+TASK = ("max_episode_steps", "env_backend", "env_kwargs", "env_wrappers", "eval_every", "eval_episodes")
 #: settings that change how fast a run is, and not what comes out
 IGNORED = ("num_threads",)
 
@@ -75,6 +77,8 @@ def make_plan(options: Compare) -> Plan:
     names = list(settings)
     variants = [dict(zip(names, values, strict=True)) for values in itertools.product(*settings.values())]
     varying = [name for name in names if len(settings[name]) > 1]
+    if apart := [name for name in varying if name in TASK]:
+        raise UsageError(f"--set {apart[0]}: all runs of a comparison need the same value; use another --out for each")
     runs = list[Run]()
     # seeds last, so that every arm has its first one before any has its second
     for seed, env_id, arm, variant in itertools.product(seeds, env_ids, arms, variants):

@@ -21,6 +21,7 @@ from fastsac.evaluate import evaluate
 from fastsac.lab.arguments import Compare
 from fastsac.lab.outcome import summarize
 from fastsac.lab.plan import Plan, Run, difference, parse_settings, settings_of, train_command, written
+from fastsac.lab.results import OTHER_OUT
 from fastsac.lab.worker import MACHINE, Failure
 from fastsac.machine import portable, write_json
 from fastsac.plot import read_metric
@@ -30,7 +31,6 @@ FORMAT = 1
 COMPARISON = "comparison.json"
 #: of random actions, over so many environments; their mean is the unit of every difference's zero
 RANDOM_EPISODES, RANDOM_ENVS, RANDOM_SEED = 200, 10, 0
-OTHER_OUT = "choose another --out"
 
 
 class Record:
@@ -100,8 +100,8 @@ class Record:
         """
         run_dir = self._directory / run.run_dir
         steps, returns = read_metric(run_dir, "eval_return")
-        updated, updates = read_metric(run_dir, "updates")
-        if not steps or updated[-1] < run.config.total_steps:
+        _, updates = read_metric(run_dir, "updates")
+        if not steps or steps[-1] < run.config.total_steps:  # a return that is no finite number is not in the file
             raise FastsacError(f"{run_dir} has not been evaluated at its last step")
         try:
             setup = json.loads((run_dir / MACHINE).read_text())
@@ -138,7 +138,8 @@ class Record:
         complete = set(map(_key, self.result["runs"]))
         failed = [each for each in self.result.get("failed", []) if _key(each) not in complete]
         settings = self.result["settings"]
-        self.result |= summarize(self.result["runs"], self.result["random_return"], settings["arms"][0], settings)
+        runs, random = self.result["runs"], self.result["random_return"]
+        self.result |= summarize(runs, failed, random, settings["arms"][0], settings)
         self.result["failed"] = failed
         for each in failed:
             arms = self.result["summary"].setdefault(each["env_id"], {})
@@ -233,7 +234,9 @@ def _union(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
 
     before = stored | {"set": written(parse_settings(stored["set"]))}
     lists = {name: both(asked[name], before[name]) for name in ("env_ids", "arms", "set")}
-    return {**asked, **lists, "seeds": sorted({*stored["seeds"], *asked["seeds"]})}
+    margins = dict.fromkeys([*stored.get("earlier_margins", []), stored["margin"]])
+    changed = {"earlier_margins": earlier} if (earlier := [each for each in margins if each != asked["margin"]]) else {}
+    return {**asked, **lists, "seeds": sorted({*stored["seeds"], *asked["seeds"]}), **changed}
 
 
 def _finite(value: Any) -> Any:

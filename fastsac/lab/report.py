@@ -167,7 +167,7 @@ def answer(comparison: Json | None) -> Markup:
         told += [element("strong", "Equivalent"), "to", arm_text(first)]
         told += [join(["in final return within the margin", within, ":"], ""), those("equivalent")]
         told += [element("strong", "Different:"), those("different")]
-        for verdict, words in (("not shown", "Not shown either way:"), ("not tested", "Not tested:")):
+        for verdict, words in (("inconclusive", "Inconclusive:"), ("not tested", "Not tested:")):
             if verdict in found:
                 told += [element("strong", words), those(verdict)]
         told += [f"Not tested means here: {reason}." for reason in untested(summary)]

@@ -1,14 +1,16 @@
-"""The files that the report is made of, and what they must have."""
+"""The directory of results: the files that the report is made of, and what they must have."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from fastsac.errors import UsageError
 
 Json = dict[str, Any]
+OTHER_OUT = "choose another --out"
 NUMBER = (int, float, type(None))
 EACH = "*"
 MIDDLE = {"iqm": NUMBER, "low": NUMBER, "high": NUMBER}
@@ -26,6 +28,18 @@ SHAPES: dict[str, Json] = {
     "gradients": {},
     "toy": {},
 }
+
+
+def make_directory(path: Path) -> None:
+    """Make the directory of results if need be; UsageError if nothing can be written there."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file: {OTHER_OUT}")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be made ({error.strerror}): {OTHER_OUT}") from error
+    if not os.access(path, os.W_OK):
+        raise UsageError(f"{path} cannot be written to: {OTHER_OUT}")
 
 
 def read_results(directory: Path) -> dict[str, Json]:
@@ -58,7 +72,9 @@ def read_results(directory: Path) -> dict[str, Json]:
         results[name] = result
     if not results:
         files = ", ".join(f"{name}.json" for name in SHAPES)
-        raise UsageError(f"{directory} has none of {files}: make one with `fastsac compare` first")
+        raise UsageError(
+            f"{directory} has none of {files}: make one with `fastsac compare` or `fastsac lab ... --out` first"
+        )
     return results
 
 

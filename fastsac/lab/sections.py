@@ -10,6 +10,7 @@ from fastsac.errors import UsageError
 from fastsac.lab.page import (
     PNG_START,
     Markup,
+    arm_text,
     duration,
     element,
     figure,
@@ -24,7 +25,7 @@ from fastsac.lab.pictures import Look, dots_height, draw, draw_curves, draw_dots
 
 Json = dict[str, Any]
 NONE = "–"
-SIGNS = {"equivalent": "=", "different": "≠", "not shown": "?"}
+SIGNS = {"equivalent": "=", "different": "≠", "inconclusive": "?"}
 PANEL = (5.2, 3.4)  # inches
 LONG = 30  # rows
 FINAL_NOTE = (
@@ -115,6 +116,7 @@ def final_section(comparison: Json, pictures: dict[str, bytes]) -> Markup:
     parts = [element("p", FINAL_NOTE.format(first=settings["arms"][0]), class_="note")]
     for env_id in settings["env_ids"]:
         arms = summary.get(env_id, {})
+        best = [part(comparison, "best", env_id, arm) or arm for arm in settings["arms"]]
         present = [look for look in key if look.label in arms]
         tests = {look: arms[look.label]["equivalence"] for look in present if part(arms, look.label, "equivalence")}
         rows = [(look, arms[look.label]["final"]) for look in present]
@@ -132,28 +134,33 @@ def final_section(comparison: Json, pictures: dict[str, bytes]) -> Markup:
         parts += [
             element("h3", env_id),
             element("div", join(panels), class_="panels"),
-            final_table(env_id, key, arms, label if tests else "difference"),
+            final_table(env_id, key, arms, best, label if tests else "difference"),
         ]
     pictures["final.png"] = draw(functions, size, columns=1 if len(key) == 1 else 2)
     if overall := comparison.get("overall"):
-        cells = [[look.key, *(interval(part(overall, look.label, name)) for name in ("final", "auc"))] for look in key]
+        cells = [
+            [arm_text(arm), *(interval(part(of, name)) for name in ("final", "auc"))] for arm, of in overall.items()
+        ]
         headers = ["arm", "final return", "area under the curve"]
         parts += [element("h3", "Over all environments"), table(headers, cells, "Normalised returns, all environments")]
     return join(parts)
 
 
-def final_table(env_id: str, key: list[Look], arms: Json, difference: str) -> Markup:
-    """Return one row per arm."""
-    against = (part(values, "equivalence", "against") for values in arms.values())
-    first, rows = next(filter(None, against), key[0].label), []
+def final_table(env_id: str, key: list[Look], arms: Json, best: list[str], difference: str) -> Markup:
+    """Return one row per label; `best` has each arm's label of its best settings, the first arm's first."""
+    rows = []
     for look in key:
         values = arms.get(look.label)
         if values is None:
             rows.append([look.key, *[NONE] * 7])
             continue
         test = values.get("equivalence")
-        best = part(test, "verdict") or ("not its best settings" if " " in look.label else "not tested")
-        verdict = "the first arm" if look.label == first else best
+        if not values["seeds"]:
+            verdict = "no complete run"
+        elif look.label == best[0]:
+            verdict = "the first arm"
+        else:
+            verdict = part(test, "verdict") or ("not tested" if look.label in best else "not its best settings")
         sign = SIGNS[verdict] + "\N{NO-BREAK SPACE}" if verdict in SIGNS else ""
         shown = element("span", sign + verdict, class_=verdict.replace(" ", "-"))
         returns = [interval(values[name]) for name in ("final", "auc")]

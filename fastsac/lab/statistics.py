@@ -74,8 +74,13 @@ class Equivalence(NamedTuple):
     low: float  # of the interval of confidence 1 - 2 level
     high: float
     p: float  # the larger one of the two one-sided tests'
-    verdict: str  # "equivalent", "different", "not shown" or "not tested"
+    verdict: str  # "equivalent", "different", "inconclusive" or "not tested"
     reason: str = ""  # why it was not tested
+
+
+def untestable(reason: str) -> Equivalence:
+    """Return that there is no test, and why."""
+    return Equivalence(math.nan, math.nan, math.nan, math.nan, "not tested", reason)
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -87,7 +92,7 @@ def equivalence(
     Runs of one seed are evaluated from the same start states, so their difference is what is tested. Not finding a
     difference would prove nothing: with few seeds nothing is found. "equivalent": both tests reject at `level`, which
     is to say that the interval lies within the margin. "different": they do not, and a two-sided test at `level` finds
-    a difference. "not shown": neither.
+    a difference. "inconclusive": neither.
 
     Args:
         reference: a return for each seed.
@@ -96,20 +101,16 @@ def equivalence(
         margin: the largest share of `scale` that counts as no difference.
         level: of each test.
     """
-
-    def untested(reason: str) -> Equivalence:
-        return Equivalence(math.nan, math.nan, math.nan, math.nan, "not tested", reason)
-
     if len(reference) < 2:
-        return untested("fewer than two random seeds are complete in both arms")
+        return untestable("fewer than two random seeds are complete in both arms")
     if not math.isfinite(scale):
-        return untested("the first arm's gain over random actions is not known")
+        return untestable("the first arm's gain over random actions is not known")
     if scale <= 0.0:
-        return untested("the first arm did not score above random actions, so there is no gain to measure against")
+        return untestable("the first arm did not score above random actions, so there is no gain to measure against")
     differences = (np.asarray(other, dtype=np.float64) - np.asarray(reference, dtype=np.float64)) / scale
     difference, error = float(differences.mean()), float(stats.sem(differences))
     if not math.isfinite(error):
-        return untested("a return is not finite")
+        return untestable("a return is not finite")
     if error == 0.0:
         verdict = "equivalent" if abs(difference) < margin else "different"
         return Equivalence(difference, difference, difference, 0.0 if verdict == "equivalent" else 1.0, verdict)
@@ -117,5 +118,5 @@ def equivalence(
     p = float(max(t.sf((difference + margin) / error), t.sf((margin - difference) / error)))
     half = float(error * t.isf(level))
     differs = 2.0 * t.sf(abs(difference) / error) < level
-    verdict = "equivalent" if p < level else "different" if differs else "not shown"
+    verdict = "equivalent" if p < level else "different" if differs else "inconclusive"
     return Equivalence(difference, difference - half, difference + half, p, verdict)

@@ -8,7 +8,7 @@ omega on the ordering of the two families turns over (`ripple`).
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fastsac.estimators import ESTIMATORS, choose
 from fastsac.lab.arguments import Toy
 from fastsac.lab.arms import Arm, parse_arms
 from fastsac.lab.quadratic import MOST, Quadratic, closed_form, every_arm, measure
+from fastsac.lab.results import make_directory
 from fastsac.lab.watch import tracked
 from fastsac.machine import describe_machine, write_json
 
@@ -52,7 +53,7 @@ def run(options: Toy) -> dict[str, Any]:
     words = ["fastsac", "lab", "toy", "--seed", str(seed), "--num-samples", str(options.num_samples)]
     words += ["--arms", *options.arms] if options.arms else []
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)  # before anything takes its time
+        make_directory(options.out)  # before anything takes its time
     rows = sweep(arms, seed, options.num_samples)
     allowed = judge(rows)
     for index, row in enumerate(rows):
@@ -181,21 +182,41 @@ def table(result: dict[str, Any]) -> str:
             rows.append([row["arm"], str(row["K"]), f"{row['variance']:.4g}", known, bias, off])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    biased = [f"{row['arm']} ({row['axis']} {row['value']:g})" for row in result["rows"] if not row["unbiased"]]
-    wrong = [f"{row['arm']} ({row['axis']} {row['value']:g})" for row in result["rows"] if not row.get("agrees", True)]
+    biased = _places(row for row in result["rows"] if not row["unbiased"])
+    wrong = _places(row for row in result["rows"] if not row.get("agrees", True))
     lines += [
         "noise: trace of the covariance over the squared norm of the gradient; sigmas: standard errors",
         "at dimension {dimension}, distance {distance:g} from the optimum, sigma {sigma:g}; seed {seed}".format(
             **CENTRE, seed=result["seed"]
         ),
         f"{len(result['rows'])} measurements, threshold {result['allowed_sigmas']:.1f} standard errors: "
-        f"biased: {', '.join(biased) or 'none'}; different from the closed form: {', '.join(wrong) or 'none'}",
+        f"biased: {biased or 'none'}; different from the closed form: {wrong or 'none'}",
     ]
+    if biased:
+        lines.append(
+            "a biased estimator's noise says little: one that makes its gradient too small makes less noise, too"
+        )
+    deviations = [
+        (abs(row["variance"] / row["closed_form"] - 1.0), row) for row in result["rows"] if row["closed_form"]
+    ]
+    if deviations:
+        most, row = max(deviations, key=lambda each: each[0])
+        where = f"{row['arm']}, {row['axis']} {row['value']:g}"
+        lines.append(f"largest deviation of the noise from a closed form: {100.0 * most:.1f} % ({where})")
     lines.append("and with a ripple on the critic, for one fixed problem of one dimension, by integration:")
     for each in result["ripple"]:
         where = "nowhere up to 100" if each["from"] is None else f"omega = {each['from']:.3g}"
         lines.append(f"ripple {each['height']:g} sin(omega u): pathwise is the noisier one from {where}")
     return "\n".join(lines)
+
+
+def _places(rows: Iterable[dict[str, Any]]) -> str:
+    """Return ``arm (dimension 1, 4; K 2), ...``."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        found.setdefault(row["arm"], {}).setdefault(row["axis"], []).append(f"{row['value']:g}")
+    points = {arm: "; ".join(f"{axis} {', '.join(each)}" for axis, each in axes.items()) for arm, axes in found.items()}
+    return ", ".join(f"{arm} ({where})" for arm, where in points.items())
 
 
 def draw(result: dict[str, Any], directory: Path) -> None:

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -28,13 +29,13 @@ from fastsac.lab.arguments import Compare
 from fastsac.lab.plan import Run, jobs
 from fastsac.lab.watch import Watch
 from fastsac.machine import describe_machine, write_json
-from fastsac.run_dir import CONFIG, config_from_dict
+from fastsac.run_dir import CONFIG, LOCK, config_from_dict, lock
 from fastsac.train import SAC
 
 #: exit statuses of a run that can go on, and of one that has diverged
 STOPPED, DIVERGED = 75, 76
 MACHINE = "machine.json"
-POLL_SECONDS = 0.5
+POLL_SECONDS, ORPHAN_SECONDS = 0.5, 60.0
 
 
 class Failure(NamedTuple):
@@ -73,6 +74,7 @@ def train(run_dir: Path, config: Config, *callbacks: Callback) -> SAC:
     Raises:
         FastsacError: as `SAC.resume` and `SAC.learn` do.
     """
+    _wait_for_orphan(run_dir)
     agent = SAC.resume(run_dir, config) if (run_dir / CONFIG).exists() else SAC(config)
     agent.prepare()
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -80,6 +82,14 @@ def train(run_dir: Path, config: Config, *callbacks: Callback) -> SAC:
     write_json(run_dir / MACHINE, {**setup, "resumed_at": _resumed_at(run_dir, agent.steps)})
     agent.learn(config.total_steps, run_dir, callback=callbacks or None)
     return agent
+
+
+def _wait_for_orphan(run_dir: Path) -> None:
+    """Wait for the process of a comparison that was killed: it ends after its step, or its evaluation."""
+    end = time.monotonic() + ORPHAN_SECONDS
+    with suppress(FileNotFoundError), (run_dir / LOCK).open("rb") as file:
+        while not lock(file.fileno()) and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
 
 
 def _resumed_at(run_dir: Path, step: int) -> list[int]:
