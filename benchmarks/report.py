@@ -201,6 +201,8 @@ ESTIMATORS_TABLES: dict[str, Callable[[], str]] = {
     "lab_ripples": lab_tables.ripples,
     "lab_pendulum": lambda: lab_tables.comparison("estimators_pendulum"),
     "lab_pendulum_command": lambda: lab_tables.commands("estimators_pendulum"),
+    "lab_pendulum_reference": lambda: lab_tables.comparison("estimators_pendulum_reference"),
+    "lab_pendulum_reference_command": lambda: lab_tables.commands("estimators_pendulum_reference"),
     "lab_mujoco": lambda: lab_tables.comparison(*lab_tables.MUJOCO),
     "lab_mujoco_command": lambda: lab_tables.commands("estimators_mujoco"),
     "lab_mujoco_bf16_command": lambda: lab_tables.commands("estimators_mujoco_bf16"),
