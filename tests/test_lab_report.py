@@ -18,7 +18,7 @@ import pytest
 
 from fastsac.errors import UsageError
 from fastsac.lab.page import interval, number
-from fastsac.lab.pictures import draw, looks
+from fastsac.lab.pictures import LONGEST_LABEL, Look, draw, looks
 from fastsac.lab.record import no_runs
 from fastsac.lab.report import write_report
 
@@ -394,6 +394,13 @@ def test_an_empty_directory_and_a_damaged_picture_are_refused(tmp_path: Path) ->
     (tmp_path / "toy.png").write_bytes(b"GIF89a" * 10)
     with pytest.raises(UsageError, match=r"toy\.png is damaged"):
         write_report(fill(tmp_path, toy={}))
+
+
+def test_a_long_label_keeps_both_ends() -> None:
+    four, eight = (Look.of(f"my_estimators:normalized_advantage:loo:{samples}").short for samples in (4, 8))
+    assert (four[:13], four[-6:], eight[-6:]) == ("my_estimators", ":loo:4", ":loo:8")
+    assert len(four) == len(eight) == LONGEST_LABEL
+    assert Look.of("score-antithetic:mean-action").short == "score-antithetic:mean-action"
 
 
 def test_neighbouring_arms_differ_in_colour_line_and_marker() -> None:

@@ -15,7 +15,7 @@ from fastsac.lab.page import NO_NUMBER, Markup, element, ends, join, number
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ((), (5, 1.5), (1.5, 1.5), (6, 1.5, 1.5, 1.5), (9, 2.5))
 MARKERS = "os^DvPX"
-LONGEST_LABEL = 24
+LONGEST_LABEL = 28
 
 
 class Look(NamedTuple):
