@@ -87,8 +87,8 @@ def check(label: str, split: float | str, seed: int, error: float) -> None:
     found, known = measure(problem, choice, 50_000, seed, error), closed_form(problem, choice, arm.estimator)
     off = known is not None and ((found.variance - known.variance).abs() > ALLOWED * found.variance_error).any()
     if math.isfinite(error) and off:
-        # Sample variances are skewed, so that one among hundreds looks wrong in a hundredth of all runs. As `lab toy`
-        # does, it is measured again, with ten times the samples and other noise.
+        # Sample variances are skewed, and now and then one among hundreds looks wrong. As `lab toy` does, it is
+        # measured again, with ten times the samples and other noise.
         found = measure(problem, choice, toy.AGAIN * 50_000, seed + 2, error)
     tiny = 1e-9 * problem.gradient().abs().max()
     assert ((found.mean - problem.gradient()).abs() <= ALLOWED * found.mean_error + tiny).all()

@@ -56,7 +56,7 @@ ESTIMATORS: dict[str, Entry] = {
 
 
 def register(name: str, entry: Entry) -> None:
-    """Add an estimator under a name.
+    """Add an estimator under a name; what it raises and returns is looked at, as `Own` says.
 
     Raises:
         ValueError: if the name is taken, or has a colon or white space in it.

@@ -45,7 +45,7 @@ class Own(NamedTuple):
             wrong = "a loss that is no scalar tensor which is differentiable in mean and log_std"
         elif not isinstance(found.log_prob, Tensor) or found.log_prob.shape != shape:
             wrong = f"a log_prob that is no tensor of the shape [K, B], here {list(shape)}"
-        elif not isinstance(found.q, Tensor) or found.q.ndim != 3 or found.q[:, 0].shape != shape:
+        elif not isinstance(found.q, Tensor) or found.q.ndim != 3 or found.q.shape[::2] != shape:
             wrong = f"a q that is no tensor of the shape [K, E, B], here [{shape[0]}, E, {shape[1]}]"
         if wrong:
             raise UsageError(f"estimator {self.name} returned {wrong}")

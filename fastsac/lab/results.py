@@ -32,10 +32,10 @@ SHAPES: dict[str, Json] = {
 
 def make_directory(path: Path) -> None:
     """Make the directory of results if need be; UsageError if nothing can be written there."""
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file: {OTHER_OUT}")
     try:
         path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UsageError(f"{path} is a file: {OTHER_OUT}") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be made ({error.strerror}): {OTHER_OUT}") from error
     if not os.access(path, os.W_OK):
