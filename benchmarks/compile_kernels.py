@@ -26,7 +26,7 @@ from typing import Any
 
 import triton
 
-from benchmarks.kernel_launches import MODULES, Launch, launches
+from benchmarks.kernel_launches import MODULES, Launch, launches, whole_launches
 from benchmarks.machine import write_json
 
 RESULT = Path(__file__).parent / "results" / "kernel_resources.json"
@@ -153,7 +153,7 @@ def main() -> None:
     if parser.parse_args().if_changed and RESULT.exists() and json.loads(RESULT.read_text()).get("sources") == sources:
         print(f"kernels compiled before: {RESULT.name} is of the same sources and the same Triton")
         return
-    usual, rare = launches()
+    usual, rare = (ops + whole for ops, whole in zip(launches(), whole_launches(), strict=True))
     work = [(launched, chip) for launched in usual for chip in CHIPS]
     number = len(work)
     work += [(launched, chip) for launched in rare for chip in CORNER_CHIPS]

@@ -17,6 +17,7 @@ from fastsac_kernels import (
     PhiloxState,
     categorical_loss,
     categorical_loss_triton,
+    descent_triton,
     launch,
     pathwise_loss,
     pathwise_loss_triton,
@@ -29,16 +30,20 @@ from fastsac_kernels import (
     squashed_gaussian_triton,
     td_loss,
     td_loss_triton,
+    whole_update_triton,
 )
+from fastsac_kernels.whole_update import STAGES, Network, Plan, State, make_scratch, run_stage
 
 MODULES = (
     categorical_loss_triton,
+    descent_triton,
     pathwise_loss_triton,
     replay_gather_triton,
     scale_triton,
     score_function_loss_triton,
     squashed_gaussian_triton,
     td_loss_triton,
+    whole_update_triton,
 )
 OPTIONS = ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion", "launch_cooperative_grid")
 
@@ -122,6 +127,8 @@ def recorded(keep: Callable[[Launch], None], label: Callable[[], str] = str) -> 
         triton.knobs.runtime.jit_cache_hook = note
         stack.enter_context(patch.object(DriverConfig, "active", Driver))
         stack.enter_context(patch.object(torch.cuda, "device", contextlib.nullcontext))
+        cut = functools.partial(whole_update_triton.blocks_of, device=OnCuda.device)
+        stack.enter_context(patch.object(whole_update_triton, "blocks_of", lambda plan, _: cut(plan)))
         for module in MODULES:
             for replacement in (launch_on_cuda, row_block):
                 name = "launch" if replacement is launch_on_cuda else "row_block"
@@ -201,3 +208,83 @@ def call_ops(
     queue, span = torch.arange(64 * n), torch.tensor([0, 64 * n])
     for n_step in (1, 3):
         replay_gather(*ring, queue, span, draws, b, "triton", ring[3], n_step, 0.99)
+
+
+def make_plan(**changes: Any) -> Plan:
+    """HalfCheetah's, as the learner has it, but for the changes."""
+    sizes = {"num_learners": 1, "obs_size": 17, "action_size": 6, "hidden_sizes": (256, 256)}
+    update = {"batch_size": 256, "num_action_samples": 1, "estimator": "pathwise", "baseline": "none"}
+    rates = {"gamma": 0.99, "tau": 0.005, "betas": (0.9, 0.999), "weight_decay": 0.0}
+    alpha = {"learns_alpha": True, "target_entropy": -6.0}
+    settings: dict[str, Any] = {**sizes, **update, **rates, **alpha, "precision": "tf32", "streams": (0, 1, 2)}
+    return Plan(**{**settings, **changes})
+
+
+def make_state(plan: Plan, num_rows: int = 8, num_envs: int = 16) -> State:
+    """Zeros in the shapes of a learner's state and its replay."""
+    learners, inputs, action_size = plan.num_learners, plan.obs_size, plan.action_size
+    first, second = plan.hidden_sizes
+    zeros = functools.partial(torch.zeros, learners)
+
+    def network(number: int, inputs: int, outputs: int) -> Network:
+        last = -(-number * (1 + second) * outputs // 32) * 32
+        size = number * ((1 + inputs) * first + (1 + first) * second) + last
+        values = zeros(size)
+        weights = values.bfloat16() if plan.precision == "bf16" else values
+        return Network(values, zeros(size), zeros(size), weights)
+
+    shape, entries = (num_rows, num_envs), num_rows * num_envs
+    both = [network(2, inputs + action_size, 1) for _ in range(2)]
+    return State(
+        *(zeros(*shape, inputs), zeros(*shape, action_size), zeros(*shape), zeros(*shape, dtype=torch.bool)),
+        *(zeros(entries, dtype=torch.int64), zeros(2, dtype=torch.int64), zeros(2, dtype=torch.int64)),
+        *(zeros(), zeros(), zeros(), zeros(4), zeros(4), zeros(6)),
+        *(network(1, inputs, 2 * action_size), *both, network(1, inputs, 1)),
+    )
+
+
+#: what changes a whole update's kernels: on all chips, and corner cases
+WHOLE_UPDATES: tuple[dict[str, Any], ...] = (
+    {},
+    {"precision": "fp32"},
+    {"precision": "bf16"},
+    {"estimator": "score", "baseline": "value"},
+    {"estimator": "score", "baseline": "loo", "num_action_samples": 2},
+    {"obs_size": 348, "action_size": 17},
+    {"hidden_sizes": (512, 512)},
+    {"hidden_sizes": (512, 512), "precision": "fp32"},
+    {"hidden_sizes": (512, 512), "precision": "bf16"},
+)
+WHOLE_CORNERS: tuple[dict[str, Any], ...] = (
+    {"obs_size": 3, "action_size": 1, "batch_size": 33, "learns_alpha": False},
+    {"obs_size": 67, "action_size": 32, "hidden_sizes": (64, 192), "num_learners": 3},
+    {"obs_size": 348, "action_size": 17, "precision": "bf16"},
+    {"obs_size": 348, "action_size": 17, "precision": "fp32", "estimator": "score", "baseline": "value"},
+    {"batch_size": 8192},
+    {"batch_size": 8192, "precision": "fp32"},
+    {"batch_size": 8192, "precision": "bf16", "estimator": "score", "baseline": "loo", "num_action_samples": 4},
+    {"hidden_sizes": (448, 512), "estimator": "score", "baseline": "constant", "precision": "fp32"},
+    {"hidden_sizes": (320, 64), "estimator": "score", "baseline": "none", "precision": "bf16"},
+)
+
+
+def whole_launches() -> tuple[list[Launch], list[Launch]]:
+    """What the stages of a whole update launch, and what in corner cases."""
+    found: dict[tuple[str, str], Launch] = {}
+    numbers, label = [], ""
+
+    def keep(launched: Launch) -> None:
+        found.setdefault((launched.kernel, launched.key), launched)
+
+    with recorded(keep, lambda: label):
+        for cases in (WHOLE_UPDATES, WHOLE_CORNERS):
+            for changes in cases:
+                plan = make_plan(**changes)
+                sizes = plan.batch_size, plan.obs_size, plan.action_size, plan.num_action_samples
+                label = " ".join(f"{name}={size}" for name, size in zip("BOAK", sizes, strict=True))
+                label += f" {'x'.join(map(str, plan.hidden_sizes))} {plan.precision} {plan.estimator}"
+                state, scratch = make_state(plan), make_scratch(plan, "cpu")
+                for stage in STAGES:
+                    run_stage(stage, state, scratch, plan)
+            numbers.append(len(found))
+    return list(found.values())[: numbers[0]], list(found.values())[numbers[0] :]

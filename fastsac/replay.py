@@ -280,6 +280,13 @@ class Replay:
             restore_generator(self.generator, tensors["generator"])
         self._begun = True
 
+    def ring(self) -> tuple[Tensor, ...]:
+        """Return where it lives: obs, action, reward, terminated [time, N, ...], the queue of indices, and its span.
+
+        The span's two numbers are the queue's oldest entry and the number of transitions that can be drawn.
+        """
+        return *self._ring(), self._queue, self._span
+
     def _ring(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self._obs, self._action, self._reward, self._terminated
 

@@ -203,7 +203,9 @@ class SAC:
             sizes = self.spaces.obs_size, self.spaces.action_size
             self.learner, problem = self_check.right_engine(self.learner, asked, *sizes, say, self._own)
             self._rollout.normalizer = self.learner.normalizer
-            self.engine_reason = problem or self.engine_reason
+            if problem:
+                self.engine_reason = problem
+                self.setup = self.setup._replace(precision=self.learner.config.precision)  # type: ignore[arg-type]
             self._prepared = True
         _ = self.replay
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastsac.config import Config
+from fastsac.learner.fused_cuda import FusedCudaLearner
 from fastsac.learner.graphed import UPDATES_PER_GRAPH, WARM_UPS, GraphedLearner
 from fastsac.learner.reference import ACTING, BATCH, Learner, Metrics
 from fastsac.normalize import Normalizer
@@ -31,6 +32,8 @@ SINGLE_UPDATES = 8
 EPS = torch.finfo(torch.float32).eps
 #: relative, of means over a batch
 TOLERANCE = 1e-5
+#: relative, of a network's gradients, between products of these types and of float32; ReLUs that switch add to rounding
+ROUNDING = {"tf32": 0.02, "bf16": 0.1}
 METRICS = re.compile(r"critic_loss|q|actor_loss|alpha|entropy|value_loss|.*optimizer\.alpha\..*")
 MOMENTS = re.compile(r"optimizer\.(\w+)\.\d+\.(exp_avg|exp_avg_sq)")
 
@@ -153,6 +156,32 @@ def compare(kind: type[Learner], config: Config, obs_size: int, action_size: int
     return one.problem() or many.problem() or _compare_acting(engine, reference, exact, obs_size)
 
 
+def compare_rounded(kind: type[Learner], config: Config, obs_size: int, action_size: int, device: torch.device) -> str:
+    """Return what the engine's products of lower precision make of its own update in float32, if that is too much.
+
+    What is compared are Adam's first moments after one update, which are the gradients, and the metrics.
+    """
+    exact = dataclasses.replace(config, precision="fp32")
+    learners = [kind(each, obs_size, action_size, device, SEED) for each in (exact, config)]
+    replay = random_replay(obs_size, action_size, device, config.n_step)
+    for learner in learners:
+        learner.update(replay)
+    wanted, found = (_numbers(learner) for learner in learners)
+    allowed, groups = ROUNDING[config.precision], dict[str, list[str]]()
+    for name in wanted:
+        moment = MOMENTS.fullmatch(name)
+        if moment and moment[2] == "exp_avg" and moment[1] != "alpha":
+            groups.setdefault(f"the gradient of the {moment[1]}", []).append(name)
+        elif METRICS.fullmatch(name) and "." not in name:
+            groups[name] = [name]
+    for group, names in groups.items():
+        error = torch.cat([(found[name] - wanted[name]).double().flatten() for name in names]).norm().item()
+        size = torch.cat([wanted[name].double().flatten() for name in names]).norm().item()
+        if not error <= allowed * (size if len(names) > 1 else max(1.0, size)):
+            return f"in {config.precision}, {group} is off by {error:.1e}, its size being {size:.1e}"
+    return ""
+
+
 def _means(*numbers: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Return, after several updates, numbers of which chance has no say.
 
@@ -234,3 +263,5 @@ def _put(learner: Learner, tensors: dict[str, Tensor]) -> None:
     for name, tensor in learner.state()[0].items():
         if name not in ("generator", "philox"):
             tensor.copy_(tensors[name])
+    if isinstance(learner, FusedCudaLearner):
+        learner.refresh()

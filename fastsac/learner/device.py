@@ -70,13 +70,15 @@ def precisions(
         raise UsageError("--precision tf32 needs a CUDA GPU: use --precision fp32")
     if asked == "bf16" and engine != "fused":
         raise UsageError(f"--precision bf16 needs --engine fused, and this run has {engine}: use --precision fp32")
-    if asked == "bf16" and not has_bfloat16_products():
+    if asked == "bf16" and device.type == "cpu" and not has_bfloat16_products():
         raise UsageError(
             "--precision bf16: this CPU has no bfloat16 products (AVX512-BF16, AMX or Arm's BF16), "
             "so it would be slow: use --precision fp32 or auto"
         )
     if asked != "auto":
         return [asked]
+    if device.type == "cuda":
+        return ["tf32" if engine == "fused" else "fp32"]
     return ["fp32", "bf16"] if engine == "fused" and has_bfloat16_products() else ["fp32"]
 
 

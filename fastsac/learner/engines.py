@@ -14,6 +14,7 @@ import torch
 from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.learner.fused import FusedLearner, fused_obstacle
+from fastsac.learner.fused_cuda import FusedCudaLearner, fused_cuda_obstacle
 from fastsac.learner.graphed import GraphedLearner
 from fastsac.learner.reference import Learner
 from fastsac.own_networks import STANDARD, OwnNetworks
@@ -21,6 +22,12 @@ from fastsac.own_networks import STANDARD, OwnNetworks
 #: the least compute capability that the kernels are compiled for
 CAPABILITY = (8, 0)
 ENGINES: dict[str, type[Learner]] = {"reference": Learner, "graphed": GraphedLearner, "fused": FusedLearner}
+CUDA_ENGINES: dict[str, type[Learner]] = {**ENGINES, "fused": FusedCudaLearner}
+
+
+def engine_class(name: str, device: torch.device) -> type[Learner]:
+    """Return the learner's class of an engine."""
+    return (CUDA_ENGINES if device.type == "cuda" else ENGINES)[name]
 
 
 def make_learner(
@@ -33,12 +40,12 @@ def make_learner(
 ) -> Learner:
     """Return a learner of the engine that the configuration asks for; see `choose_engine`."""
     engine, _ = choose_engine(config, torch.device(device), own)
-    return ENGINES[engine](config, obs_size, action_size, device, seed, own)
+    return engine_class(engine, torch.device(device))(config, obs_size, action_size, device, seed, own)
 
 
 @functools.cache
 def graphed_obstacle() -> str:
-    """Return why the graphed engine cannot run on the current GPU, or nothing: what can be seen without running it."""
+    """Return why Triton's kernels cannot run on the current GPU, or nothing: what can be seen without running them."""
     capability = torch.cuda.get_device_capability()
     if capability < CAPABILITY:
         found = ".".join(map(str, capability))
@@ -80,23 +87,23 @@ def choose_engine(
     Raises:
         UsageError: if it cannot run on the device, or does not serve the configuration.
     """
-    not_written_out = fused_obstacle(config, own)
-    if config.engine == "graphed" and device.type != "cuda":
+    on_cuda = device.type == "cuda"
+    not_fused = fused_cuda_obstacle(config, own) if on_cuda else fused_obstacle(config, own)
+    if config.engine == "graphed" and not on_cuda:
         raise UsageError(
             f"--engine graphed records CUDA graphs, which needs a GPU, and this runs on the {device.type}: "
             "use --engine auto"
         )
-    if config.engine == "graphed" and (obstacle := graphed_obstacle()):
-        raise UsageError(f"--engine graphed: {obstacle}; or use --engine auto")
-    if config.engine == "fused" and device.type != "cpu":
-        raise UsageError(f"--engine fused runs on a CPU so far, and this runs on {device.type}: use --engine graphed")
-    if config.engine == "fused" and not_written_out:
-        raise UsageError(f"--engine fused: {not_written_out}: use --engine auto")
+    if config.engine == "fused" and not_fused:
+        raise UsageError(f"--engine fused: {not_fused}: use --engine auto")
+    if config.engine in ("graphed", "fused") and on_cuda and (obstacle := graphed_obstacle()):
+        raise UsageError(f"--engine {config.engine}: {obstacle}; or use --engine auto")
     if config.engine != "auto":
         return config.engine, "asked for"
-    if device.type == "cuda":
-        obstacle = graphed_obstacle()
-        return ("reference", f"not graphed: {obstacle}") if obstacle else ("graphed", "a CUDA GPU")
-    if not_written_out:
-        return "reference", f"no CUDA GPU, and {not_written_out}"
+    if on_cuda:
+        if obstacle := graphed_obstacle():
+            return "reference", f"not graphed: {obstacle}"
+        return ("graphed", f"a CUDA GPU, and {not_fused}") if not_fused else ("fused", "a CUDA GPU")
+    if not_fused:
+        return "reference", f"no CUDA GPU, and {not_fused}"
     return "fused", "no CUDA GPU"

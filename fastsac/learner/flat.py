@@ -108,7 +108,50 @@ class FlatGradients:
             self._grads.copy_(self._rounded)
 
 
-class FlatAdam:
+class FlatMoments:
+    """Adam's state over one buffer."""
+
+    def __init__(self, values: Tensor, parameters: Sequence[nn.Parameter], memory: Memory) -> None:
+        """Start with moments of zero.
+
+        Args:
+            values: [n], of which the parameters are views.
+            parameters: in the order in which another engine's optimiser counts them.
+            memory: where the buffers come from.
+        """
+        self.values = values
+        self.exp_avg, self.exp_avg_sq = (memory.zeros(values.shape, values.dtype) for _ in range(2))
+        self.step = torch.zeros((), device=values.device)
+        self._parameters = list(parameters)
+
+    def of_parameters(self, buffer: Tensor) -> list[Tensor]:
+        """Return views of a buffer of this layout in the parameters' shapes."""
+        shift = buffer.storage_offset() - self.values.storage_offset()
+        return [buffer.as_strided(p.shape, p.stride(), p.storage_offset() + shift) for p in self._parameters]
+
+    def moments(self) -> dict[int, dict[str, Tensor]]:
+        """Return what `torch.optim.Adam` would have as its state; its tensors are views."""
+        if not self.step.item():
+            return {}
+        moments = zip(self.of_parameters(self.exp_avg), self.of_parameters(self.exp_avg_sq), strict=True)
+        return {
+            index: {"step": self.step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+            for index, (exp_avg, exp_avg_sq) in enumerate(moments)
+        }
+
+    def load_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
+        """Take over copies of what `moments` returned; where there is nothing, start anew."""
+        moments = copy.deepcopy(moments)  # they may be this very learner's
+        self.step.zero_()
+        for name, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            buffer.zero_()
+            for index, view in enumerate(self.of_parameters(buffer)):
+                if index in moments:
+                    view.copy_(moments[index][name])
+                    self.step.copy_(moments[index]["step"])
+
+
+class FlatAdam(FlatMoments):
     """Adam (Kingma and Ba, arXiv 1412.6980) over one buffer, as `torch.optim.Adam` and `AdamW` compute it."""
 
     def __init__(
@@ -132,11 +175,10 @@ class FlatAdam:
             weight_decay: AdamW's, times the learning rate in each step (arXiv 1711.05101).
             max_grad_norm: gradients of a larger norm are scaled down to it first.
         """
-        self.values, self.lr = values, lr
+        super().__init__(values, parameters, memory)
+        self.lr = lr
         self._betas, self._weight_decay, self._max_grad_norm = betas, weight_decay, max_grad_norm
-        self.grads, self.exp_avg, self.exp_avg_sq = (memory.zeros(values.shape, values.dtype) for _ in range(3))
-        self.step = torch.zeros((), device=values.device)
-        self._parameters = list(parameters)
+        self.grads = memory.zeros(values.shape, values.dtype)
 
     def descend(self) -> None:
         """Take one step along the gradients."""
@@ -160,32 +202,6 @@ class FlatAdam:
             amsgrad=False,
             maximize=False,
         )
-
-    def of_parameters(self, buffer: Tensor) -> list[Tensor]:
-        """Return views of a buffer of this layout in the parameters' shapes."""
-        shift = buffer.storage_offset() - self.values.storage_offset()
-        return [buffer.as_strided(p.shape, p.stride(), p.storage_offset() + shift) for p in self._parameters]
-
-    def moments(self) -> dict[int, dict[str, Tensor]]:
-        """Return what `torch.optim.Adam` would have as its state."""
-        if not self.step.item():
-            return {}
-        moments = zip(self.of_parameters(self.exp_avg), self.of_parameters(self.exp_avg_sq), strict=True)
-        return {
-            index: {"step": self.step.clone(), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-            for index, (exp_avg, exp_avg_sq) in enumerate(moments)
-        }
-
-    def load_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
-        """Take over copies of what `moments` returned; where there is nothing, start anew."""
-        moments = copy.deepcopy(moments)  # they may be this very learner's
-        self.step.zero_()
-        for name, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
-            buffer.zero_()
-            for index, view in enumerate(self.of_parameters(buffer)):
-                if index in moments:
-                    view.copy_(moments[index][name])
-                    self.step.copy_(moments[index]["step"])
 
 
 def carve(buffer: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Layer]:

@@ -27,8 +27,8 @@ import torch
 import fastsac_kernels
 from fastsac.config import Config
 from fastsac.errors import UsageError
-from fastsac.learner.compare import compare
-from fastsac.learner.engines import ENGINES, make_learner
+from fastsac.learner.compare import compare, compare_rounded
+from fastsac.learner.engines import CUDA_ENGINES, make_learner
 from fastsac.learner.reference import Learner
 from fastsac.machine import nvidia_driver
 from fastsac.own_networks import STANDARD, OwnNetworks
@@ -37,7 +37,7 @@ from fastsac.own_networks import STANDARD, OwnNetworks
 SETTINGS = (
     *("estimator", "baseline", "num_action_samples", "entropy_split", "batch_size", "hidden_sizes", "activation"),
     *("num_critics", "precision", "num_envs", "n_step", "normalize_obs", "normalize_reward", "layer_norm", "critic"),
-    *("critic_reduction", "num_atoms", "optimizer"),
+    *("critic_reduction", "num_atoms", "optimizer", "adam_betas"),
 )
 #: seconds: the first time, Triton compiles all kernels
 TIMEOUT = 300.0
@@ -66,9 +66,9 @@ def right_engine(
     say: Say | None = None,
     own: OwnNetworks = STANDARD,
 ) -> tuple[Learner, str]:
-    """Return the learner if its engine is right here, else one of the reference engine with its state, and why.
+    """Return the learner if its engine is right here, else one of the next engine with its state, and why.
 
-    Only an engine for GPUs is checked.
+    Only an engine for GPUs is checked. After `fused` comes `graphed`, which is checked too, and then the reference.
 
     Args:
         learner: has made no update yet, or its state is to be gone on with.
@@ -81,21 +81,26 @@ def right_engine(
     Raises:
         UsageError: if the engine is not right, but was asked for.
     """
-    if learner.device.type != "cuda" or learner.engine == "reference":
-        return learner, ""
-    found = verdict(learner.config, obs_size, action_size, learner.engine, say)
-    if not found.problem:
-        return learner, ""
-    what = "could not be checked" if found.crashed else "does not compute what the reference engine does"
-    told = f"engine {learner.engine} {what} on this GPU: {found.problem.rstrip('.')}"
-    report = "`fastsac doctor --json` makes a report"
-    if asked:
-        raise UsageError(f"{told}; --engine auto or reference works; {report}")
-    (say or logging.getLogger("fastsac").warning)(f"{told}; the reference engine is used; {report}")
-    config = dataclasses.replace(learner.config, engine="reference")
-    reference = make_learner(config, obs_size, action_size, learner.device, own=own)
-    reference.load_state(*learner.state())
-    return reference, f"the check of {learner.engine} failed"
+    reason = ""
+    while learner.device.type == "cuda" and learner.engine != "reference":
+        found = verdict(learner.config, obs_size, action_size, learner.engine, say)
+        if not found.problem:
+            break
+        what = "could not be checked" if found.crashed else "does not compute what the reference engine does"
+        told = f"engine {learner.engine} {what} on this GPU: {found.problem.rstrip('.')}"
+        report = "`fastsac doctor --json` makes a report"
+        if asked or learner.config.precision == "bf16":  # which no other engine for GPUs has
+            raise UsageError(f"{told}; --engine auto or reference works; {report}")
+        following = "graphed" if learner.engine == "fused" else "reference"
+        (say or logging.getLogger("fastsac").warning)(f"{told}; the {following} engine is used; {report}")
+        reason = "; ".join(filter(None, (reason, f"the check of {learner.engine} failed")))
+        # TF32 is the fused engine's default only; PyTorch's products were set to it if it was asked for
+        precision = "tf32" if torch.get_float32_matmul_precision() == "high" else "fp32"
+        config = dataclasses.replace(learner.config, engine=following, precision=precision)  # type: ignore[arg-type]
+        other = make_learner(config, obs_size, action_size, learner.device, own=own)
+        other.load_state(*learner.state())
+        learner = other
+    return learner, reason
 
 
 def verdict(config: Config, obs_size: int, action_size: int, engine: str, say: Say | None = None) -> Verdict:
@@ -197,12 +202,17 @@ def main() -> None:
 
 def _answer(request: dict[str, Any]) -> tuple[str, bool]:
     config, (obs_size, action_size) = Config(**request["config"]), request["sizes"]
+    kind, device = CUDA_ENGINES[request["engine"]], torch.device("cuda")
+    rounds = request["engine"] == "fused" and config.precision in ("tf32", "bf16")  # by itself, not by PyTorch
     before = torch.get_float32_matmul_precision()
     # products in TF32 would hide what a kernel does, so it is looked at in float32 first
-    for precision in ("fp32", "tf32") if config.precision == "tf32" else ("fp32",):
+    for precision in ("fp32", "tf32") if config.precision == "tf32" and not rounds else ("fp32",):
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         try:
-            problem = compare(ENGINES[request["engine"]], config, obs_size, action_size, torch.device("cuda"))
+            exact = dataclasses.replace(config, precision="fp32") if rounds else config
+            problem = compare(kind, exact, obs_size, action_size, device)
+            if rounds and not problem:
+                problem = compare_rounded(kind, config, obs_size, action_size, device)
         except Exception as error:  # of a compiler, a launch, or for want of memory
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}", True
         finally:

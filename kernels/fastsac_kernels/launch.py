@@ -40,9 +40,10 @@ def use_triton(backend: Backend, tensor: Tensor) -> bool:
 
 def launch(
     kernel: Any,
-    programs: int | tuple[int, int],
+    programs: int | tuple[int, ...],
     *arguments: Any,
     num_warps: int,
+    num_stages: int | None = None,
     max_registers: int | None = None,
     **constants: Any,
 ) -> None:
@@ -60,7 +61,8 @@ def launch(
     grid = programs if isinstance(programs, tuple) else (programs,)
     if device.type == "cuda":
         with torch.cuda.device(device):
-            options = {} if max_registers is None else {"maxnreg": max_registers}
+            given = {"num_stages": num_stages, "maxnreg": max_registers}
+            options = {name: value for name, value in given.items() if value is not None}
             kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=False, **options, **constants)
     elif _is_interpreted(kernel):
         kernel[grid](*arguments, **constants)
