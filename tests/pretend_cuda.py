@@ -65,6 +65,12 @@ class OnGpu(Tensor):
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
     is_meta = property(lambda self: False)  # type: ignore[assignment]
 
+    def _take(self, other: OnGpu) -> None:
+        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.inner = other.inner
+
+    data = property(lambda self: Tensor.data.__get__(self), _take)  # type: ignore[attr-defined]
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 

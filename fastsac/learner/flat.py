@@ -12,7 +12,6 @@ such column: their rows would not be aligned.)
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from itertools import accumulate
@@ -141,7 +140,8 @@ class FlatMoments:
 
     def load_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
         """Take over copies of what `moments` returned; where there is nothing, start anew."""
-        moments = copy.deepcopy(moments)  # they may be this very learner's
+        # copies, since they may be this very learner's
+        moments = {index: {key: value.clone() for key, value in own.items()} for index, own in moments.items()}
         self.step.zero_()
         for name, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
             buffer.zero_()

@@ -624,7 +624,7 @@ def sampled_q(state: State, scratch: Scratch, plan: Plan, last: bool) -> None:
     cut, precisions = blocks_of(plan, state.obs.device), _precisions(plan)
     del precisions["LAST"]
     if cut.BLOCK_B < 16:  # with 8 warps the assembler aims at fewer registers than it needs
-        cut = cut._replace(num_warps=4)
+        cut = cut._replace(num_warps=4, max_registers=MAX_REGISTERS)
     launch(
         _sampled_q_fwd_bwd_kernel,
         _grid(cut.BLOCK_B, 2 * plan.num_action_samples, plan),

@@ -1,0 +1,244 @@
+"""The kernels of a whole update against the reference engine and autograd; wrong ones on purpose are noticed."""
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastsac.config import Config
+from fastsac.learner.fused_cuda import FusedCudaLearner
+from fastsac_kernels import whole_update, whole_update_triton
+from fastsac_kernels.whole_update import STAGES, run_stage
+from tests.kernels.parity import DEVICES, mutate
+from tests.kernels.whole import Problem, filled, one_update, problem
+
+PATHWISE, LOO = problem(5, 3, 33, (64, 128)), problem(3, 2, 20, (128, 64), estimator="score", num_action_samples=3)
+VALUE = problem(4, 1, 17, (64, 64), estimator="score", baseline="value", optimizer="adamw")
+#: odd batch sizes, A from 1 to 32, K from 1 to 4, inputs in one and in two steps, widths that are no powers of two
+CASES = [
+    PATHWISE,
+    LOO,
+    VALUE,
+    problem(1, 1, 1, (64, 64), alpha=0.2),
+    problem(70, 17, 37, (64, 192), num_action_samples=3, optimizer="adamw", weight_decay=0.1),
+    problem(11, 32, 129, (64, 64), estimator="score", num_action_samples=4),
+    problem(17, 6, 100, (192, 64), estimator="score", baseline="none", alpha=0.0),
+    problem(2, 7, 65, (64, 64), estimator="score", baseline="constant", num_action_samples=2, adam_betas=(0.5, 0.9)),
+    problem(3, 8, 9, (64, 64), estimator="score", baseline="value", num_action_samples=2, gamma=0.5, tau=0.9),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_update_equals_the_reference_engines(case: Problem, device: str) -> None:
+    assert one_update(case, device) == ""
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Cut the stages up as on a GPU: rows, chunks and tiles that many programs share."""
+    cut = whole_update_triton.blocks_of
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(whole_update_triton, "blocks_of", lambda plan, _: cut(plan, cuda)._replace(**changes))
+
+
+@pytest.mark.parametrize(
+    "case", [PATHWISE, LOO._replace(batch_size=33), VALUE._replace(hidden_sizes=(64, 320), batch_size=20)], ids=str
+)
+def test_it_does_not_depend_on_how_the_stages_are_cut_up(case: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_gpu(monkeypatch)
+    assert one_update(case) == ""
+
+
+def state_of(learner: FusedCudaLearner) -> dict[str, Tensor]:
+    tensors = {name: tensor.clone() for name, tensor in learner.state()[0].items() if name != "generator"}
+    return tensors | {name: tensor.clone() for name, tensor in learner.metrics().items()}
+
+
+def test_programs_may_run_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted programs run one after the other; on a GPU nobody knows which comes first."""
+    import triton.runtime.interpreter as interpreter
+
+    as_on_a_gpu(monkeypatch)
+    config = Config(batch_size=33, hidden_sizes=(64, 64), precision="fp32", estimator="score", baseline="value")
+    replay, orders, found = filled(5, 3), list[list[int]](), []
+
+    def shuffled(*bounds: int) -> list[int]:
+        numbers = list(range(*bounds))
+        if sys._getframe(1).f_code.co_name == "__call__" and found:  # the loops over programs
+            random.Random(len(orders)).shuffle(numbers)
+            orders.append(numbers)
+        return numbers
+
+    monkeypatch.setattr(interpreter, "range", shuffled, raising=False)
+    for _ in range(3):
+        learner = FusedCudaLearner(config, 5, 3, "cpu", 0)
+        learner.update(replay, 2)
+        found.append(state_of(learner))
+    assert any(order != sorted(order) for order in orders)
+    for other in found[1:]:
+        for name, value in found[0].items():
+            assert torch.equal(other[name], value), name
+
+
+class Stacked:
+    """Independent learners in one launch: their states stacked."""
+
+    def __init__(self, learners: list[FusedCudaLearner], replays: list[Any]) -> None:
+        states = [learner._state_with(replay) for learner, replay in zip(learners, replays, strict=True)]
+        self.plan = whole_update.Plan(**{**vars(learners[0]._plan), "num_learners": len(learners)})
+        self.scratch = whole_update.make_scratch(self.plan, "cpu")
+        number = len(states[0]) - 4
+        small = [torch.cat(parts) for parts in zip(*(state[:number] for state in states), strict=True)]
+        networks = []
+        for parts in zip(*(state[number:] for state in states), strict=True):
+            values, mean, square, _ = (torch.cat(each) for each in zip(*parts, strict=True))
+            networks.append(whole_update.Network(values, mean, square, values))
+        self.state = whole_update.State(*small, *networks)
+
+    def update(self) -> None:
+        for stage in STAGES:
+            run_stage(stage, self.state, self.scratch, self.plan)
+
+
+@pytest.mark.parametrize("settings", [{}, {"estimator": "score", "baseline": "value"}], ids=str)
+def test_learners_in_one_launch_are_what_each_would_be_alone(settings: dict[str, Any]) -> None:
+    config = Config(batch_size=20, hidden_sizes=(64, 64), precision="fp32", num_envs=2, **settings)
+    replays = [filled(5, 3) for _ in range(3)]
+    for number, replay in enumerate(replays):
+        replay._reward.add_(float(number))
+    together = Stacked([FusedCudaLearner(config, 5, 3, "cpu", seed) for seed in range(3)], replays)
+    for _ in range(2):
+        together.update()
+    for number, replay in enumerate(replays):
+        alone = FusedCudaLearner(config, 5, 3, "cpu", number)
+        alone.update(replay, 2)
+        expected = alone._state_with(replay)
+        for name in ("actor", "critic", "target", *(["value"] if settings else [])):
+            parts = 1 if name == "target" else 4  # which has no moments of its own
+            pairs = zip(getattr(together.state, name)[:parts], getattr(expected, name)[:parts], strict=True)
+            for found, wanted in pairs:
+                assert torch.equal(found[number], wanted[0]), name
+        for name in ("log_alpha", "alpha_mean", "steps", "rng", "metrics"):
+            assert torch.equal(getattr(together.state, name)[number], getattr(expected, name)[0]), name
+
+
+def autograd_of(learner: FusedCudaLearner, batch: Any, noise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Return every gradient of the update at its present weights, by autograd in float64."""
+    state = learner._state
+    assert state is not None
+    config, alpha = learner.config, learner.alpha.double()
+    nets = {name: network.double() for name, network in learner._networks().items()}
+    obs, action, reward, next_obs = (part.double() for part in batch[:4])
+
+    def sampled(obs: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean, log_std = nets["actor"](obs)
+        u = mean + log_std.exp() * eps
+        slope = 2.0 * (torch.log(torch.tensor(2.0).double()) - u - torch.nn.functional.softplus(-2.0 * u))
+        normal = torch.distributions.Normal(mean, log_std.exp())
+        return mean, log_std, u, (normal.log_prob(u) - slope).sum(-1)
+
+    with torch.no_grad():
+        *_, u, log_prob = sampled(next_obs, noise[0][0].double())
+        next_q = nets["target_critic"](next_obs, u.tanh())
+        target = reward + config.gamma * ~batch.terminated * (next_q.amin(0) - alpha * log_prob)
+    q = nets["critic"](obs, action)
+    critic = torch.autograd.grad(((q - target) ** 2).mean(1).sum(), list(nets["critic"].parameters()))
+    eps = noise[1].double()
+    mean, log_std, u, log_prob = sampled(obs, eps)
+    leaf = u.tanh().detach().requires_grad_()
+    sampled_q = torch.stack([nets["critic"](obs, each, frozen=True) for each in leaf], 1)  # [E, K, B]
+    q_gradient = torch.stack([torch.autograd.grad(q.sum(), leaf, retain_graph=True)[0] for q in sampled_q])
+    q_there = torch.stack([nets["critic"](obs, each, frozen=True) for each in u.tanh()], 1)
+    loss = (alpha * log_prob - q_there.amin(0)).mean()
+    actor = torch.autograd.grad(loss, list(nets["actor"].parameters()), retain_graph=True)
+    heads = torch.autograd.grad(loss, [mean, log_std])
+    found = {f"critic {i}": each for i, each in enumerate(critic)} | {f"actor {i}": x for i, x in enumerate(actor)}
+    values = {"next_q": next_q, "q": q, "error": q - target, "sampled_q": sampled_q, "log_prob": log_prob}
+    return found | values | {"q_gradient": q_gradient, "d mean": heads[0], "d log_std": heads[1]}
+
+
+def test_each_stage_has_autograds_gradients() -> None:
+    from fastsac.networks import LOG_STD_HALF_RANGE
+    from fastsac_kernels import philox_normal
+
+    sizes, config = (5, 3), Config(batch_size=33, hidden_sizes=(64, 64), num_action_samples=2, precision="fp32")
+    learner, replay = FusedCudaLearner(config, *sizes, "cpu", 0), filled(*sizes)
+    batch = replay.sample(33, learner.rng.of_stream(learner._plan.streams[2]))
+    noise = [philox_normal(learner.rng.of_stream(learner._plan.streams[i]), (k, 33, 3)) for i, k in ((0, 1), (1, 2))]
+    for name in ("critic", "actor", "alpha"):
+        learner._set_rate(name, 0.0)
+    learner.update(replay)
+    scratch = learner._scratch
+    assert torch.equal(scratch.x[0], torch.cat(batch[:2], 1))
+    found = {
+        name: getattr(scratch, name)[0] for name in ("next_q", "q", "error", "sampled_q", "log_prob", "q_gradient")
+    }
+    for name in ("critic", "actor"):  # the first moments are (1 - beta1) times the gradients
+        views = learner._adams[name].of_parameters(learner._adams[name].exp_avg / (1.0 - 0.9))
+        found |= {f"{name} {i}": view for i, view in enumerate(views)}
+    raw_slope = 1.0 - torch.tanh(scratch.policy[0, :, 3:]) ** 2
+    found["d mean"] = scratch.policy_gradient[0, :, :3]
+    found["d log_std"] = scratch.policy_gradient[0, :, 3:] / (LOG_STD_HALF_RANGE * raw_slope)
+    expected = autograd_of(learner, batch, (noise[0], noise[1]))
+    for name, wanted in expected.items():
+        error, size = (found[name].double() - wanted).abs().max(), wanted.abs().max()
+        assert error <= 2e-5 * size, f"{name} is off by {error:.1e} of {size:.1e}"
+
+
+TWO, WHOLE, DESCENT = "two_layer_triton", "whole_update_triton", "descent_triton"
+MUTATIONS = [
+    (PATHWISE, TWO, "tl.where(z < 0.0, 0.0, z)", "z"),
+    (PATHWISE, TWO, "tl.load(values_ptr + column)[None, :]", "tl.load(values_ptr + column)[None, :] * 2.0"),
+    (PATHWISE, TWO, "(1 + given + place)[:, None] * WIDTH", "(given + place)[:, None] * WIDTH"),
+    (PATHWISE, TWO, "second = start2 + network * (H1 * H2)", "second = start2"),
+    (PATHWISE, TWO, "tl.where(kept > 0, d1, 0.0)", "d1"),
+    (PATHWISE, TWO, "weights_ptr + start2 + network * (H1 * H2)", "weights_ptr + start2"),
+    (PATHWISE, TWO, "bias_ptr + A, mask", "bias_ptr, mask"),
+    (PATHWISE, TWO, "A, A, CHUNK), raw, PRECISION", "A, 0, CHUNK), raw, PRECISION"),
+    (PATHWISE, WHOLE, "slot >= length, slot - length", "slot >= length, length - 1"),
+    (PATHWISE, WHOLE, "x_start = following * O", "x_start = index * O"),
+    (PATHWISE, WHOLE, "tl.where(ended != 0, 0.0, gamma)", "gamma"),
+    (PATHWISE, WHOLE, "NEXT_STREAM, b, live", "BATCH_STREAM, b, live"),
+    (PATHWISE, WHOLE, "next_q - alpha *", "next_q + alpha *"),
+    (PATHWISE, WHOLE, "return tl.minimum(first, second", "return tl.maximum(first, second"),
+    (PATHWISE, WHOLE, "tl.where(first < second, 1.0", "tl.where(first < second, 0.0"),
+    (PATHWISE, WHOLE, "(1.0 - share) * of_second) * slope", "(1.0 - share) * of_second)"),
+    (PATHWISE, WHOLE, "grad_u * (sigma * eps) - alpha", "grad_u * (sigma * eps)"),
+    (PATHWISE, WHOLE, "scale) * squash(raw)[1]", "scale)"),
+    (PATHWISE, WHOLE, "load(place, mask=mask, other=0.0) + 1.0", "load(place, mask=mask, other=0.0)"),
+    (LOO, WHOLE, "(K * (f - first_f) - baseline) * (1.0 / (K - 1))", "(K * (f - first_f) - baseline) * (1.0 / K)"),
+    (LOO, WHOLE, "tl.div_rn(eps, sigma)", "eps"),
+    (VALUE, WHOLE, "(eps * eps - 1.0)\n", "(eps * eps)\n"),
+    (VALUE, WHOLE, "baseline -= tl.load(value_out_ptr", "baseline += tl.load(value_out_ptr"),
+    (VALUE, WHOLE, "mask=live, other=0.0) - soft_value", "mask=live, other=0.0) + soft_value"),
+    (PATHWISE, DESCENT, "(i == 0)[None, :], 1.0, x", "(i == 0)[None, :], 0.0, x"),
+    (PATHWISE, DESCENT, "(1.0 - BETA2) * gradient * gradient", "(1.0 - BETA1) * gradient * gradient"),
+    (PATHWISE, DESCENT, "count * LOG_BETA2", "count * LOG_BETA1"),
+    (VALUE, DESCENT, "value -= rate * decay * value", "value -= decay * value"),
+    (PATHWISE, DESCENT, "tau * (value - target)", "tau * (value + target)"),
+    (PATHWISE, DESCENT, "alpha * (entropy - target_entropy)", "alpha * (entropy + target_entropy)"),
+    (PATHWISE, DESCENT, "entropy = -mean_of", "entropy = mean_of"),
+    (PATHWISE, DESCENT, "tl.store(metrics_ptr + learner * 6, 2.0 *", "tl.store(metrics_ptr + learner * 6, 1.0 *"),
+]
+
+
+@pytest.mark.parametrize(("case", "module", "old", "new"), MUTATIONS, ids=lambda part: str(part)[:40])
+def test_a_wrong_kernel_is_noticed(
+    case: Problem, module: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dependents = {TWO: (DESCENT, WHOLE), DESCENT: (WHOLE,), WHOLE: ()}[module]
+    mutate(monkeypatch, tmp_path, module, old, new, dependents)
+    assert one_update(case) != ""
+
+
+def test_what_is_not_finite_does_not_hide() -> None:
+    for name in ("critic", "actor", "target_critic"):
+        config = Config(batch_size=9, hidden_sizes=(64, 64), precision="fp32")
+        learner = FusedCudaLearner(config, 5, 3, "cpu", 0)
+        learner._flat[name].values[70] = float("nan")
+        learner.update(filled(5, 3))
+        assert not learner.metrics()["critic_loss"].isfinite(), name

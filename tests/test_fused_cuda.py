@@ -1,0 +1,232 @@
+"""The fused engine on CUDA, on a pretended GPU whose graphs are as a GPU's: what it serves, and that it learns."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastsac.config import Config
+from fastsac.errors import UsageError
+from fastsac.learner import FusedCudaLearner, Learner, choose_engine, make_learner
+from fastsac.learner import graphed as engine
+from fastsac.learner.compare import compare, compare_rounded
+from fastsac.learner.fused_cuda import fused_cuda_obstacle
+from fastsac.learner.self_check import Verdict, right_engine
+from fastsac.own_networks import OwnNetworks
+from fastsac.replay import Replay
+from fastsac.types import Sampler
+from fastsac_kernels.whole_update import STAGES
+from tests.kernels.whole import filled
+from tests.pretend_cuda import CUDA, pretended, trust_engines
+
+O, A, B, HIDDEN = 5, 3, 17, (64, 64)  # noqa: E741
+SMALL: dict[str, Any] = {"hidden_sizes": HIDDEN, "batch_size": B, "precision": "fp32"}
+VALUE: dict[str, Any] = {"estimator": "score", "baseline": "value"}
+
+
+@pytest.fixture
+def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(engine, "UPDATES_PER_GRAPH", 2)  # the interpreter takes its time
+    monkeypatch.setattr(engine, "WARM_UPS", 1)
+    trust_engines(monkeypatch)
+    with pretended():
+        yield
+
+
+class Eager(FusedCudaLearner):
+    """Without any graph."""
+
+    def _forget(self, replay: Sampler | None) -> None:
+        super()._forget(replay)
+        self._warm_ups_left = 10**9
+
+
+def tensors_of(learner: Learner) -> dict[str, Tensor]:
+    return {name: tensor.cpu().clone() for name, tensor in learner.state()[0].items() if name != "generator"}
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor.cpu(), second[name].cpu()), name
+
+
+@pytest.mark.usefixtures("_gpu")
+@pytest.mark.parametrize("settings", [{"actor_every": 2}, {**VALUE, "lr_schedule": "linear"}], ids=str)
+def test_replayed_graphs_make_the_same_updates(settings: dict[str, Any]) -> None:
+    config = Config(**{**SMALL, **settings})
+    learners = [kind(config, O, A, "cuda", 0) for kind in (FusedCudaLearner, Eager)]
+    replays = [filled(O, A, "cuda") for _ in learners]
+    for number in (1, 1, 5):
+        for learner, replay in zip(learners, replays, strict=True):
+            learner.set_progress(0.3)
+            learner.update(replay, number)
+    assert len(learners[0]._graphs) > 1
+    assert_equal(tensors_of(learners[0]), tensors_of(learners[1]))
+    assert_equal(learners[0].metrics(), learners[1].metrics())
+    assert learners[0].metrics().keys() >= {"critic_loss", "q", "actor_loss", "alpha", "entropy"}
+    assert ("value_loss" in learners[0].metrics()) == ("baseline" in settings)
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_the_same_seed_gives_the_same_bits_also_after_resuming() -> None:
+    config = Config(**SMALL)
+    whole, first, second = (FusedCudaLearner(config, O, A, "cuda", seed) for seed in (0, 0, 9))
+    replay = filled(O, A, "cuda")
+    whole.update(replay, 5)
+    first.update(replay, 2)
+    second.load_state(*first.state())
+    second.update(replay, 3)
+    assert_equal(tensors_of(whole), tensors_of(second))
+
+
+def launches(learner: Learner, replay: Replay) -> int:
+    from benchmarks.launches import Eager as Counter
+    from benchmarks.launches import count_update
+
+    return count_update(learner, replay, Counter()).launches
+
+
+@pytest.mark.parametrize("settings", [{}, VALUE, {"estimator": "score", "num_action_samples": 4}], ids=str)
+def test_an_update_is_six_launches(settings: dict[str, Any]) -> None:
+    learner = FusedCudaLearner(Config(**{**SMALL, **settings}), O, A, "cpu")
+    assert launches(learner, filled(O, A)) == len(STAGES) == 6
+
+
+def test_without_the_actors_turn_it_is_three() -> None:
+    learner = FusedCudaLearner(Config(**SMALL, actor_every=2), O, A, "cpu")
+    assert launches(learner, filled(O, A)) == 3  # of the second update
+
+
+SERVED: list[dict[str, Any]] = [
+    {},
+    VALUE,
+    {"estimator": "score", "baseline": "loo", "num_action_samples": 8},
+    {"estimator": "score", "baseline": "none", "alpha": 0.2, "entropy_split": 1.0},
+    {"estimator": "score", "baseline": "constant", "actor_every": 3, "optimizer": "adamw", "lr_schedule": "cosine"},
+    {"hidden_sizes": (64, 512), "num_action_samples": 2, "entropy_split": 0.0},
+]
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"estimator": "pathwise-stl"}, "--estimator pathwise-stl has no whole-update kernel"),
+    ({"estimator": "score", "baseline": "mean-action"}, "--estimator score with --baseline mean-action has no whole"),
+    ({"hidden_sizes": (256,)}, "--hidden-sizes must be two multiples of 64 up to 512"),
+    ({"hidden_sizes": (100, 64)}, "--hidden-sizes must be two multiples of 64 up to 512"),
+    ({"hidden_sizes": (64, 576)}, "--hidden-sizes must be two multiples of 64 up to 512"),
+    ({"activation": "silu"}, "--activation silu has no whole-update kernel"),
+    ({"layer_norm": True}, "--layer-norm has no whole-update kernel"),
+    ({"num_critics": 3}, "--num-critics 3 has no whole-update kernel"),
+    ({"critic_reduction": "mean"}, "--critic-reduction mean has no whole-update kernel"),
+    ({"critic": "categorical", "v_min": -1.0, "v_max": 1.0}, "--critic categorical has no whole-update kernel"),
+    ({"n_step": 3}, "--n-step 3 has no whole-update kernel"),
+    ({"max_grad_norm": 1.0}, "--max-grad-norm has no whole-update kernel"),
+    ({"normalize_obs": True}, "--normalize-obs has no whole-update kernel"),
+    ({"normalize_reward": True}, "--normalize-reward has no whole-update kernel"),
+    ({"reward_scale": 0.1}, "--reward-scale 0.1 has no whole-update kernel"),
+    ({"entropy_split": 0.5}, "--entropy-split 0.5 has no whole-update kernel"),
+]
+
+
+@pytest.mark.parametrize("settings", SERVED, ids=str)
+def test_what_it_serves_it_is_chosen_for(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    trust_engines(monkeypatch)
+    assert choose_engine(Config(**settings), CUDA) == ("fused", "a CUDA GPU")
+    assert choose_engine(Config(**settings, engine="fused"), CUDA) == ("fused", "asked for")
+
+
+@pytest.mark.parametrize(("settings", "why"), REFUSED, ids=str)
+def test_anything_else_gets_the_next_engine_and_the_reason(
+    settings: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trust_engines(monkeypatch)
+    chosen, reason = choose_engine(Config(**settings), CUDA)
+    assert chosen == "graphed"
+    assert reason.startswith(f"a CUDA GPU, and {why}")
+    with pytest.raises(UsageError, match=f"--engine fused: {why}.*: use --engine auto"):
+        choose_engine(Config(**settings, engine="fused"), CUDA)
+    with pytest.raises(ValueError, match=why):
+        FusedCudaLearner(Config(**settings), O, A, "cpu")
+
+
+def test_networks_of_the_users_own_are_not_served() -> None:
+    assert fused_cuda_obstacle(Config(), OwnNetworks(torch.nn.Linear(1, 1), None)).startswith("a network of your own")
+
+
+@pytest.mark.usefixtures("_gpu")
+@pytest.mark.parametrize(("asked", "resolved"), [("auto", "tf32"), ("fp32", "fp32"), ("bf16", "bf16")])
+def test_tf32_is_the_default_precision(asked: Any, resolved: str) -> None:
+    from fastsac.learner import precisions, set_up_torch
+
+    config = Config(precision=asked, hidden_sizes=HIDDEN)
+    assert precisions(config, CUDA) == [resolved]
+    assert set_up_torch(config, CUDA, O, A).precision == resolved
+    assert torch.get_float32_matmul_precision() == "highest"  # evaluations and the reference stay exact
+    graphed = dataclasses.replace(config, hidden_sizes=(32,))
+    if asked == "bf16":
+        with pytest.raises(UsageError, match="--precision bf16 needs --engine fused, and this run has graphed"):
+            precisions(graphed, CUDA)
+    else:
+        assert precisions(graphed, CUDA) == ["fp32"]
+
+
+def failing(*engines: str) -> Any:
+    return lambda config, o, a, name, say: Verdict("it is wrong" if name in engines else "")
+
+
+@pytest.mark.usefixtures("_gpu")
+@pytest.mark.parametrize(
+    ("wrong", "engine", "reason"),
+    [
+        ((), "fused", ""),
+        (("fused",), "graphed", "the check of fused failed"),
+        (("fused", "graphed"), "reference", "the check of fused failed; the check of graphed failed"),
+    ],
+)
+def test_an_engine_that_fails_its_check_gives_way_to_the_next(
+    wrong: tuple[str, ...], engine: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastsac.learner.self_check.verdict", failing(*wrong))
+    config = Config(hidden_sizes=HIDDEN, batch_size=B, precision="tf32", device="cuda")
+    learner, said = make_learner(config, O, A, "cuda"), list[str]()
+    learner.update(filled(O, A, "cuda"))
+    found, told = right_engine(learner, False, O, A, said.append)
+    assert (found.engine, told, len(said)) == (engine, reason, len(wrong))
+    assert found.config.precision == ("tf32" if engine == "fused" else "fp32")
+    both = tensors_of(learner).keys() & tensors_of(found).keys() - {"philox"}
+    assert_equal(*({name: tensors_of(each)[name] for name in both} for each in (learner, found)))
+    if wrong:
+        with pytest.raises(UsageError, match="engine fused does not compute what the reference engine does"):
+            right_engine(learner, True, O, A, said.append)
+        bf16 = make_learner(dataclasses.replace(config, precision="bf16"), O, A, "cuda")
+        with pytest.raises(UsageError, match="engine fused does not compute"):  # no other engine has bfloat16
+            right_engine(bf16, False, O, A, said.append)
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_the_check_of_the_engine_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("compare", "graphed"):
+        monkeypatch.setattr(f"fastsac.learner.{module}.UPDATES_PER_GRAPH", 2)
+    monkeypatch.setattr("fastsac.learner.compare.SINGLE_UPDATES", 4)
+    assert compare(FusedCudaLearner, Config(**SMALL, actor_every=2), O, A, CUDA) == ""
+    assert compare_rounded(FusedCudaLearner, Config(**{**SMALL, "precision": "tf32"}), O, A, CUDA) == ""
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_the_check_notices_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(FusedCudaLearner):
+        """Its targets move at another speed."""
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self._plan = dataclasses.replace(self._plan, tau=0.006)
+
+    monkeypatch.setattr("fastsac.learner.compare.SINGLE_UPDATES", 2)
+    monkeypatch.setattr("fastsac.learner.compare.UPDATES_PER_GRAPH", 1)
+    assert "target_critic" in compare(Wrong, Config(**SMALL), O, A, CUDA)
+
+
+def test_a_replay_is_what_it_draws_from() -> None:
+    with pytest.raises(TypeError, match="draws from a Replay only"):
+        FusedCudaLearner(Config(**SMALL), O, A, "cpu").update(object())  # type: ignore[arg-type]
