@@ -17,7 +17,15 @@ import torch
 
 from fastsac.config import Config
 from fastsac.errors import UsageError
-from fastsac.learner import choose_engine, has_bfloat16_products, make_learner, resolve_device, self_check, set_up_torch
+from fastsac.learner import (
+    choose_engine,
+    has_bfloat16_products,
+    make_learner,
+    precisions,
+    resolve_device,
+    self_check,
+    set_up_torch,
+)
 from fastsac.learner.compare import random_replay
 from fastsac.learner.device import measure_updates
 from fastsac.machine import describe_cpu, describe_gpu, memory_gib, nvidia_driver, package_versions
@@ -144,15 +152,19 @@ def _engine(report: Report, device: torch.device) -> dict[str, Any]:
     if device.type == "cuda" and engine == "reference":
         fix = "install what is named there; until then the reference engine, which is slower, makes the updates"
         report.problem(reason, fix)
-    if device.type == "cuda" and engine != "reference":
-        verdict = self_check.verdict(config, OBS_SIZE, ACTION_SIZE, engine)
-        found["self_check"] = verdict.problem or "passed"
-        if verdict.problem:
-            fix = "please send the output of `fastsac doctor --json`; until then the reference engine is used"
-            what = "could not be checked" if verdict.crashed else "does not compute what the reference engine does"
-            report.problem(f"engine {engine} {what}: {verdict.problem}", fix)
-            found["reason"], engine = f"the check of {engine} failed", "reference"
-            found["name"] = engine
+    while device.type == "cuda" and engine != "reference":
+        config = dataclasses.replace(config, engine=engine)  # type: ignore[arg-type]
+        (precision,) = precisions(config, device)
+        verdict = self_check.verdict(dataclasses.replace(config, precision=precision), OBS_SIZE, ACTION_SIZE, engine)
+        found["self_check"] = "; ".join(filter(None, (found["self_check"], verdict.problem or "passed")))
+        if not verdict.problem:
+            break
+        following = self_check.FOLLOWING[engine]
+        fix = f"please send the output of `fastsac doctor --json`; until then the {following} engine is used"
+        what = "could not be checked" if verdict.crashed else "does not compute what the reference engine does"
+        report.problem(f"engine {engine} {what}: {verdict.problem}", fix)
+        found["reason"], engine = f"the check of {engine} failed", following
+        found["name"] = engine
     found |= {"earlier_checks": self_check.kept(), "updates_per_s": None}
     try:
         config = dataclasses.replace(config, engine=engine)  # type: ignore[arg-type]

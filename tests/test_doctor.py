@@ -135,8 +135,11 @@ def test_a_gpu(problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     trust_engines(monkeypatch)
     monkeypatch.setattr(self_check, "verdict", lambda *_: Verdict(problem))
     monkeypatch.setattr(GraphedLearner, "backend", "reference")
-    rate = doctor._cuda_rate
-    monkeypatch.setattr(doctor, "_cuda_rate", lambda *arguments: rate(*arguments, updates=8))
+    if problem:  # the whole-update kernels of this size take the interpreter minutes
+        rate = doctor._cuda_rate
+        monkeypatch.setattr(doctor, "_cuda_rate", lambda *arguments: rate(*arguments, updates=8))
+    else:
+        monkeypatch.setattr(doctor, "_cuda_rate", lambda *_: 50.0)
     with pretended():
         status, out = told(capsys)
     assert status == 0  # it falls back
@@ -144,9 +147,11 @@ def test_a_gpu(problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     if problem:
         assert problem in out
         assert "`fastsac doctor --json`" in out
+        assert "until then the graphed engine is used" in out
         assert "Engine        reference (the check of graphed failed)" in out
     else:
-        assert "graphed (a CUDA GPU)" in out
+        assert "fused (a CUDA GPU)" in out
+        assert "tf32 (the default)" in out
         assert "Self-check    passed" in out
         assert "Problems      none" in out
 
@@ -161,7 +166,7 @@ def test_a_gpu_is_looked_at_where_environments_fail(
     with pretended():
         status, out = told(capsys)
     assert status == 1
-    assert "graphed (a CUDA GPU)" in out
+    assert "fused (a CUDA GPU)" in out
     assert "Self-check    passed" in out
 
 

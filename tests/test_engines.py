@@ -39,11 +39,12 @@ def has_products(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     ("engine", "on", "expected"),
     [
         ("auto", CPU, ("fused", "no CUDA GPU")),
-        ("auto", CUDA, ("graphed", "a CUDA GPU")),
+        ("auto", CUDA, ("fused", "a CUDA GPU")),
         ("reference", CUDA, ("reference", "asked for")),
         ("reference", CPU, ("reference", "asked for")),
         ("graphed", CUDA, ("graphed", "asked for")),
         ("fused", CPU, ("fused", "asked for")),
+        ("fused", CUDA, ("fused", "asked for")),
     ],
 )
 def test_the_engine_is_chosen(
@@ -59,7 +60,6 @@ def test_the_engine_is_chosen(
     ("engine", "on", "message"),
     [
         ("graphed", CPU, "--engine graphed records CUDA graphs, which needs a GPU"),
-        ("fused", CUDA, "--engine fused runs on a CPU so far"),
     ],
 )
 def test_an_engine_that_cannot_run_is_refused(engine: Any, on: torch.device, message: str) -> None:
@@ -110,13 +110,15 @@ def test_what_the_graphed_engine_needs_is_looked_for(what: str, reason: str, mon
     monkeypatch.delenv("CC", raising=False)
     with monkeypatch.context() as patch:
         lacking("nothing", patch)
-        assert choose_engine(Config(), CUDA) == ("graphed", "a CUDA GPU")
+        assert choose_engine(Config(), CUDA) == ("fused", "a CUDA GPU")
+        assert choose_engine(Config(layer_norm=True), CUDA)[0] == "graphed"
     lacking(what, monkeypatch)
     engine, told = choose_engine(Config(), CUDA)
     assert engine == "reference"
     assert told.startswith(f"not graphed: {reason}")
-    with pytest.raises(UsageError, match=f"--engine graphed: {re.escape(reason)}"):
-        choose_engine(Config(engine="graphed"), CUDA)
+    for engine in ("graphed", "fused"):
+        with pytest.raises(UsageError, match=f"--engine {engine}: {re.escape(reason)}"):
+            choose_engine(Config(engine=engine), CUDA)  # type: ignore[arg-type]
     assert choose_engine(Config(engine="reference"), CUDA) == ("reference", "asked for")
 
 
@@ -136,8 +138,10 @@ def test_bfloat16_where_a_cpu_has_it(capability: str, monkeypatch: pytest.Monkey
     assert precisions(Config(precision="auto"), CPU) == ["fp32", "bf16"]
     assert precisions(Config(precision="bf16"), CPU) == ["bf16"]
     assert precisions(Config(precision="auto", engine="reference"), CPU) == ["fp32"]
-    assert precisions(Config(precision="auto"), CUDA) == ["fp32"]
-    assert precisions(Config(precision="tf32"), CUDA) == ["tf32"]
+    assert precisions(Config(precision="auto"), CUDA) == ["tf32"]
+    assert precisions(Config(precision="auto", engine="graphed"), CUDA) == ["fp32"]
+    assert precisions(Config(precision="tf32", engine="graphed"), CUDA) == ["tf32"]
+    assert precisions(Config(precision="bf16"), CUDA) == ["bf16"]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +153,11 @@ def test_bfloat16_where_a_cpu_has_it(capability: str, monkeypatch: pytest.Monkey
             CPU,
             "--precision bf16 needs --engine fused, and this run has ref",
         ),
-        ({"precision": "bf16"}, CUDA, "--precision bf16 needs --engine fused, and this run has graphed"),
+        (
+            {"precision": "bf16", "n_step": 2},
+            CUDA,
+            "--precision bf16 needs --engine fused, and this run has graphed",
+        ),
         ({"precision": "tf32"}, CPU, "--precision tf32 needs a CUDA GPU"),
     ],
 )

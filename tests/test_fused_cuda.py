@@ -2,22 +2,26 @@
 
 import dataclasses
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fastsac.config import Config
 from fastsac.errors import UsageError
-from fastsac.learner import FusedCudaLearner, Learner, choose_engine, make_learner
+from fastsac.learner import FusedCudaLearner, FusedLearner, Learner, choose_engine, make_learner
 from fastsac.learner import graphed as engine
 from fastsac.learner.compare import compare, compare_rounded
 from fastsac.learner.fused_cuda import fused_cuda_obstacle
+from fastsac.learner.reference import ACTION, BATCH, NEXT_ACTION
 from fastsac.learner.self_check import Verdict, right_engine
 from fastsac.own_networks import OwnNetworks
 from fastsac.replay import Replay
-from fastsac.types import Sampler
+from fastsac.types import Batch, Sample, Sampler
+from fastsac_kernels import PhiloxState, philox_normal
 from fastsac_kernels.whole_update import STAGES
 from tests.kernels.whole import filled
 from tests.pretend_cuda import CUDA, pretended, trust_engines
@@ -230,3 +234,69 @@ def test_the_check_notices_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_replay_is_what_it_draws_from() -> None:
     with pytest.raises(TypeError, match="draws from a Replay only"):
         FusedCudaLearner(Config(**SMALL), O, A, "cpu").update(object())  # type: ignore[arg-type]
+
+
+class SameFused(FusedLearner):
+    """The fused engine of a CPU with the random numbers of the one on CUDA, each batch in an order of its own."""
+
+    order = torch.arange(32)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.rng = PhiloxState(args[-1])
+
+    def _sample_policy(self, with_actor: bool) -> tuple[Sample, Tensor]:
+        size = len(self.order), self._noise.shape[2]
+        numbers = philox_normal(self.rng.of_stream(NEXT_ACTION), (1, *size))
+        more = philox_normal(self.rng.of_stream(ACTION), (len(self._noise) - 1, *size))
+        self._noise.copy_(torch.cat([numbers, more])[:, self.order])
+        self._next_noise = self._sample_noise = SimpleNamespace(normal_=lambda generator: None)  # type: ignore[assignment]
+        return super()._sample_policy(with_actor)
+
+    @torch.inference_mode()
+    def update(self, replay: Sampler, num_updates: int = 1) -> None:
+        for _ in range(num_updates):
+            batch = replay.sample(len(self.order), self.rng.of_stream(BATCH))
+            self._update_fused(Batch(*(part[self.order] for part in batch[:5])), True, self._measured)
+            self.rng.advance()
+
+
+class Reordered(SameFused):
+    order = torch.arange(32).flip(0)
+
+
+def reach(steps: int = 60) -> Replay:
+    """A tiny task, seen at random: an episode is one step, and its reward is highest for the action 0.6 - 0.3 obs."""
+    rng = np.random.default_rng(0)
+    replay = Replay(4096, 64, 1, 1)
+    replay.begin(rng.uniform(-1.0, 1.0, (64, 1)).astype(np.float32))
+    for _ in range(steps):
+        obs = replay.newest_obs().numpy()
+        action = rng.uniform(-1.0, 1.0, (64, 1)).astype(np.float32)
+        reward = (-10.0 * (action - 0.6 + 0.3 * obs) ** 2)[:, 0].astype(np.float32)
+        next_obs = rng.uniform(-1.0, 1.0, (64, 1)).astype(np.float32)
+        replay.add(action, reward, np.ones(64, np.bool_), next_obs, np.ones(64, np.bool_))
+    return replay
+
+
+def parameters(learner: Learner) -> Tensor:
+    return torch.cat([p.detach().flatten() for net in learner._networks().values() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("settings", [{}, pytest.param({"estimator": "score"}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(("updates", "gap"), [(40, 1.0), pytest.param(300, 0.2, marks=pytest.mark.slow)])
+def test_it_learns_as_the_cpus_engine_does(settings: dict[str, Any], updates: int, gap: float) -> None:
+    """Their weights drift apart as those of two orders of the same sums do, and both find the action."""
+    rates = dict.fromkeys(("actor_lr", "critic_lr", "alpha_lr"), 0.003)
+    config = Config(batch_size=32, hidden_sizes=HIDDEN, precision="fp32", initial_alpha=0.1, **rates, **settings)
+    learners = [kind(config, 1, 1, "cpu", 0) for kind in (SameFused, Reordered, Eager)]
+    start, replay = parameters(learners[0]), reach()
+    for learner in learners:
+        learner.update(replay, updates)
+    expected, reordered, found = map(parameters, learners)
+    way, drift = (expected - start).abs().mean(), (reordered - expected).abs().mean()
+    assert 0.0 < drift < 0.02 * way
+    assert (found - expected).abs().mean() < 3.0 * drift
+    obs = torch.linspace(-1.0, 1.0, 9)[:, None]
+    errors = [(learner.act(obs, deterministic=True) - 0.6 + 0.3 * obs).abs().mean() for learner in learners]
+    assert max(errors) < gap * 0.7  # 0.6 at first

@@ -32,8 +32,9 @@ SINGLE_UPDATES = 8
 EPS = torch.finfo(torch.float32).eps
 #: relative, of means over a batch
 TOLERANCE = 1e-5
-#: relative, of a network's gradients, between products of these types and of float32; ReLUs that switch add to rounding
-ROUNDING = {"tf32": 0.02, "bf16": 0.1}
+#: relative, of a network's gradients, between products of these types and of float32; ReLUs that switch add to it.
+#: Three times what was found where the interpreter rounds as tensor cores do, up to O = 348 (LOG.md)
+ROUNDING = {"tf32": 0.04, "bf16": 0.1}
 METRICS = re.compile(r"critic_loss|q|actor_loss|alpha|entropy|value_loss|.*optimizer\.alpha\..*")
 MOMENTS = re.compile(r"optimizer\.(\w+)\.\d+\.(exp_avg|exp_avg_sq)")
 

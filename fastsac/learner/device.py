@@ -99,7 +99,8 @@ def set_up_torch(
     torch.set_flush_denormal(True)  # Adam's moments of dead units decay into numbers that are slow to multiply
     counts = [config.num_threads] if config.num_threads else thread_counts()
     engine, _ = choose_engine(config, device, own)
-    reason = "no bfloat16 products on this CPU" if engine == "fused" else "the default"
+    without = engine == "fused" and device.type == "cpu"
+    reason = "no bfloat16 products on this CPU" if without else "the default"
     if config.precision != "auto":
         reason = "asked for"
     if device.type != "cpu":

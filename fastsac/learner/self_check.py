@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -39,6 +39,8 @@ SETTINGS = (
     *("num_critics", "precision", "num_envs", "n_step", "normalize_obs", "normalize_reward", "layer_norm", "critic"),
     *("critic_reduction", "num_atoms", "optimizer", "adam_betas"),
 )
+#: which engine takes the place of one that is not right
+FOLLOWING: dict[str, Literal["graphed", "reference"]] = {"fused": "graphed", "graphed": "reference"}
 #: seconds: the first time, Triton compiles all kernels
 TIMEOUT = 300.0
 #: what CUDA says where only one process may use a GPU
@@ -48,6 +50,7 @@ COMMAND = [sys.executable, "-P", "-c", "from fastsac.learner.self_check import m
 
 
 Say = Callable[[str], None]
+Precision = Literal["fp32", "tf32"]
 
 
 class Verdict(NamedTuple):
@@ -91,12 +94,12 @@ def right_engine(
         report = "`fastsac doctor --json` makes a report"
         if asked or learner.config.precision == "bf16":  # which no other engine for GPUs has
             raise UsageError(f"{told}; --engine auto or reference works; {report}")
-        following = "graphed" if learner.engine == "fused" else "reference"
+        following = FOLLOWING[learner.engine]
         (say or logging.getLogger("fastsac").warning)(f"{told}; the {following} engine is used; {report}")
         reason = "; ".join(filter(None, (reason, f"the check of {learner.engine} failed")))
         # TF32 is the fused engine's default only; PyTorch's products were set to it if it was asked for
-        precision = "tf32" if torch.get_float32_matmul_precision() == "high" else "fp32"
-        config = dataclasses.replace(learner.config, engine=following, precision=precision)  # type: ignore[arg-type]
+        precision: Precision = "tf32" if torch.get_float32_matmul_precision() == "high" else "fp32"
+        config = dataclasses.replace(learner.config, engine=following, precision=precision)
         other = make_learner(config, obs_size, action_size, learner.device, own=own)
         other.load_state(*learner.state())
         learner = other

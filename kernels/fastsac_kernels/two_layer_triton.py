@@ -154,7 +154,7 @@ def first_gradient(
     zeros = tl.zeros([d2.shape[0], column.shape[0]], tl.float32)
     d1 = product(d2, tl.trans(weight), zeros, PRECISION)
     kept = tl.load(kept_ptr + kept_row[:, None] * H1 + column[None, :], mask=live[:, None], other=0)
-    return tl.where(kept > 0, d1, 0.0)
+    return tl.where(kept.to(tl.float32) > 0.0, d1, 0.0)
 
 
 @triton.jit
@@ -217,7 +217,7 @@ def load_second(h2_ptr, kept_row, live, H2: tl.constexpr):
     """The second hidden layer, zero behind H2."""
     out = tl.arange(0, triton.next_power_of_2(H2))
     inside = live[:, None] & (out < H2)[None, :]
-    return tl.load(h2_ptr + kept_row[:, None] * H2 + out[None, :], mask=inside, other=0.0)
+    return tl.load(h2_ptr + kept_row[:, None] * H2 + out[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -506,7 +506,7 @@ def _actor_bwd_kernel(
         h2 = load_second(h2_ptr, kept_row, live, H2)
         padded: tl.constexpr = h2.shape[1]
         weight = head(values_ptr, 0, action_column, O, H1, H2, A, 0, padded)
-        d2 = product(grad_mean, tl.trans(weight), tl.zeros_like(h2).to(tl.float32), LAST)
+        d2 = product(grad_mean, tl.trans(weight), tl.zeros_like(h2), LAST)
         weight = head(values_ptr, 0, action_column, O, H1, H2, A, A, padded)
         d2 = tl.where(h2 > 0.0, product(grad_raw, tl.trans(weight), d2, LAST), 0.0)
         go_back(

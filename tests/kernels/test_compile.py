@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import compile_kernels
 from benchmarks.compile_kernels import CHIPS, CORNER_CHIPS, disorder, faults, variant
-from benchmarks.kernel_launches import Launch, corners, launches, recorded
+from benchmarks.kernel_launches import Launch, corners, launches, recorded, whole_launches
 from fastsac_kernels import PhiloxState, sample_squashed_gaussian
 
 
@@ -158,8 +158,27 @@ def test_corner_cases_are_compiled() -> None:
     assert {launched.constants["N_STEP"] for launched in takers if "N_STEP" in launched.constants} == {1, 3}
 
 
+def test_whole_updates_are_compiled_for_every_precision_and_estimator() -> None:
+    usual, rare = whole_launches()
+    assert len({launched.kernel for launched in usual}) == 6
+    keys = [(launched.kernel, launched.key) for launched in usual + rare]
+    assert len(keys) == len(set(keys))
+    for launched in usual + rare:
+        assert not launched.options["enable_fp_fusion"]
+        assert "atomic" not in launched.kernel
+    by_kernel: dict[str, set[Any]] = {}
+    for launched in usual:
+        by_kernel.setdefault(launched.kernel, set()).add(launched.constants["PRECISION"])
+    assert all(precisions == {"ieee", "tf32", "bf16"} for precisions in by_kernel.values())
+    baselines = {launched.constants["BASELINE"] for launched in usual + rare if "BASELINE" in launched.constants}
+    assert baselines == {"none", "constant", "loo", "value"}
+    rows = {launched.constants.get("BLOCK_B") for launched in usual + rare}
+    assert rows == {None, 8, 16, 32}
+    assert {launched.constants["H2"] for launched in usual + rare} == {64, 192, 256, 512}
+
+
 def test_what_is_compiled_is_what_triton_looks_up_when_it_launches() -> None:
-    for launched in [each for part in launches() for each in part]:
+    for launched in [each for part in (*launches(), *whole_launches()) for each in part]:
         bound: list[tuple[str, Any]] = []
         for place, (name, kind) in enumerate(launched.signature.items()):
             marks = launched.attributes.get((place,))  # none at all for a float
@@ -167,6 +186,8 @@ def test_what_is_compiled_is_what_triton_looks_up_when_it_launches() -> None:
             bound.append((kind, launched.constants[name] if kind == "constexpr" else mark))
         assert launched.key.startswith(str(bound) + "{")
         assert f"'num_warps': {launched.options['num_warps']}, 'enable_fp_fusion': False" in launched.key
+        if "whole_update" in launched.module:
+            assert f"'num_stages': {launched.options['num_stages']}" in launched.key
 
 
 def test_arguments_are_bound_by_triton_itself() -> None:

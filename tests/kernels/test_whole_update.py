@@ -1,5 +1,6 @@
 """The kernels of a whole update against the reference engine and autograd; wrong ones on purpose are noticed."""
 
+import dataclasses
 import random
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from fastsac.learner.fused_cuda import FusedCudaLearner
 from fastsac_kernels import whole_update, whole_update_triton
 from fastsac_kernels.whole_update import STAGES, run_stage
 from tests.kernels.parity import DEVICES, mutate
-from tests.kernels.whole import Problem, filled, one_update, problem
+from tests.kernels.whole import Problem, as_tensor_cores, filled, one_update, problem
 
 PATHWISE, LOO = problem(5, 3, 33, (64, 128)), problem(3, 2, 20, (128, 64), estimator="score", num_action_samples=3)
 VALUE = problem(4, 1, 17, (64, 64), estimator="score", baseline="value", optimizer="adamw")
@@ -51,6 +52,43 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
 def test_it_does_not_depend_on_how_the_stages_are_cut_up(case: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     as_on_a_gpu(monkeypatch)
     assert one_update(case) == ""
+
+
+#: relative errors of gradients in TF32: factors are off by up to 2^-10, all the same way, and some ReLUs switch
+@pytest.mark.parametrize(("precision", "least", "most"), [("tf32", 1e-5, 0.02), ("bf16", 1e-4, 0.08)])
+@pytest.mark.parametrize(
+    ("case", "first"),
+    [
+        (problem(17, 6, 64, (64, 128)), "tf32"),  # a first layer that bfloat16 does not round
+        (problem(100, 6, 64, (64, 64), estimator="score", baseline="value"), "bf16"),
+        (problem(5, 3, 33, (64, 64), estimator="score", num_action_samples=2), "tf32"),
+    ],
+    ids=str,
+)
+def test_rounded_products_stay_within_their_bounds(
+    case: Problem, first: str, precision: str, least: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, config = as_tensor_cores(monkeypatch), case.config()
+    sizes, found = (case.obs_size, case.action_size), []
+    for each in ("fp32", precision):
+        seen.clear()
+        learner = FusedCudaLearner(dataclasses.replace(config, precision=each), *sizes, "cpu", 0)  # type: ignore[arg-type]
+        learner.update(filled(*sizes))
+        found.append(learner)
+    assert set(seen) == {"tf32", precision}
+    exact, rounded = found
+    for name in exact._adams.keys() - {"alpha"}:
+        wanted, gradient = (each._adams[name].exp_avg for each in found)
+        error = ((gradient - wanted).norm() / wanted.norm()).item()
+        assert least < error < most, f"{name}: {error:.1e}"
+    for name, value in exact.metrics().items():
+        assert rounded.metrics()[name].item() == pytest.approx(value.item(), rel=most, abs=most), name
+    for name, network in rounded._flat.items():  # the copies follow the parameters
+        weights = rounded._weights[name]
+        assert weights.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+        torch.testing.assert_close(weights.float(), network.values, rtol=2.0**-7, atol=1e-6)
+    if precision == "bf16":
+        assert whole_update_triton._precisions(rounded._plan)["FIRST"] == first
 
 
 def state_of(learner: FusedCudaLearner) -> dict[str, Tensor]:
@@ -195,7 +233,7 @@ MUTATIONS = [
     (PATHWISE, TWO, "tl.load(values_ptr + column)[None, :]", "tl.load(values_ptr + column)[None, :] * 2.0"),
     (PATHWISE, TWO, "(1 + given + place)[:, None] * WIDTH", "(given + place)[:, None] * WIDTH"),
     (PATHWISE, TWO, "second = start2 + network * (H1 * H2)", "second = start2"),
-    (PATHWISE, TWO, "tl.where(kept > 0, d1, 0.0)", "d1"),
+    (PATHWISE, TWO, "tl.where(kept.to(tl.float32) > 0.0, d1, 0.0)", "d1"),
     (PATHWISE, TWO, "weights_ptr + start2 + network * (H1 * H2)", "weights_ptr + start2"),
     (PATHWISE, TWO, "bias_ptr + A, mask", "bias_ptr, mask"),
     (PATHWISE, TWO, "A, A, CHUNK), raw, PRECISION", "A, 0, CHUNK), raw, PRECISION"),

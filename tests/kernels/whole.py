@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
+import triton.language as tl
 
 from fastsac.config import Config
 from fastsac.learner.compare import Errors, SameNumbers, _float64, _numbers
@@ -77,9 +78,22 @@ def one_update(case: Problem, device: str = "cpu", kind: Any = FusedCudaLearner,
     return errors.problem()
 
 
-def with_settings(case: Problem, **settings: Any) -> Problem:
-    return case._replace(settings=tuple({**dict(case.settings), **settings}.items()))
+def as_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the interpreter's products take factors of bfloat16, or of TF32 without what its 10 bits do not hold."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    seen: list[str] = []
 
-def rounded(config: Config, precision: Any) -> Config:
-    return dataclasses.replace(config, precision=precision)
+    def factor(data: Any, kind: str) -> Any:
+        if kind == "bf16":
+            return (data.astype(np.uint32) << 16).view(np.float32)
+        return (data.view(np.uint32) & 0xFFFFE000).view(np.float32) if kind == "tf32" else data
+
+    def create_dot(_: Any, a: Any, b: Any, total: Any, input_precision: Any, __: Any) -> Any:
+        kind = "bf16" if a.dtype == tl.bfloat16 else input_precision.name.lower()
+        seen.append(kind)
+        left, right = (factor(np.ascontiguousarray(each.data), kind) for each in (a, b))
+        return TensorHandle(np.matmul(left, right) + total.data, total.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    return seen
