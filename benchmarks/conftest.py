@@ -120,7 +120,7 @@ def require() -> Callable[[str, torch.device], None]:
         if name in ("triton", "graphed") and device.type != "cuda":
             pytest.skip("needs a GPU")
         if "fused" in name and device.type != "cpu":
-            pytest.skip("runs on a CPU so far")
+            pytest.skip("on a GPU benchmarks.engines_gpu times it")
         if "bf16" in name and not has_bfloat16_products():
             pytest.skip("needs a CPU that multiplies bfloat16")
         obstacle = compile_obstacle(device) if name == "compile" else None

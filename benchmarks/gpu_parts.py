@@ -19,11 +19,11 @@ from typing import IO, Any
 from benchmarks.precompile import forget_tuning
 
 ROOT = Path(__file__).resolve().parents[1]
-TEST_PATHS = ("tests/kernels", "tests/test_graphed.py")
+TEST_PATHS = ("tests/kernels", "tests/test_graphed.py", "tests/test_fused_cuda.py")
 # a GPU host has its own versions of pytest and of everything that might warn
 PYTEST_OPTIONS = "-q --tb=short -o minversion=8.0 -o filterwarnings=default -p no:cacheprovider"
 PYTEST = ["-m", "pytest", *PYTEST_OPTIONS.split()]
-TRAIN = "train --env-id HalfCheetah-v5 --total-steps 100000000 --device cuda --engine graphed --eval-every 0"
+TRAIN = "train --env-id HalfCheetah-v5 --total-steps 100000000 --device cuda --eval-every 0"
 TAIL = 3000
 
 
@@ -178,6 +178,15 @@ def benchmark_part(name: str, work: Path, budget: float, grace: float) -> dict[s
     return {"ok": ok, "budget_s": round(budget)} | measured | loads | done
 
 
+def engines_part(work: Path, budget: float, grace: float) -> dict[str, Any]:
+    """Time every engine, and several learners in the launches of one, within the budget."""
+    path = work / "engines.json"
+    arguments = ["-m", "benchmarks.engines_gpu", "--out", str(path), "--budget", f"{budget:.0f}"]
+    done = run(arguments, work / "engines.log", environment(work), budget + grace)
+    measured = json.loads(path.read_text()) if path.exists() else {"rows": [], "not_measured": {}, "failed": {}}
+    return {"ok": done["exit_status"] == 0 and bool(measured["rows"]), "budget_s": round(budget)} | measured | done
+
+
 def training_part(work: Path, seconds: float) -> dict[str, Any]:
     """Train for so long from the command line; return its median rates once it is under way."""
     run_dir, log = work / "run", work / "training.log"
@@ -197,6 +206,8 @@ def training_part(work: Path, seconds: float) -> dict[str, Any]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines() if (run_dir / "metrics.jsonl").exists() else []
     rows = [row for row in map(json.loads, lines) if "updates_per_s" in row and row.get("updates", 0) > 0][2:]
     rates = {key: statistics.median(row[key] for row in rows) for key in ("steps_per_s", "updates_per_s") if rows}
+    if "steps_per_s" in rates:  # as this rate would take; not run to its end
+        rates["million_steps_s"] = 1e6 / rates["steps_per_s"]
     last = {key: rows[-1][key] for key in ("step", "updates", "episode_return") if rows and key in rows[-1]}
     result = {"ok": status == 0 and bool(rates), "command": f"fastsac {TRAIN}", "exit_status": status} | rates | last
     return result if result["ok"] else result | {"output": tail(log)}

@@ -65,7 +65,7 @@ def suspects(result: Row) -> set[str]:
     found: set[str] = set()
     for name in result.get("tests", {}).get("failed", {}):
         ops = {op for op, words in WORDS.items() if re.search(rf"(?<![a-z])({words})", name)}
-        ops = {UPDATES} if "test_graphed" in name else ops or set(WORDS)
+        ops = {UPDATES} if re.search("test_graphed|test_fused_cuda|whole_update", name) else ops or set(WORDS)
         found |= ops if UPDATES in ops else ops | {UPDATES}  # an update makes use of all of them
     return found
 
@@ -114,6 +114,60 @@ def small(row: Row) -> bool:
     return row["what"] == UPDATE and row["B"] == 256
 
 
+def engine_ratios(rows: list[Row], other: str) -> list[Row]:
+    """Return how many times as fast as another engine, in float32, `fused` in TF32 is, at batch 256."""
+    times = {(row["engine"], row["precision"], row["estimator"]): row["us"] for row in rows if is_small(row)}
+    ratios = []
+    for (engine, precision, estimator), us in times.items():
+        theirs = times.get((other, "fp32", estimator))
+        if (engine, precision) == ("fused", "tf32") and theirs is not None:
+            entry = {"op": UPDATES, "case": estimator, f"{other}_us": theirs, "fused_us": us}
+            ratios.append(entry | {"ratio": round(theirs / us, 2)})
+    return ratios
+
+
+def is_small(row: Row) -> bool:
+    return (row["B"], row["hidden"], row["learners"]) == (256, 256, 0)
+
+
+def rate_verdict(rows: list[Row], at_least: float, result: Row) -> Row:
+    """Return whether `fused` in TF32 makes so many updates a second at batch 256, with each estimator."""
+    ratios = [
+        {
+            "op": UPDATES,
+            "case": row["estimator"],
+            "fused_us": row["us"],
+            "ratio": round(row["updates_per_s"] / at_least, 2),
+        }
+        for row in rows
+        if is_small(row) and (row["engine"], row["precision"]) == ("fused", "tf32")
+    ]
+    return judge(ratios, 2, 1.0, result)
+
+
+def engine_verdicts(result: Row) -> Row:
+    """Return the verdicts on the fused engine."""
+    rows = result["engines"].get("rows", [])
+    return {
+        "fused 10 times the eager update": judge(engine_ratios(rows, "reference"), 2, 10.0, result),
+        "fused 3 times the graphed update": judge(engine_ratios(rows, "graphed"), 2, 3.0, result),
+        "fused 15,000 updates/s at batch 256": rate_verdict(rows, 15_000.0, result),
+    }
+
+
+def engines_table(result: Row) -> list[str]:
+    """Return updates/s of the engines, as lines of text."""
+    lines = [f"{'updates/s':44}{'us':>10}{'updates/s':>12}{'predicted us':>18}{'floor':>8}"]
+    for row in result.get("engines", {}).get("rows", []):
+        name = f"{row['engine']} {row['precision']} {row['estimator']} B{row['B']} H{row['hidden']}"
+        name += f" x {row['learners']} learners" if row["learners"] else ""
+        low, high = row.get("predicted_us", (0.0, 0.0))
+        predicted = f"{low:.0f} to {high:.0f}" if high else "-"
+        share = f"{row['floor_share']:.0%}" if "floor_share" in row else "-"
+        lines.append(f"{name:44}{row['us']:10.1f}{row['updates_per_s']:12,.0f}{predicted:>18}{share:>8}")
+    return lines if len(lines) > 1 else []
+
+
 def launch_verdict(rows: list[Row]) -> Row:
     """Return the counts, and whether each Triton operation is one launch forward and one backward."""
     counts: dict[str, Row] = {}
@@ -132,6 +186,8 @@ def verdicts(result: Row) -> Row:
     op_rows, update_rows = (result.get(part, {}).get("rows", []) for part in ("ops", "updates"))
     ratios = op_ratios(op_rows)
     large = [entry for entry in ratios if entry["large"]]
+    if "engines" in result:
+        return engine_verdicts(result)
     passes = [(case, which) for case in GPU_CASES for which in case.judged]
     return {
         "no op slower than torch.compile": judge(ratios, len(passes), 1.0, result),

@@ -231,6 +231,39 @@ def test_the_check_notices_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> No
     assert "target_critic" in compare(Wrong, Config(**SMALL), O, A, CUDA)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize(
+    "settings", [{}, VALUE, {"estimator": "score"}, {"actor_every": 2, "hidden_sizes": (512, 192)}], ids=str
+)
+def test_it_passes_its_check(settings: dict[str, Any], precision: Any) -> None:
+    config, cuda = Config(**settings, precision=precision), torch.device("cuda")
+    assert compare(FusedCudaLearner, dataclasses.replace(config, precision="fp32"), 17, 6, cuda) == ""
+    assert compare_rounded(FusedCudaLearner, config, 17, 6, cuda) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_nothing_waits_for_the_device() -> None:
+    learner, replay = FusedCudaLearner(Config(), O, A, "cuda"), filled(O, A, "cuda")
+    learner.update(replay, 31)  # records all graphs
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        learner.update(replay, 30)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(value.isfinite() for value in learner.metrics().values())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_same_seed_gives_the_same_bits() -> None:
+    learners = [FusedCudaLearner(Config(precision="tf32"), O, A, "cuda", 0) for _ in range(2)]
+    for learner in learners:
+        learner.update(filled(O, A, "cuda"), 50)
+    assert_equal(tensors_of(learners[0]), tensors_of(learners[1]))
+
+
 def test_a_replay_is_what_it_draws_from() -> None:
     with pytest.raises(TypeError, match="draws from a Replay only"):
         FusedCudaLearner(Config(**SMALL), O, A, "cpu").update(object())  # type: ignore[arg-type]
