@@ -216,17 +216,19 @@ def rows() -> list[dict[str, Any]]:
 
 
 def updates_table(result: dict[str, Any]) -> str:
-    """Return Markdown: counts, and for each chip the predicted us and updates/s."""
+    """Return Markdown: counts, and for each chip the predicted us; for an H100 updates/s, too."""
     lines = []
     for row in result["rows"]:
         totals = {key: sum(stage[key] for stage in row["stages"].values()) for key in ("flops", "bytes")}
         share = f"{row['memory_bytes'] / row['needed_bytes']:.2f}x" if "memory_bytes" in row else "-"
         cells = [f"{row['precision']}, {row['estimator']}", str(row["B"]), str(row["hidden"]), str(row["launches"])]
         cells += [f"{totals['flops'] / 1e9:.2f}", f"{totals['bytes'] / 1e6:.0f}", share]
-        for low, high in row["chips"].values():
-            cells.append(f"{low:,.0f} to {high:,.0f} ({1e3 / high:,.1f}k to {1e3 / low:,.1f}k)")
+        cells += [f"{low:,.0f} to {high:,.0f}" for low, high in row["chips"].values()]
+        low, high = row["chips"]["H100"]
+        cells.append(f"{1e6 / high:,.0f} to {1e6 / low:,.0f}")
         lines.append(cells)
     head = ["precision", "batch", "hidden", "launches", "GFLOP", "MB moved", "memory", *result["rows"][0]["chips"]]
+    head.append("H100, updates/s")
     return _markdown(head, lines)
 
 
@@ -242,6 +244,13 @@ def stages_table(result: dict[str, Any], chip: str = "H100") -> str:
         ]
         lines.append([name, str(stage["programs"]), *per_program, f"{low:.1f} to {high:.1f}"])
     return _markdown(["stage", "programs", "MFLOP of one", "kB of one", f"{chip}, us"], lines)
+
+
+def assumed_table(result: dict[str, Any]) -> str:
+    """Return Markdown: what is assumed beside the paper model's."""
+    rows = [(name, result["assumed"][name]) for name in MORE]
+    lines = [[what, f"{low:g} to {high:g}", source] for _, (low, high, what, source) in rows]
+    return _markdown(["assumption", "range", "source"], lines)
 
 
 def _is_main(row: dict[str, Any]) -> bool:

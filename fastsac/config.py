@@ -119,12 +119,13 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is a GPU."""
     engine: Literal["auto", "reference", "graphed", "fused"] = "auto"
-    """`reference`: PyTorch with autograd. `fused`: gradients written out by hand, on a CPU. `graphed`: Triton kernels
-    in CUDA graphs. `auto` takes `fused` on a CPU; on CUDA it takes `graphed` if that passes its check there, else
-    `reference`."""
+    """`reference`: PyTorch with autograd. `fused`: gradients written out by hand; on CUDA a whole update in six launches.
+    `graphed`: a Triton kernel for each operation, in CUDA graphs. `auto` takes `fused` if it serves the settings, else
+    `graphed` on CUDA and `reference` on a CPU. On CUDA an engine has to pass a check, or the next one is taken."""
     precision: Literal["auto", "fp32", "bf16", "tf32"] = "auto"
-    """Precision of matrix products: `fp32`; `bf16` with engine `fused`, on CPUs that have it in hardware; `tf32` on
-    CUDA. `auto` takes `bf16` where a measurement at start-up finds it faster, else `fp32`."""
+    """Precision of matrix products: `fp32`; `bf16` with engine `fused`, on CUDA and on CPUs that have it in hardware;
+    `tf32` on CUDA. `auto` takes `tf32` with `fused` on CUDA; on a CPU `bf16` where a measurement at start-up finds it
+    faster; else `fp32`."""
     num_threads: int = 0
     """CPU threads of PyTorch; 0 measures which number is fastest."""
 
