@@ -119,7 +119,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is a GPU."""
     engine: Literal["auto", "reference", "graphed", "fused"] = "auto"
-    """`reference`: PyTorch with autograd. `fused`: gradients written out by hand; on CUDA a whole update in six launches.
+    """`reference`: PyTorch with autograd. `fused`: gradients written out by hand; on CUDA an update is six launches.
     `graphed`: a Triton kernel for each operation, in CUDA graphs. `auto` takes `fused` if it serves the settings, else
     `graphed` on CUDA and `reference` on a CPU. On CUDA an engine has to pass a check, or the next one is taken."""
     precision: Literal["auto", "fp32", "bf16", "tf32"] = "auto"
