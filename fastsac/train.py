@@ -201,7 +201,9 @@ class SAC:
             self._heartbeat.send(BUSY)
             asked = self.config.engine != "auto"
             sizes = self.spaces.obs_size, self.spaces.action_size
-            self.learner, problem = self_check.right_engine(self.learner, asked, *sizes, say, self._own)
+            self.learner, problem = self_check.right_engine(
+                *(self.learner, asked, *sizes, say, self._own), in_tf32=self.config.precision == "tf32"
+            )
             self._rollout.normalizer = self.learner.normalizer
             if problem:
                 self.engine_reason = problem

@@ -163,10 +163,14 @@ def test_networks_of_the_users_own_are_not_served() -> None:
 def test_tf32_is_the_default_precision(asked: Any, resolved: str) -> None:
     from fastsac.learner import precisions, set_up_torch
 
-    config = Config(precision=asked, hidden_sizes=HIDDEN)
+    config: Any = Config(precision=asked, hidden_sizes=HIDDEN)
     assert precisions(config, CUDA) == [resolved]
     assert set_up_torch(config, CUDA, O, A).precision == resolved
-    assert torch.get_float32_matmul_precision() == "highest"  # evaluations and the reference stay exact
+    set_up_torch(dataclasses.replace(config, precision="tf32"), CUDA, O, A)
+    assert torch.get_float32_matmul_precision() == "highest"  # it acts in float32
+    set_up_torch(dataclasses.replace(config, precision="tf32", engine="graphed"), CUDA, O, A)
+    assert torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision("highest")
     graphed = dataclasses.replace(config, hidden_sizes=(32,))
     if asked == "bf16":
         with pytest.raises(UsageError, match="--precision bf16 needs --engine fused, and this run has graphed"):
@@ -197,7 +201,12 @@ def test_an_engine_that_fails_its_check_gives_way_to_the_next(
     learner.update(filled(O, A, "cuda"))
     found, told = right_engine(learner, False, O, A, said.append)
     assert (found.engine, told, len(said)) == (engine, reason, len(wrong))
-    assert found.config.precision == ("tf32" if engine == "fused" else "fp32")
+    assert found.config.precision == ("tf32" if engine == "fused" else "fp32")  # the fused engine's default only
+    assert torch.get_float32_matmul_precision() == "highest"
+    if wrong:
+        assert right_engine(learner, False, O, A, said.append, in_tf32=True)[0].config.precision == "tf32"
+        assert torch.get_float32_matmul_precision() == "high"
+        torch.set_float32_matmul_precision("highest")
     both = tensors_of(learner).keys() & tensors_of(found).keys() - {"philox"}
     assert_equal(*({name: tensors_of(each)[name] for name in both} for each in (learner, found)))
     if wrong:

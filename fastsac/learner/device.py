@@ -95,10 +95,10 @@ def set_up_torch(
         UsageError: if the precision cannot be had here.
     """
     choices = precisions(config, device, own)
-    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    engine, _ = choose_engine(config, device, own)
+    set_products(config.precision == "tf32" and engine != "fused")  # which has products of its own, and acts in float32
     torch.set_flush_denormal(True)  # Adam's moments of dead units decay into numbers that are slow to multiply
     counts = [config.num_threads] if config.num_threads else thread_counts()
-    engine, _ = choose_engine(config, device, own)
     without = engine == "fused" and device.type == "cpu"
     reason = "no bfloat16 products on this CPU" if without else "the default"
     if config.precision != "auto":
@@ -116,6 +116,11 @@ def set_up_torch(
         num_threads = fastest[chosen]
     torch.set_num_threads(num_threads)
     return Setup(chosen, reason, num_threads)
+
+
+def set_products(in_tf32: bool) -> None:
+    """Let PyTorch's products on CUDA be made in TF32, or in float32."""
+    torch.set_float32_matmul_precision("high" if in_tf32 else "highest")
 
 
 def thread_counts() -> list[int]:

@@ -28,6 +28,7 @@ import fastsac_kernels
 from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.learner.compare import compare, compare_rounded
+from fastsac.learner.device import set_products
 from fastsac.learner.engines import CUDA_ENGINES, make_learner
 from fastsac.learner.reference import Learner
 from fastsac.machine import nvidia_driver
@@ -68,6 +69,7 @@ def right_engine(
     action_size: int,
     say: Say | None = None,
     own: OwnNetworks = STANDARD,
+    in_tf32: bool = False,
 ) -> tuple[Learner, str]:
     """Return the learner if its engine is right here, else one of the next engine with its state, and why.
 
@@ -80,6 +82,7 @@ def right_engine(
         action_size: A.
         say: tells the user; by default the logger "fastsac" does, and only what is wrong.
         own: networks of the user's own in the learner. What is checked is the engine with the configuration's networks.
+        in_tf32: whether TF32 was asked for, and is not the fused engine's default only.
 
     Raises:
         UsageError: if the engine is not right, but was asked for.
@@ -97,8 +100,8 @@ def right_engine(
         following = FOLLOWING[learner.engine]
         (say or logging.getLogger("fastsac").warning)(f"{told}; the {following} engine is used; {report}")
         reason = "; ".join(filter(None, (reason, f"the check of {learner.engine} failed")))
-        # TF32 is the fused engine's default only; PyTorch's products were set to it if it was asked for
-        precision: Precision = "tf32" if torch.get_float32_matmul_precision() == "high" else "fp32"
+        set_products(in_tf32)
+        precision: Precision = "tf32" if in_tf32 else "fp32"
         config = dataclasses.replace(learner.config, engine=following, precision=precision)
         other = make_learner(config, obs_size, action_size, learner.device, own=own)
         other.load_state(*learner.state())
