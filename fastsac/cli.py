@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastsac.arguments import Doctor, Eval, Presets, Train, parse
+from fastsac.arguments import Command, Doctor, Eval, Presets, Train, parse
 from fastsac.config import AS_PRINTED, Config
 from fastsac.errors import EnvironmentFailure, FastsacError, UsageError
 from fastsac.lab.arguments import Compare, Cost, Gradients, Lab, Report, Toy
@@ -26,6 +26,7 @@ from fastsac.supervisor import Supervisor
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 on success, 2 on a usage error, 1 on a failed run."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    command: Command | None = None
     try:
         command = parse(arguments)
         if isinstance(command, Train):
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _lab(command)
         sys.stdout.flush()
     except FastsacError as error:
+        if isinstance(command, Train) and not _ranks().first_to_end():
+            sys.exit(error.exit_status)
         _fail(str(error), error.exit_status)
     except BrokenPipeError:  # whoever read our output has gone; the interpreter must not complain about it at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,6 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         _fail("out of memory: smaller --hidden-sizes, --batch-size or --num-envs need less")
+
+
+def _ranks() -> Any:
+    from fastsac.ranks import Ranks  # which imports torch
+
+    return Ranks.join()
 
 
 def _tell(message: str) -> None:
@@ -78,6 +87,8 @@ def _train(command: Train, arguments: Sequence[str]) -> None:
             f"--baseline {AS_PRINTED} has the wrong sign on purpose, for comparisons: "
             f"fastsac compare --arms score:value score:{AS_PRINTED} ..."
         )
+    if command.restarts and not _ranks().alone:
+        raise UsageError("--restarts supervises one process: torchrun has --max-restarts, and --resume goes on")
     if command.restarts < 0:
         raise UsageError(f"--restarts must be a whole number of at least 0, got {command.restarts}")
     if command.step_timeout is not None and not 0.0 <= command.step_timeout <= 1e9:
@@ -109,11 +120,12 @@ def _train_here(command: Train, heartbeat: Heartbeat) -> None:
     from fastsac.plot import plot_curves, read_metric
     from fastsac.train import SAC
 
-    config = command.config
+    config, ranks = command.config, _ranks()
     callbacks = [make_callback(place) for place in command.callback]
     if command.resume is None:
         run_dir = command.run_dir or default_run_dir(config)
-        refuse_if_taken(run_dir)
+        if ranks.leads:
+            refuse_if_taken(run_dir)
         agent = SAC(config)
     else:
         run_dir = command.resume
@@ -126,11 +138,15 @@ def _train_here(command: Train, heartbeat: Heartbeat) -> None:
             raise UsageError(f"{run_dir} has reached its target return already: another --target-return goes on")
     if heartbeat.tries > 1:  # what failed more than once may fail for ever
         agent.new_episodes(heartbeat.tries)
-    agent.prepare(_tell)  # before anything is written
+    agent.prepare(_tell if ranks.leads else lambda _: None)  # before anything is written
+    if not ranks.leads:
+        agent.learn(config.total_steps)
+        return
     if command.resume is None and config.total_steps <= config.learning_starts:
         _tell(f"no update will be made: --learning-starts {config.learning_starts} is not below --total-steps")
     preset = None if command.resume is not None else command.preset
-    print(f"fastsac: {_describe(agent, preset)}; run directory {run_dir}", file=sys.stderr)
+    several = "" if ranks.alone else f", {ranks.size} ranks"
+    print(f"fastsac: {_describe(agent, preset)}{several}; run directory {run_dir}", file=sys.stderr)
     agent.learn(config.total_steps, run_dir, progress=True, callback=callbacks or None)
     if agent.stopped_by_signal:
         print(f"interrupted at step {agent.steps:,}; go on with: fastsac train --resume {run_dir}")

@@ -15,12 +15,13 @@ from fastsac.errors import EnvironmentFailure, UsageError
 from fastsac.logger import EpisodeStatistics, Logger
 from fastsac.normalize import Normalizer
 from fastsac.progress import Progress
+from fastsac.ranks import Ranks
 from fastsac.replay import Replay
 from fastsac.spaces import Floats, Spaces
 from fastsac.transfer import to_device
 
 #: children of the one seed; new episodes of a resumed run and evaluations need streams of their own
-ENVS, LEARNER, REPLAY, EXPLORATION, EVALUATION = range(5)
+ENVS, LEARNER, REPLAY, EXPLORATION, EVALUATION, RANK = range(6)
 #: of an environment that is brought back to its state: it takes minutes
 MOST_RESETS = 10_000_000
 
@@ -33,8 +34,12 @@ def child_seed(seed: int, *path: int) -> int:
 class Rollout:
     """Steps the environments and writes the replay; neither is made before it is needed."""
 
-    def __init__(self, config: Config, spec: EnvSpec, device: torch.device, spaces: Spaces | None) -> None:
+    def __init__(
+        self, config: Config, spec: EnvSpec, device: torch.device, spaces: Spaces | None, ranks: Ranks | None = None
+    ) -> None:
         """Create the environments, unless `spaces` are known from a checkpoint.
+
+        With several `ranks`, what is counted are the steps of all of them.
 
         Raises:
             UsageError: if they cannot be served.
@@ -46,6 +51,7 @@ class Rollout:
             warm_up_left=config.learning_starts,
             episodes=EpisodeStatistics(config.num_envs),
         )
+        self._ranks = Ranks() if ranks is None else ranks
         self._envs: VectorEnv | None = None
         self._replay: Replay | None = None
         self.normalizer: Normalizer | None = None  # the learner's, which sees every step
@@ -162,7 +168,7 @@ class Rollout:
         step = self.envs.recv()
         self._cut = False
         next_obs = self.replay.add(action, step.reward, step.terminated, step.obs, step.valid)
-        progress, new_steps = self.progress, int(step.valid.sum())
+        progress, new_steps = self.progress, self._ranks.sum(int(step.valid.sum()))
         progress.episodes.add(step)
         progress.steps += new_steps
         warming_up = min(new_steps, progress.warm_up_left)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -39,8 +40,9 @@ from fastsac.logger import Logger
 from fastsac.metrics import read_scalars
 from fastsac.own_networks import OwnNetworks
 from fastsac.progress import Progress
+from fastsac.ranks import Ranks
 from fastsac.replay import Replay
-from fastsac.rollout import EVALUATION, LEARNER, Rollout, child_seed
+from fastsac.rollout import EVALUATION, LEARNER, RANK, Rollout, child_seed
 from fastsac.run_dir import config_from_dict, newest_step
 from fastsac.saver import Contents, Ours, Saver, first_row
 from fastsac.signals import BUSY, Heartbeat, stop_signals
@@ -53,6 +55,33 @@ KEPT = (
     *("hidden_sizes", "activation", "layer_norm", "num_critics", "critic", "num_atoms", "v_min", "v_max"),
     *("normalize_obs", "normalize_reward"),
 )
+
+
+def for_ranks(config: Config, ranks: Ranks, device: torch.device) -> Config:
+    """Return the settings of one of several processes: nothing is measured, which could come out differently on each.
+
+    Raises:
+        UsageError: for what several processes cannot do.
+    """
+    if ranks.alone:
+        return config
+    refused = {
+        "--checkpoint-replay stores one replay buffer": config.checkpoint_replay,
+        "--normalize-obs has one process's moments": config.normalize_obs,
+        "--normalize-reward has one process's moments": config.normalize_reward,
+        f"--engine {config.engine} averages no gradients on CUDA": device.type == "cuda"
+        and config.engine in ("graphed", "fused"),
+    }
+    for why, asked in refused.items():
+        if asked:
+            raise UsageError(f"{why}, and torchrun has started {ranks.size}: leave it out")
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks.on_this_machine)
+    return dataclasses.replace(
+        config,
+        engine="reference" if device.type == "cuda" else config.engine,
+        precision="fp32" if config.precision == "auto" else config.precision,
+        num_threads=config.num_threads or threads,
+    )
 
 
 class SAC:
@@ -96,9 +125,11 @@ class SAC:
         spec = EnvSpec.of(config, own_envs.envs)
         self.config = config
         self.device = resolve_device(config.device)
+        self._ranks = Ranks.join()
+        config = for_ranks(config, self._ranks, self.device)
         _, self.engine_reason = choose_engine(config, self.device, own)
         precisions(config, self.device, own)
-        self._rollout = Rollout(config, spec, self.device, spaces)
+        self._rollout = Rollout(self._of_rank(config), spec, self.device, spaces, self._ranks)
         if spaces is not None and envs is not None:
             self._rollout.refuse_misfits()
         self._evaluator = Evaluator(spec._replace(own=own_envs.for_evaluation), self.spaces)
@@ -109,6 +140,11 @@ class SAC:
         resolved = dataclasses.replace(config, precision=self.setup.precision)
         self.learner = make_learner(resolved, *sizes, self.device, child_seed(config.seed, LEARNER), own)
         self._rollout.normalizer = self.learner.normalizer
+        if not self._ranks.alone:
+            self.learner.average = self._ranks.average
+            self._draw_apart()
+            if self.config.precision == "auto":
+                self.setup = self.setup._replace(precision_reason="the default of several ranks")
         measures = self.device.type == "cpu" and config.num_threads == 0
         self._trial = ThreadTrial(config.num_envs, config.utd) if measures else None
         self.stopped_by_signal = False
@@ -116,6 +152,15 @@ class SAC:
         self._run_dirs: dict[Path, Ours] = {}
         self._heartbeat = Heartbeat()
         self._prepared = self._learns = False
+
+    def _of_rank(self, config: Config) -> Config:
+        """Return settings for this rank's own environments, exploration and replay buffer."""
+        rank = self._ranks.rank
+        return dataclasses.replace(config, seed=child_seed(config.seed, RANK, rank)) if rank else config
+
+    def _draw_apart(self) -> None:
+        """Let each rank draw noise of its own."""
+        self.learner.reseed(child_seed(self.config.seed, RANK, LEARNER, self._ranks.rank, self.steps))
 
     @property
     def spaces(self) -> Spaces:
@@ -236,14 +281,19 @@ class SAC:
         """
         self._refuse_in_callback("learn")
         if total_steps is not None:
-            self.config = self._rollout.config = dataclasses.replace(self.config, total_steps=total_steps)
-        directory = None if run_dir is None else Path(run_dir)
+            self.config = dataclasses.replace(self.config, total_steps=total_steps)
+            self._rollout.config = dataclasses.replace(self._rollout.config, total_steps=total_steps)
+        if callback is not None and not self._ranks.alone:
+            raise UsageError("callbacks are called in one process: train without torchrun")
+        directory = None if run_dir is None or not self._ranks.leads else Path(run_dir)
         hooks = None if callback is None else Hooks(self, callback)
         self.prepare()  # before anything is written
         with (
             stop_signals() as stop,  # before anything is written
             nullcontext() if directory is None else self._saver(directory) as saver,
-            Logger(directory, self.config.total_steps, self.steps, self.time_s, progress) as logger,
+            Logger(
+                directory, self.config.total_steps, self.steps, self.time_s, progress and self._ranks.leads
+            ) as logger,
         ):
             if saver is not None:
                 saver.warn_user = logger.warn
@@ -264,15 +314,16 @@ class SAC:
         if self._trial is not None:
             self._trial.begin_turn()
         reached = config.target_return is not None and progress.reached == config.target_return
-        if progress.evaluation_due and not stop:
+        if progress.evaluation_due and not self._stops(stop):
             reached = self._evaluate_and_log(logger, stop, saver, hooks)
-        while self.steps < total_steps and not stop and not reached:
+        while self.steps < total_steps and not self._stops(stop) and not reached:
             before, started = self.steps, time.perf_counter()
             obs = self._step(obs, saver)
             if self._trial is not None and self.updates and not progress.warm_up_left:
                 self._try_threads(logger, time.perf_counter() - started, self.steps - before)
             done = self.steps >= total_steps
             if done or self._crossed(config.log_every, before):
+                self._ranks.refuse_differences(self._parameters())
                 logger.log(self.steps, self.updates, {**self._read_metrics(saver), **progress.episodes.take()})
             if config.eval_every and (done or self._crossed(config.eval_every, before)):
                 reached = self._evaluate_and_log(logger, stop, saver, hooks)
@@ -297,6 +348,19 @@ class SAC:
             saver.finish(lambda: self._state(saver), self.steps)
             if hooks is not None:
                 hooks.checkpoints(saver.take_written())
+
+    def _stops(self, stop: list[int]) -> bool:
+        """Return whether a signal has reached this process, or another rank."""
+        if self._ranks.sum(int(bool(stop))) and not stop:
+            stop.append(signal.SIGTERM)
+        return bool(stop)
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """Return what has to be the same on every rank; nothing is compared in one process."""
+        if self._ranks.alone:
+            return {}
+        prefixes = ("actor.", "critic.", "target_critic.", "value.", "log_alpha")
+        return {name: tensor for name, tensor in self.learner.state()[0].items() if name.startswith(prefixes)}
 
     def new_episodes(self, tries: int = 0) -> None:
         """Let the next call of `learn` begin new episodes, in environments made anew.
@@ -355,9 +419,18 @@ class SAC:
         """Evaluate the deterministic policy, unless a signal stops it; return whether training is to end."""
         self.last_evaluation = None
         self._read_metrics(saver)  # a policy that has diverged cannot play
+        target = self.config.target_return
+        if not self._ranks.leads:
+            due, mean = self._ranks.of_leader([0.0, 0.0])
+            self._progress.evaluation_due = bool(due)
+            reached = target is not None and not due and mean >= target
+            self._progress.reached = target if reached else self._progress.reached
+            return reached
         evaluation = self.evaluate(self.config.eval_episodes, should_stop=lambda: self._heartbeat.beat(stop))
-        self._progress.evaluation_due = len(evaluation.returns) < self.config.eval_episodes
-        if self._progress.evaluation_due:
+        due = len(evaluation.returns) < self.config.eval_episodes
+        self._progress.evaluation_due = due
+        self._ranks.of_leader([float(due), 0.0 if due else float(evaluation.returns.mean())])
+        if due:
             logger.say("the evaluation was interrupted")
             return False
         self.last_evaluation = evaluation
@@ -365,7 +438,6 @@ class SAC:
         spread = float(evaluation.returns.std())
         logger.log(self.steps, self.updates, {"eval_return": mean, "eval_return_std": spread})
         logger.start_rates(self.steps, self.updates)
-        target = self.config.target_return
         reached = target is not None and mean >= target
         if reached:
             self._progress.reached = target
@@ -561,6 +633,8 @@ class SAC:
             agent._progress.metrics.clear()  # another estimator may have other ones
         groups, _ = checkpoint.load_checkpoint(path, groups=["learner"])
         agent.learner.load_state(groups["learner"], state["learner"])
+        if not agent._ranks.alone:
+            agent._draw_apart()
         if not config.checkpoint_replay or state["replay"] is None:
             agent.new_episodes()
             return agent

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from fastsac.learner.reference import ACTION, BATCH, NEXT_ACTION
 from fastsac.learner.self_check import Verdict, right_engine
 from fastsac.own_networks import OwnNetworks
 from fastsac.replay import Replay
-from fastsac.types import Batch, Sample, Sampler
+from fastsac.types import Batch, Sampler
 from fastsac_kernels import PhiloxState, philox_normal
 from fastsac_kernels.whole_update import STAGES
 from tests.kernels.whole import filled
@@ -287,13 +286,11 @@ class SameFused(FusedLearner):
         super().__init__(*args)
         self.rng = PhiloxState(args[-1])
 
-    def _sample_policy(self, with_actor: bool) -> tuple[Sample, Tensor]:
+    def _draw_noise(self, with_actor: bool) -> None:
         size = len(self.order), self._noise.shape[2]
         numbers = philox_normal(self.rng.of_stream(NEXT_ACTION), (1, *size))
         more = philox_normal(self.rng.of_stream(ACTION), (len(self._noise) - 1, *size))
         self._noise.copy_(torch.cat([numbers, more])[:, self.order])
-        self._next_noise = self._sample_noise = SimpleNamespace(normal_=lambda generator: None)  # type: ignore[assignment]
-        return super()._sample_policy(with_actor)
 
     @torch.inference_mode()
     def update(self, replay: Sampler, num_updates: int = 1) -> None:

@@ -163,6 +163,7 @@ class FlatAdam(FlatMoments):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
+        grads: Tensor | None = None,
     ) -> None:
         """Start with moments of zero.
 
@@ -174,11 +175,12 @@ class FlatAdam(FlatMoments):
             betas: decay rates of the moments.
             weight_decay: AdamW's, times the learning rate in each step (arXiv 1711.05101).
             max_grad_norm: gradients of a larger norm are scaled down to it first.
+            grads: [n], zeros, where gradients go; by default a buffer of its own.
         """
         super().__init__(values, parameters, memory)
         self.lr = lr
         self._betas, self._weight_decay, self._max_grad_norm = betas, weight_decay, max_grad_norm
-        self.grads = memory.zeros(values.shape, values.dtype)
+        self.grads = memory.zeros(values.shape, values.dtype) if grads is None else grads
 
     def descend(self) -> None:
         """Take one step along the gradients."""

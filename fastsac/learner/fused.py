@@ -31,7 +31,7 @@ from torch import Tensor
 from fastsac.config import Config
 from fastsac.estimators import choose
 from fastsac.estimators.gaussian import mean_action_baseline
-from fastsac.learner.flat import FlatAdam, FlatGradients, FlatNetwork, Memory
+from fastsac.learner.flat import ALIGNMENT, FlatAdam, FlatGradients, FlatNetwork, Memory
 from fastsac.learner.optimizers import Groups, weight_decay
 from fastsac.learner.reference import Learner, Metrics, Moments
 from fastsac.learner.stack import ACTIVATIONS, StackPass
@@ -94,13 +94,20 @@ class FusedLearner(Learner):
             for name, network in self._networks().items()
             if isinstance(network, Actor | StackedMLP)
         }
+        # the gradients of actor, alpha and V follow one another: they are averaged over ranks in one call
+        values = {
+            name: self._flat[name].values if name in self._flat else self.log_alpha.detach().view(1) for name in groups
+        }
+        places = {name: -(-len(values[name]) // ALIGNMENT) * ALIGNMENT for name in groups if name != "critic"}
+        self._actors_grads = self._memory.zeros([sum(places.values())], weight.dtype)
+        parts = dict(zip(places, torch.split(self._actors_grads, list(places.values())), strict=True))
         self._adams: dict[str, FlatAdam] = {}
         self._grads: dict[str, FlatGradients] = {}
         for name, (parameters, lr) in groups.items():
-            values = self._flat[name].values if name in self._flat else self.log_alpha.detach().view(1)
+            grads = parts[name][: len(values[name])] if name in parts else None
             clip = None if name == "alpha" else self.config.max_grad_norm
             settings = self.config.adam_betas, weight_decay(self.config, name), clip
-            self._adams[name] = FlatAdam(values, parameters, lr, self._memory, *settings)
+            self._adams[name] = FlatAdam(values[name], parameters, lr, self._memory, *settings, grads)
             if name in self._flat:
                 self._grads[name] = FlatGradients(self._flat[name], self._adams[name].grads, self._memory)
 
@@ -184,14 +191,17 @@ class FusedLearner(Learner):
         target.values.lerp_(self._flat["critic"].values, self.config.tau)
         target.refresh()
 
+    def _draw_noise(self, with_actor: bool) -> None:
+        self._next_noise.normal_(generator=self.generator)
+        if with_actor:
+            self._sample_noise.normal_(generator=self.generator)  # by itself: the numbers are the reference engine's
+
     def _sample_policy(self, with_actor: bool) -> tuple[Sample, Tensor]:
         """Return a sample for next_obs, [1, B, A], and if it is the actor's turn K for obs behind it, [1 + K, B, A].
 
         And tanh(raw) [B, A] for obs.
         """
-        self._next_noise.normal_(generator=self.generator)
-        if with_actor:
-            self._sample_noise.normal_(generator=self.generator)  # by itself: the numbers are the reference engine's
+        self._draw_noise(with_actor)
         output = (self._policy_pass if with_actor else self._next_policy_pass).forward()
         mean, raw = output.view(-1, self.config.batch_size, output.shape[2]).chunk(2, -1)
         squashed = torch.tanh(raw)
@@ -229,6 +239,8 @@ class FusedLearner(Learner):
         if metrics is not None:
             metrics |= {"critic_loss": errors.square().mean(1).sum(), "q": q.mean()}
         self._critic_pass.backward()
+        if self.average is not None:
+            self.average(self._adams["critic"].grads)
         self._adams["critic"].descend()
         self._flat["critic"].refresh()
 
@@ -268,23 +280,25 @@ class FusedLearner(Learner):
         grad_raw = torch.ops.aten.tanh_backward(grad_log_std, squashed)  # times 1 - tanh(raw)^2
         torch.mul(grad_raw, LOG_STD_HALF_RANGE / (samples * batch), out=self._grad_raw)
         self._policy_pass.backward()
-        self._adams["actor"].descend()
-        self._flat["actor"].refresh()
         if metrics is not None or self.learns_alpha:
             entropy = sample.log_prob.mean().neg_()
         if metrics is not None:
             metrics |= {"actor_loss": gradient.loss(), "alpha": alpha, "entropy": entropy}
         if self.learns_alpha:
             torch.mul(alpha, entropy - self.target_entropy, out=self._grad_log_alpha)
-            self._adams["alpha"].descend()
         if self._value_pass is not None:
             errors = value + f.mean(0).unsqueeze(1)
             torch.mul(errors, 2.0 / batch, out=self._value_pass.grad_output)
             self._value_pass.backward()
-            self._adams["value"].descend()
-            self._flat["value"].refresh()
             if metrics is not None:
                 metrics["value_loss"] = errors.square().mean()
+        if self.average is not None:
+            self.average(self._actors_grads)
+        for name in self._adams:
+            if name != "critic":
+                self._adams[name].descend()
+            if name in ("actor", "value"):
+                self._flat[name].refresh()
 
     def _moments(self) -> dict[str, Moments]:
         return {name: adam.moments() for name, adam in self._adams.items()}

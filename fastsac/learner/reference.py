@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,8 @@ class Learner:
         self.choice = choose(config)
         self.device = torch.device(device)
         self.updates = 0
+        #: averages gradients [n] over several processes, in place; None: there is one
+        self.average: Callable[[Tensor], None] | None = None
         self._measured: Metrics = {}
         self.target_entropy = -float(action_size) if config.target_entropy == "auto" else config.target_entropy
         self.generator = torch.Generator(self.device).manual_seed(seed)
@@ -232,9 +234,24 @@ class Learner:
     def _descend(self, name: str, loss: Tensor) -> None:
         self.optimizers[name].zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        if self.average is not None:
+            self._average(name)
         if self.config.max_grad_norm is not None and name != "alpha":
             nn.utils.clip_grad_norm_(self._parameters[name], self.config.max_grad_norm)
         self.optimizers[name].step()
+
+    def _average(self, name: str) -> None:
+        """Let a network's gradients be averaged over ranks, all in one."""
+        assert self.average is not None
+        grads = [p.grad for p in self._parameters[name] if p.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        self.average(flat)
+        for grad, part in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view(grad.shape))
+
+    def reseed(self, seed: int) -> None:
+        """Draw other random numbers from now on; the weights stay."""
+        self.generator.manual_seed(seed)
 
     def _draw(self, purpose: int, num_samples: int, mean: Tensor, num_noise: int | None = None) -> Draw:
         noise = torch.randn((num_noise or num_samples, *mean.shape), device=self.device, generator=self.generator)

@@ -1,0 +1,147 @@
+"""Processes that train one agent together, as `torchrun` starts them: gradients are averaged over all of them.
+
+Every rank steps its own environments, fills its own replay buffer and draws its own batches. Gradients are averaged
+before Adam takes its step, so the parameters of all ranks stay equal, bit for bit. Rank 0 evaluates, logs and saves.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastsac.errors import FastsacError, UsageError
+
+T = TypeVar("T")
+#: an evaluation may take long; that a rank has ended shows at once, since its connections close
+PATIENCE = datetime.timedelta(hours=24)
+
+
+class RankLost(FastsacError):
+    """Another rank has ended: this one cannot go on, and it is not the one to say why."""
+
+
+def _or_lost(method: Callable[..., T]) -> Callable[..., T]:
+    """Let a failed exchange be an error of one line."""
+
+    @functools.wraps(method)
+    def guarded(self: Ranks, *arguments: Any) -> T:
+        try:
+            return method(self, *arguments)
+        except RuntimeError as error:
+            raise RankLost(f"rank {self.rank} of {self.size} ends, since another one has: {_line(error)}") from error
+
+    return guarded
+
+
+def _line(error: RuntimeError) -> str:
+    words = str(error).strip().splitlines() or ["no reason given"]
+    return words[0].partition("This may indicate")[0].strip()[:160]
+
+
+class Ranks:
+    """This process's rank, from 0, and how many there are."""
+
+    def __init__(self, rank: int = 0, size: int = 1, on_this_machine: int = 1) -> None:
+        self.rank, self.size, self.on_this_machine = rank, size, on_this_machine
+
+    @staticmethod
+    @functools.cache
+    def join() -> Ranks:
+        """Return the ranks that `torchrun` has started, once they have found one another; or this process alone.
+
+        Raises:
+            UsageError: if this build of PyTorch cannot do it.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        if size == 1:
+            return Ranks()
+        if not dist.is_available():
+            raise UsageError("this build of PyTorch has no torch.distributed: train without torchrun")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+            atexit.register(_leave)  # its threads must not outlive the interpreter
+        return Ranks(dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one process only."""
+        return self.size == 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that logs, evaluates and saves."""
+        return self.rank == 0
+
+    def first_to_end(self) -> bool:
+        """Return whether no other rank has said yet why all of them end."""
+        if self.alone:
+            return True
+        try:
+            return int(dist.distributed_c10d._get_default_store().add("fastsac: ended", 1)) == 1
+        except RuntimeError:  # it is gone with the process that kept it
+            return True
+
+    @_or_lost
+    def average(self, tensor: Tensor) -> None:
+        """Put the mean over all ranks in the tensor's place."""
+        dist.all_reduce(tensor)
+        tensor.div_(self.size)
+
+    @_or_lost
+    def sum(self, number: int) -> int:
+        """Return the sum over all ranks; in one process the number itself."""
+        if self.alone:
+            return number
+        total = torch.tensor(number)
+        dist.all_reduce(total)
+        return int(total.item())
+
+    def of_leader(self, numbers: list[float]) -> list[float]:
+        """Return rank 0's numbers, of which there are as many on every rank."""
+        if self.alone:
+            return numbers
+        shared = self._broadcast(torch.tensor(numbers, dtype=torch.float64))
+        return [float(number) for number in shared.tolist()]
+
+    @_or_lost
+    def _broadcast(self, tensor: Tensor) -> Tensor:
+        dist.broadcast(tensor, 0)
+        return tensor
+
+    def refuse_differences(self, tensors: dict[str, Tensor]) -> None:
+        """Compare the tensors' bits with rank 0's.
+
+        Raises:
+            FastsacError: if one differs.
+        """
+        if self.alone:
+            return
+        own = torch.stack([_checksum(tensor) for tensor in tensors.values()])
+        leaders = self._broadcast(own.clone())
+        different = self.sum(int((own != leaders).any()))
+        if different:
+            names = [name for name, same in zip(tensors, (own == leaders).tolist(), strict=True) if not same]
+            which = f": {names[0]}" if names else ""
+            raise FastsacError(f"{different} of {self.size} ranks have other parameters than rank 0{which}")
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Return a number that another value of any bit changes, and another order most likely."""
+    bits = tensor.detach().cpu().flatten().view(torch.uint8).to(torch.int64)
+    place = torch.arange(bits.numel()) % 1_000_003 + 1
+    return (bits * place).sum()

@@ -1,0 +1,240 @@
+"""Several processes that train one agent: gradients, parameters, steps, and what happens when one of them ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from fastsac import SAC, Config
+from fastsac.errors import FastsacError, UsageError
+from fastsac.learner import FusedLearner, Learner
+from fastsac.learner.reference import ACTION, NEXT_ACTION
+from fastsac.ranks import Ranks
+from fastsac.train import for_ranks
+from fastsac.types import Batch, Draw
+
+O, A, B, K, UPDATES = 5, 3, 8, 2, 5  # noqa: E741
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"estimator": "score", "baseline": "value"},
+    {"estimator": "score", "baseline": "loo", "max_grad_norm": 0.5, "actor_every": 2, "optimizer": "adamw"},
+]
+
+
+def numbers(name: int, update: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * name + update))
+
+
+class Part:
+    """A rank's rows of the joined batch, and of its noise; one rank has all of them."""
+
+    def __init__(self, rank: int, size: int, ranks: int) -> None:
+        self.rows, self.total = slice(rank * B, (rank + size) * B), ranks * B
+        self.update = 0
+
+    def sample(self, batch_size: int, *_: Any) -> Batch:
+        assert batch_size == self.rows.stop - self.rows.start
+        self.update += 1
+        obs, next_obs = (numbers(i, self.update, self.total, O)[self.rows] for i in (1, 2))
+        action, reward = numbers(3, self.update, self.total, A).tanh()[self.rows], numbers(4, self.update, self.total)
+        return Batch(obs, action, reward[self.rows], next_obs, (reward < -1.0)[self.rows])
+
+    def noise(self, purpose: int, samples: int) -> Tensor:
+        return numbers(10 + purpose, self.update, samples, self.total, A)[:, self.rows]
+
+
+class Reference(Learner):
+    part: Part
+
+    def _draw(self, purpose: int, num_samples: int, mean: Tensor, num_noise: int | None = None) -> Draw:
+        return Draw(self.part.noise(purpose, num_noise or num_samples), num_samples)
+
+
+class Fused(FusedLearner):
+    part: Part
+
+    def _draw_noise(self, with_actor: bool) -> None:
+        self._noise[:1] = self.part.noise(NEXT_ACTION, 1)
+        self._noise[1:] = self.part.noise(ACTION, len(self._noise) - 1)
+
+
+def trained(kind: Any, settings: dict[str, Any], part: Part, ranks: Ranks | None) -> list[Tensor]:
+    rates = dict.fromkeys(("actor_lr", "critic_lr", "value_lr", "alpha_lr"), 3e-3)
+    size = part.rows.stop - part.rows.start
+    config = Config(hidden_sizes=(16, 16), batch_size=size, num_action_samples=K, precision="fp32", **rates, **settings)
+    learner = kind(config, O, A, "cpu", 0)
+    learner.part = part
+    if ranks is not None:
+        learner.average = ranks.average
+    for _ in range(UPDATES):
+        learner.update(part)
+    return [tensor.clone() for name, tensor in learner.state()[0].items() if name != "generator"]
+
+
+def work(rank: int, size: int, folder: str) -> None:
+    """What a process does: train with its part of each batch, and exchange numbers."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    ranks, found = Ranks(rank, size), []
+    for kind in (Reference, Fused):
+        for settings in SETTINGS:
+            found.append(trained(kind, settings, Part(rank, 1, size), ranks))
+    calls: list[int] = []
+    counting = Ranks(rank, size)
+    counting.average = lambda tensor: (calls.append(tensor.numel()), ranks.average(tensor))  # type: ignore[method-assign]
+    trained(Fused, SETTINGS[1], Part(rank, 1, size), counting)
+    numbers = ranks.sum(rank + 1), ranks.of_leader([float(rank), -0.5]), len(calls)
+    state = {"actor.weight": torch.ones(3, 4), "log_alpha": torch.zeros(())}
+    ranks.refuse_differences(state)
+    if rank == size - 1:
+        state["actor.weight"][2, 1] = 1.0 + 2.0**-23  # the last bit
+    try:
+        ranks.refuse_differences(state)
+        said = ""
+    except FastsacError as error:
+        said = str(error)
+    torch.save((found, numbers, said), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_several_ranks_are_one_process_with_the_joined_batch(size: int, tmp_path: Path) -> None:
+    mp.spawn(work, (size, str(tmp_path)), size)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
+    joined = [trained(kind, each, Part(0, size, size), None) for kind in (Reference, Fused) for each in SETTINGS]
+    for rank, (found, numbers, said) in enumerate(results):
+        for own, first, wanted in zip(found, results[0][0], joined, strict=True):
+            for tensor, of_leader, expected in zip(own, first, wanted, strict=True):
+                assert torch.equal(tensor, of_leader)  # bit for bit
+                torch.testing.assert_close(tensor, expected, rtol=2e-4, atol=2e-6)
+        assert numbers == (size * (size + 1) // 2, [0.0, -0.5], 2 * UPDATES)  # two averages an update
+        assert said == f"1 of {size} ranks have other parameters than rank 0" + (
+            ": actor.weight" if rank == size - 1 else ""
+        )
+
+
+def test_one_process_exchanges_nothing() -> None:
+    ranks = Ranks()
+    assert (ranks.alone, ranks.leads, ranks.first_to_end()) == (True, True, True)
+    assert (ranks.sum(7), ranks.of_leader([1.5])) == (7, [1.5])
+    ranks.refuse_differences({})
+    assert Ranks.join().alone
+    config = Config(checkpoint_replay=True)
+    assert for_ranks(config, ranks, CPU) is config
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "why"),
+    [
+        ({"checkpoint_replay": True}, CPU, "--checkpoint-replay stores one replay buffer, and torchrun has started 3"),
+        ({"normalize_obs": True}, CPU, "--normalize-obs has one process's moments"),
+        ({"normalize_reward": True}, CPU, "--normalize-reward has one process's moments"),
+        ({"engine": "fused"}, CUDA, "--engine fused averages no gradients on CUDA"),
+        ({"engine": "graphed"}, CUDA, "--engine graphed averages no gradients on CUDA"),
+    ],
+    ids=str,
+)
+def test_what_several_ranks_cannot_do_is_refused(settings: dict[str, Any], device: torch.device, why: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(why)):
+        for_ranks(Config(**settings), Ranks(1, 3), device)
+
+
+def test_nothing_is_measured_that_could_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    config = for_ranks(Config(), Ranks(1, 8, on_this_machine=4), CPU)
+    assert (config.engine, config.precision, config.num_threads) == ("auto", "fp32", 3)
+    config = for_ranks(Config(precision="bf16", num_threads=5), Ranks(1, 8, on_this_machine=4), CPU)
+    assert (config.engine, config.precision, config.num_threads) == ("auto", "bf16", 5)
+    assert for_ranks(Config(), Ranks(1, 2), CUDA).engine == "reference"
+
+
+def launched(run_dir: Path, *options: str, size: int = 2, **more: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    command += ["-m", "fastsac", "train", *options]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, cwd=run_dir.parent, env=environ, **pipes, **more)
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def ours(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("fastsac: ")]
+
+
+OPTIONS = (
+    *("--env-id", "Pendulum-v1", "--num-envs", "2", "--learning-starts", "100", "--hidden-sizes", "16", "16"),
+    *("--eval-every", "400", "--eval-episodes", "1", "--log-every", "100", "--batch-size", "16"),
+)
+
+
+def test_torchrun_trains_one_agent_and_resumes_it(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = launched(run_dir, *OPTIONS, "--total-steps", "400", "--run-dir", str(run_dir))
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    (told,) = ours(errors)
+    assert "engine fused (no CUDA GPU), precision fp32 (the default of several ranks), 2 ranks" in told
+    assert out.count("evaluation return") == 1
+    steps = [row["step"] for row in rows(run_dir)]
+    assert steps == [100, 200, 300, 400, 400]  # of both together, four at a time
+    assert rows(run_dir)[-1]["updates"] == 296  # those of the last step are not due yet
+    agent = SAC.load(run_dir)  # one process can go on with it
+    assert (agent.steps, agent.config.precision) == (400, "auto")
+    process = launched(run_dir, "--resume", str(run_dir), "--total-steps", "800")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert rows(run_dir)[-1]["step"] == 800
+    process = launched(run_dir, *OPTIONS, "--total-steps", "400", "--run-dir", str(run_dir))
+    _, errors = process.communicate(timeout=120)
+    assert len(ours(errors)) == 1
+    assert "already" in ours(errors)[0] or "holds" in ours(errors)[0]
+
+
+def children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def under_way(run_dir: Path, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 90.0
+    while not ((run_dir / "metrics.jsonl").exists() and rows(run_dir)):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_a_rank_that_dies_ends_the_job_with_one_line(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = launched(run_dir, *OPTIONS, "--total-steps", "1000000", "--run-dir", str(run_dir), size=3)
+    under_way(run_dir, process)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    told = ours(errors)
+    assert len(told) <= 2  # what is trained, and why it ends; torchrun may be quicker to end the others
+    assert all("ends, since another one has" in line for line in told[1:])
+
+
+def test_a_signal_to_one_rank_stops_all_and_saves(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = launched(run_dir, *OPTIONS, "--total-steps", "1000000", "--run-dir", str(run_dir))
+    under_way(run_dir, process)
+    os.kill(children(process.pid)[-1], signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "interrupted at step" in out
+    assert SAC.load(run_dir).steps >= rows(run_dir)[-1]["step"] > 0
