@@ -27,7 +27,7 @@ from benchmarks.machine import write_json
 from fastsac.config import Config
 from fastsac.learner import Learner, make_learner
 from fastsac.learner.compare import random_replay
-from fastsac_kernels.whole_update import STAGES, Network, State, make_scratch, run_stage
+from fastsac_kernels.whole_update import STAGES, Network, Scratch, State, make_scratch, run_stage
 
 PREDICTED = Path(__file__).parent / "results" / "whole_update.json"
 O, A = 17, 6  # noqa: E741
@@ -105,7 +105,7 @@ def stacked(case: Case, device: torch.device) -> Callable[[int], None]:
     with torch.cuda.graph(graph):
         updates(OF_GRAPH)
 
-    def replay(number: int) -> None:
+    def replay(number: int, held: tuple[State, Scratch] = (state, scratch)) -> None:
         for _ in range(number // OF_GRAPH):
             graph.replay()
 

@@ -17,6 +17,7 @@ Writes benchmarks/results/whole_update.json.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
 from pathlib import Path
@@ -257,13 +258,24 @@ def _is_main(row: dict[str, Any]) -> bool:
     return (row["estimator"], row["B"], row["hidden"], row["precision"]) == ("pathwise", 256, 256, "tf32")
 
 
+def sources() -> str:
+    """Return a hash of all that the counts follow from."""
+    folder, kernels = Path(__file__).parent, Path(whole_update_triton.__file__ or "").parent
+    names = [kernels / f"{name}.py" for name in ("whole_update_triton", "two_layer_triton", "descent_triton")]
+    names += [folder / f"{name}.py" for name in ("whole_update", "kernel_launches", "paper_model")]
+    digest = hashlib.sha256()
+    for path in names:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def main() -> None:
     """Count, predict and write."""
     argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     torch.manual_seed(0)
     meaning = "counted in Triton's interpreter; us are predictions, the fast and the slow end: nothing ran on a GPU"
     result = {"command": "python -m benchmarks.whole_update", "meaning": meaning, "assumed": ASSUMED | MORE}
-    result |= {"versions": {"torch": torch.__version__}, "rows": rows()}
+    result |= {"sources": sources(), "versions": {"torch": torch.__version__}, "rows": rows()}
     write_json(RESULT, result)
     print(stages_table(result), updates_table(result), sep="\n\n")
 

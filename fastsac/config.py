@@ -124,8 +124,8 @@ class Config:
     `graphed` on CUDA and `reference` on a CPU. On CUDA an engine has to pass a check, or the next one is taken."""
     precision: Literal["auto", "fp32", "bf16", "tf32"] = "auto"
     """Precision of matrix products: `fp32`; `bf16` with engine `fused`, on CUDA and on CPUs that have it in hardware;
-    `tf32` on CUDA. `auto` takes `tf32` with `fused` on CUDA; on a CPU `bf16` where a measurement at start-up finds it
-    faster; else `fp32`."""
+    `tf32` on CUDA. `auto` takes `tf32` with `fused` on an A100, H100 or B200; on a CPU `bf16` where a measurement at
+    start-up finds it faster; else `fp32`."""
     num_threads: int = 0
     """CPU threads of PyTorch; 0 measures which number is fastest."""
 

@@ -154,7 +154,7 @@ def _engine(report: Report, device: torch.device) -> dict[str, Any]:
         report.problem(reason, fix)
     while device.type == "cuda" and engine != "reference":
         config = dataclasses.replace(config, engine=engine)  # type: ignore[arg-type]
-        (precision,) = precisions(config, device)
+        precision = precisions(config, device)[0]
         verdict = self_check.verdict(dataclasses.replace(config, precision=precision), OBS_SIZE, ACTION_SIZE, engine)
         found["self_check"] = "; ".join(filter(None, (found["self_check"], verdict.problem or "passed")))
         if not verdict.problem:

@@ -234,7 +234,7 @@ class SAC:
         """Take what training needs: the replay's memory and, on a GPU, an engine that is right there; `learn` calls it.
 
         An engine for GPUs is compared with the reference engine, once for each GPU, driver and version, which may take
-        minutes (see `fastsac.learner.self_check`). If they differ, `--engine auto` takes the reference engine.
+        minutes (see `fastsac.learner.self_check`). If they differ, `--engine auto` takes the next engine.
 
         Args:
             say: tells the user; by default the logger "fastsac" does, and only what is wrong.

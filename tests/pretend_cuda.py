@@ -350,4 +350,5 @@ def pretended(memory: int = 80 * 2**30, capability: tuple[int, int] = (9, 0)) ->
 def trust_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take it that everything is there that the graphed engine needs, and that its check on the GPU was passed."""
     monkeypatch.setattr("fastsac.learner.engines.graphed_obstacle", lambda: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr("fastsac.learner.self_check.verdict", lambda *_: Verdict(""))

@@ -138,7 +138,9 @@ def test_bfloat16_where_a_cpu_has_it(capability: str, monkeypatch: pytest.Monkey
     assert precisions(Config(precision="auto"), CPU) == ["fp32", "bf16"]
     assert precisions(Config(precision="bf16"), CPU) == ["bf16"]
     assert precisions(Config(precision="auto", engine="reference"), CPU) == ["fp32"]
-    assert precisions(Config(precision="auto"), CUDA) == ["tf32"]
+    assert precisions(Config(precision="auto"), CUDA) == ["tf32", "fp32"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))  # whose TF32 is no faster
+    assert precisions(Config(precision="auto"), CUDA) == ["fp32", "tf32"]
     assert precisions(Config(precision="auto", engine="graphed"), CUDA) == ["fp32"]
     assert precisions(Config(precision="tf32", engine="graphed"), CUDA) == ["tf32"]
     assert precisions(Config(precision="bf16"), CUDA) == ["bf16"]

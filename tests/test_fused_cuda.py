@@ -22,7 +22,7 @@ from fastsac.replay import Replay
 from fastsac.types import Batch, Sampler
 from fastsac_kernels import PhiloxState, philox_normal
 from fastsac_kernels.whole_update import STAGES
-from tests.kernels.whole import filled
+from tests.kernels.whole import as_tensor_cores, filled
 from tests.pretend_cuda import CUDA, pretended, trust_engines
 
 O, A, B, HIDDEN = 5, 3, 17, (64, 64)  # noqa: E741
@@ -163,7 +163,7 @@ def test_tf32_is_the_default_precision(asked: Any, resolved: str) -> None:
     from fastsac.learner import precisions, set_up_torch
 
     config: Any = Config(precision=asked, hidden_sizes=HIDDEN)
-    assert precisions(config, CUDA) == [resolved]
+    assert precisions(config, CUDA)[0] == resolved
     assert set_up_torch(config, CUDA, O, A).precision == resolved
     set_up_torch(dataclasses.replace(config, precision="tf32"), CUDA, O, A)
     assert torch.get_float32_matmul_precision() == "highest"  # it acts in float32
@@ -273,8 +273,38 @@ def test_on_a_gpu_the_same_seed_gives_the_same_bits() -> None:
 
 
 def test_a_replay_is_what_it_draws_from() -> None:
-    with pytest.raises(TypeError, match="draws from a Replay only"):
-        FusedCudaLearner(Config(**SMALL), O, A, "cpu").update(object())  # type: ignore[arg-type]
+    learner = FusedCudaLearner(Config(**SMALL), O, A, "cpu")
+    for other in (object(), Replay(10, 1, O, A, n_step=3)):
+        if isinstance(other, Replay):
+            other.size = 1
+        for _ in range(2):
+            with pytest.raises(TypeError, match="draws single steps from a Replay"):
+                learner.update(other)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the replay is empty"):
+        learner.update(Replay(10, 1, O, A))
+    learner.update(filled(O, A))
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_the_check_notices_copies_that_are_not_rounded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_tensor_cores(monkeypatch)
+    monkeypatch.setattr("fastsac.learner.compare.UPDATES_PER_GRAPH", 1)
+
+    class Stale(FusedCudaLearner):
+        """Its products read targets that have never moved."""
+
+        def _run(self, *args: Any) -> Any:
+            before = self._weights["target_critic"].clone()
+            result = super()._run(*args)
+            self._weights["target_critic"].copy_(before)
+            return result
+
+    config = Config(**{**SMALL, "precision": "bf16"}, tau=0.5)
+    assert compare_rounded(FusedCudaLearner, config, O, A, CUDA) == ""
+    assert (
+        compare_rounded(Stale, config, O, A, CUDA)
+        == "the rounded copy of the target_critic is not that of its parameters"
+    )
 
 
 class SameFused(FusedLearner):

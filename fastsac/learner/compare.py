@@ -160,7 +160,8 @@ def compare(kind: type[Learner], config: Config, obs_size: int, action_size: int
 def compare_rounded(kind: type[Learner], config: Config, obs_size: int, action_size: int, device: torch.device) -> str:
     """Return what the engine's products of lower precision make of its own update in float32, if that is too much.
 
-    What is compared are Adam's first moments after one update, which are the gradients, and the metrics.
+    What is compared are Adam's first moments after one update, which are the gradients, and the metrics. Then further
+    updates, graphs among them, have to leave copies of the parameters that are the parameters, rounded.
     """
     exact = dataclasses.replace(config, precision="fp32")
     learners = [kind(each, obs_size, action_size, device, SEED) for each in (exact, config)]
@@ -180,7 +181,13 @@ def compare_rounded(kind: type[Learner], config: Config, obs_size: int, action_s
         size = torch.cat([wanted[name].double().flatten() for name in names]).norm().item()
         if not error <= allowed * (size if len(names) > 1 else max(1.0, size)):
             return f"in {config.precision}, {group} is off by {error:.1e}, its size being {size:.1e}"
-    return ""
+    engine = learners[1]
+    assert isinstance(engine, FusedCudaLearner)
+    engine.update(replay, WARM_UPS + 1 + 2 * UPDATES_PER_GRAPH)
+    for name, value in engine.metrics().items():
+        if not value.isfinite():
+            return f"in {config.precision}, {name} is {value.item()} after {engine.updates} updates"
+    return engine.stale_copies()
 
 
 def _means(*numbers: dict[str, Tensor]) -> list[dict[str, Tensor]]:

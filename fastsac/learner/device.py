@@ -21,6 +21,8 @@ from fastsac_kernels import PhiloxState
 from fastsac_kernels.launch import Backend
 
 Precision = Literal["fp32", "tf32", "bf16"]
+#: compute capabilities of chips whose TF32 peak is several times their float32 peak: A100, H100, B200, B300
+FAST_TF32 = ((8, 0), (9, 0), (10, 0), (10, 3))
 #: rounding has to pay: bfloat16 is taken if an update takes at most so much of float32's time
 WORTH_ROUNDING = 0.95
 #: no further round of measurements is begun after this time
@@ -59,7 +61,7 @@ def precisions(
     device: torch.device,
     own: OwnNetworks = STANDARD,
 ) -> list[Precision]:
-    """Return what `--precision` leaves to choose from.
+    """Return what `--precision` leaves to choose from; on CUDA the first one is taken.
 
     Raises:
         UsageError: if what it asks for cannot be had here.
@@ -77,8 +79,10 @@ def precisions(
         )
     if asked != "auto":
         return [asked]
+    if device.type == "cuda" and engine == "fused":
+        return ["tf32", "fp32"] if torch.cuda.get_device_capability() in FAST_TF32 else ["fp32", "tf32"]
     if device.type == "cuda":
-        return ["tf32" if engine == "fused" else "fp32"]
+        return ["fp32"]
     return ["fp32", "bf16"] if engine == "fused" and has_bfloat16_products() else ["fp32"]
 
 

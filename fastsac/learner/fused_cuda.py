@@ -138,8 +138,8 @@ class FusedCudaLearner(GraphedLearner):
 
     def _state_with(self, replay: Sampler) -> State:
         """Return everything that the kernels touch."""
-        if not isinstance(replay, Replay):
-            raise TypeError("the fused engine on CUDA draws from a Replay only")
+        if not isinstance(replay, Replay) or replay.n_step != 1:
+            raise TypeError("the fused engine on CUDA draws single steps from a Replay")
 
         def network(name: str) -> Network:
             name = name if name in self._flat else "actor"  # in the place of what is not there
@@ -158,8 +158,20 @@ class FusedCudaLearner(GraphedLearner):
         )
 
     def _forget(self, replay: Sampler | None) -> None:
+        state = None if replay is None else self._state_with(replay)  # before anything of another replay is dropped
         super()._forget(replay)
-        self._state = None if replay is None else self._state_with(replay)
+        self._state = state
+
+    def update(self, replay: Sampler, num_updates: int = 1) -> None:
+        """Make `num_updates` gradient updates, each on a new batch, without waiting for the device.
+
+        Raises:
+            TypeError: if it is not a `Replay` of single steps.
+            ValueError: if that is empty.
+        """
+        if num_updates and isinstance(replay, Replay) and not replay.size:
+            raise ValueError("the replay is empty: add transitions before sampling")
+        super().update(replay, num_updates)
 
     def _run(self, replay: Sampler, length: int, with_actor: bool) -> Measured:
         assert self._state is not None
@@ -185,6 +197,14 @@ class FusedCudaLearner(GraphedLearner):
         """
         super().load_state(tensors, counters)
         self.refresh()
+
+    def stale_copies(self) -> str:
+        """Return which network's copy for products is not its parameters, rounded; or nothing."""
+        for name, weights in self._weights.items():
+            values = self._flat[name].values
+            if not torch.allclose(weights.float(), values, rtol=2.0**-7, atol=1e-30):
+                return f"the rounded copy of the {name} is not that of its parameters"
+        return ""
 
     def refresh(self) -> None:
         """Round the parameters anew; to be called when something else has written them."""

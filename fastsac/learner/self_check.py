@@ -95,7 +95,9 @@ def right_engine(
         what = "could not be checked" if found.crashed else "does not compute what the reference engine does"
         told = f"engine {learner.engine} {what} on this GPU: {found.problem.rstrip('.')}"
         report = "`fastsac doctor --json` makes a report"
-        if asked or learner.config.precision == "bf16":  # which no other engine for GPUs has
+        if learner.config.precision == "bf16":  # which no other engine for GPUs has
+            raise UsageError(f"{told}; --precision auto works; {report}")
+        if asked:
             raise UsageError(f"{told}; --engine auto or reference works; {report}")
         following = FOLLOWING[learner.engine]
         (say or logging.getLogger("fastsac").warning)(f"{told}; the {following} engine is used; {report}")
@@ -121,6 +123,8 @@ def verdict(config: Config, obs_size: int, action_size: int, engine: str, say: S
         engine: its name.
         say: is told before it takes time.
     """
+    if engine == "fused" and config.precision == "auto":
+        config = dataclasses.replace(config, precision="tf32")
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name in SETTINGS}
     settings["actor_every"] = min(2, config.actor_every)
     settings |= {"alpha": config.alpha == "auto", "clips": config.max_grad_norm is not None}

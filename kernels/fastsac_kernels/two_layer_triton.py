@@ -228,7 +228,6 @@ def go_back(
     h1_ptr,
     kept_row,
     d1_ptr,
-    d2_ptr,
     d_row,
     live,
     NETWORKS: tl.constexpr,
@@ -238,11 +237,41 @@ def go_back(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Keep the gradients of the hidden layers before their ReLUs: d2 [rows, H2 padded], and what follows from it."""
-    keep_second(d2, d2_ptr, d_row, live, H2)
+    """Keep the first hidden layer's gradient before its ReLU, for the second one's d2 [rows, H2 padded]."""
     for start in range(0, H1, CHUNK):
         column = start + tl.arange(0, CHUNK)
         d1 = first_gradient(
             *(weights_ptr, network, d2, h1_ptr, kept_row, live, column, NETWORKS, INPUTS, H1, H2, PRECISION)
         )
         tl.store(d1_ptr + d_row[:, None] * H1 + column[None, :], d1, mask=live[:, None])
+
+
+@triton.jit
+def head_backward(
+    values_ptr,
+    grad_mean,
+    grad_raw,
+    h2_ptr,
+    kept_row,
+    d2_ptr,
+    d_row,
+    live,
+    INPUTS: tl.constexpr,
+    H1: tl.constexpr,
+    H2: tl.constexpr,
+    A: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Keep the second hidden layer's gradient before its ReLU, for those of mean and raw log_std [rows, A padded]."""
+    action = tl.arange(0, grad_mean.shape[1])
+    zeros = tl.zeros([kept_row.shape[0], CHUNK], tl.float32)
+    for start in range(0, H2, CHUNK):
+        column = start + tl.arange(0, CHUNK)
+        inside = live[:, None] & (column < H2)[None, :]
+        weight = head(values_ptr, start, action, INPUTS, H1, H2, A, 0, CHUNK)
+        d2 = product(grad_mean, tl.trans(weight), zeros, PRECISION)
+        weight = head(values_ptr, start, action, INPUTS, H1, H2, A, A, CHUNK)
+        d2 = product(grad_raw, tl.trans(weight), d2, PRECISION)
+        h2 = tl.load(h2_ptr + kept_row[:, None] * H2 + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(d2_ptr + d_row[:, None] * H2 + column[None, :], tl.where(h2 > 0.0, d2, 0.0), mask=inside)

@@ -21,7 +21,7 @@ from fastsac_kernels.squashed_gaussian_triton import HALF_LOG_2PI, exp, squash
 from fastsac_kernels.two_layer_triton import (
     first_gradient,
     go_back,
-    head,
+    head_backward,
     hidden_layers,
     keep_second,
     last_row,
@@ -210,8 +210,9 @@ def regress(
     """Go back from scale * error, the gradient of a network's one output, to its hidden layers."""
     weight, _ = last_row(values_ptr, network, NETWORKS, INPUTS, H1, H2)
     d2 = tl.where(h2 > 0.0, (scale * error)[:, None] * weight[None, :], 0.0)
+    keep_second(d2, d2_ptr, d_row, live, H2)
     go_back(
-        *(d2, weights_ptr, network, h1_ptr, kept_row, d1_ptr, d2_ptr, d_row, live),
+        *(d2, weights_ptr, network, h1_ptr, kept_row, d1_ptr, d_row, live),
         *(NETWORKS, INPUTS, H1, H2, CHUNK, PRECISION),
     )
 
@@ -502,15 +503,14 @@ def _actor_bwd_kernel(
         tl.store(place + A, grad_raw, mask=used)
         tl.store(terms_ptr + rows_of_two, loss * (1.0 / K), mask=live)
         tl.store(terms_ptr + rows_of_two + B, total_log_prob * (1.0 / K), mask=live)
-        values_ptr = actor_ptr + learner * ACTOR_SIZE
-        h2 = load_second(h2_ptr, kept_row, live, H2)
-        padded: tl.constexpr = h2.shape[1]
-        weight = head(values_ptr, 0, action_column, O, H1, H2, A, 0, padded)
-        d2 = product(grad_mean, tl.trans(weight), tl.zeros_like(h2), LAST)
-        weight = head(values_ptr, 0, action_column, O, H1, H2, A, A, padded)
-        d2 = tl.where(h2 > 0.0, product(grad_raw, tl.trans(weight), d2, LAST), 0.0)
+        head_backward(
+            *(actor_ptr + learner * ACTOR_SIZE, grad_mean, grad_raw, h2_ptr, kept_row, d2_ptr, d_row, live),
+            *(O, H1, H2, A, CHUNK, LAST),
+        )
+        tl.debug_barrier()  # other threads have stored what is read again
+        d2 = load_second(d2_ptr, d_row, live, H2)
         go_back(
-            *(d2, actor_weights_ptr + learner * ACTOR_SIZE, 0, h1_ptr, kept_row, d1_ptr, d2_ptr, d_row, live),
+            *(d2, actor_weights_ptr + learner * ACTOR_SIZE, 0, h1_ptr, kept_row, d1_ptr, d_row, live),
             *(1, O, H1, H2, CHUNK, PRECISION),
         )
 
@@ -540,7 +540,13 @@ def blocks_of(plan: Plan, device: torch.device) -> Blocks:
     many = plan.batch_size >= MANY_ROWS and not wide and not exact
     # without tensor cores a program's rows cost registers and time, with them 16 are the least
     rows = (8 if wide else 16) if exact else 32 if many else 16
-    return Blocks(rows, block_a, step, 16 if wide or exact else 32, 32, 64, 8, 2, None if exact else MAX_REGISTERS)
+    return Blocks(rows, block_a, step, 16 if wide or exact else 32, 32, 64, 8, 2, MAX_REGISTERS)
+
+
+def _for_weights(plan: Plan, device: torch.device) -> Blocks:
+    """Return the cut for tiles of weights, which in float32 spill a little within any limit but the assembler's own."""
+    cut = blocks_of(plan, device)
+    return cut._replace(max_registers=None) if plan.precision == "fp32" else cut
 
 
 def _precisions(plan: Plan) -> dict[str, str]:
@@ -624,7 +630,7 @@ def sampled_q(state: State, scratch: Scratch, plan: Plan, last: bool) -> None:
     cut, precisions = blocks_of(plan, state.obs.device), _precisions(plan)
     del precisions["LAST"]
     if cut.BLOCK_B < 16:  # with 8 warps the assembler aims at fewer registers than it needs
-        cut = cut._replace(num_warps=4, max_registers=MAX_REGISTERS)
+        cut = cut._replace(num_warps=4)
     launch(
         _sampled_q_fwd_bwd_kernel,
         _grid(cut.BLOCK_B, 2 * plan.num_action_samples, plan),
@@ -684,7 +690,7 @@ def tiles_of(plan: Plan, inputs: int, outputs: int, tile: int) -> int:
 
 def critics_step(state: State, scratch: Scratch, plan: Plan, last: bool) -> None:
     """Stage 2."""
-    cut, sizes = blocks_of(plan, state.obs.device), _sizes(plan)
+    cut, sizes = _for_weights(plan, state.obs.device), _sizes(plan)
     inputs = plan.obs_size + plan.action_size
     tiles = tiles_of(plan, inputs, 1, cut.TILE)
     launch(
@@ -713,7 +719,7 @@ def critics_step(state: State, scratch: Scratch, plan: Plan, last: bool) -> None
 
 def actor_step(state: State, scratch: Scratch, plan: Plan, last: bool) -> None:
     """Stage 5."""
-    cut, has_value = blocks_of(plan, state.obs.device), plan.baseline == "value"
+    cut, has_value = _for_weights(plan, state.obs.device), plan.baseline == "value"
     tiles = tiles_of(plan, plan.obs_size, 2 * plan.action_size, cut.TILE)
     if has_value:
         tiles = max(tiles, tiles_of(plan, plan.obs_size, 1, cut.TILE))
