@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastsac.arguments import Command, Doctor, Eval, Presets, Train, parse
+from fastsac.arguments import Doctor, Eval, Presets, Train, parse
 from fastsac.config import AS_PRINTED, Config
 from fastsac.errors import EnvironmentFailure, FastsacError, UsageError
 from fastsac.lab.arguments import Compare, Cost, Gradients, Lab, Report, Toy
@@ -26,7 +26,6 @@ from fastsac.supervisor import Supervisor
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 on success, 2 on a usage error, 1 on a failed run."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    command: Command | None = None
     try:
         command = parse(arguments)
         if isinstance(command, Train):
@@ -41,8 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _lab(command)
         sys.stdout.flush()
     except FastsacError as error:
-        if isinstance(command, Train) and not _ranks().first_to_end():
-            sys.exit(error.exit_status)
         _fail(str(error), error.exit_status)
     except BrokenPipeError:  # whoever read our output has gone; the interpreter must not complain about it at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,10 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail("out of memory: smaller --hidden-sizes, --batch-size or --num-envs need less")
 
 
-def _ranks() -> Any:
-    from fastsac.ranks import Ranks  # which imports torch
-
-    return Ranks.join()
+def _under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ  # asked before torch is imported
 
 
 def _tell(message: str) -> None:
@@ -68,6 +63,11 @@ def _tell(message: str) -> None:
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:
+    if _under_torchrun():
+        from fastsac.ranks import first_to_end
+
+        if not first_to_end():
+            sys.exit(status)
     print(f"fastsac: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -87,7 +87,7 @@ def _train(command: Train, arguments: Sequence[str]) -> None:
             f"--baseline {AS_PRINTED} has the wrong sign on purpose, for comparisons: "
             f"fastsac compare --arms score:value score:{AS_PRINTED} ..."
         )
-    if command.restarts and not _ranks().alone:
+    if command.restarts and _under_torchrun():
         raise UsageError("--restarts supervises one process: torchrun has --max-restarts, and --resume goes on")
     if command.restarts < 0:
         raise UsageError(f"--restarts must be a whole number of at least 0, got {command.restarts}")
@@ -118,9 +118,10 @@ def _train(command: Train, arguments: Sequence[str]) -> None:
 def _train_here(command: Train, heartbeat: Heartbeat) -> None:
     from fastsac.callbacks import make_callback
     from fastsac.plot import plot_curves, read_metric
+    from fastsac.ranks import Ranks
     from fastsac.train import SAC
 
-    config, ranks = command.config, _ranks()
+    config, ranks = command.config, Ranks.join()
     callbacks = [make_callback(place) for place in command.callback]
     if command.resume is None:
         run_dir = command.run_dir or default_run_dir(config)
@@ -129,7 +130,7 @@ def _train_here(command: Train, heartbeat: Heartbeat) -> None:
         agent = SAC(config)
     else:
         run_dir = command.resume
-        if newest_step(run_dir) is None:
+        if newest_step(run_dir) is None and ranks.leads:
             print(f"fastsac: {run_dir} has no checkpoint yet: it starts from the beginning", file=sys.stderr)
         agent = SAC.resume(run_dir, config)
         if agent.finished and not heartbeat.tries:  # else it died when all was done
@@ -228,6 +229,7 @@ def _eval(command: Eval) -> None:
         raise UsageError(f"--seed must be a whole number of at least 0, got {command.seed}")
     if command.video is not None:
         check_video_path(command.video)
+    os.environ.pop("TORCHELASTIC_RUN_ID", None)  # an evaluation is one process's, whoever has started it
     config = read_config(command.run_dir)
     # where it is evaluated need not be like where it was trained, and small batches gain nothing by threads
     plain = dataclasses.replace(config, device="auto", engine="auto", precision="fp32", num_threads=1)

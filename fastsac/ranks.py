@@ -21,7 +21,7 @@ from fastsac.errors import FastsacError, UsageError
 
 T = TypeVar("T")
 #: an evaluation may take long; that a rank has ended shows at once, since its connections close
-PATIENCE = datetime.timedelta(hours=24)
+PATIENCE = datetime.timedelta(hours=2)
 
 
 class RankLost(FastsacError):
@@ -43,7 +43,7 @@ def _or_lost(method: Callable[..., T]) -> Callable[..., T]:
 
 def _line(error: RuntimeError) -> str:
     words = str(error).strip().splitlines() or ["no reason given"]
-    return words[0].partition("This may indicate")[0].strip()[:160]
+    return words[0].partition(". This ")[0].strip()[:160]
 
 
 class Ranks:
@@ -60,9 +60,9 @@ class Ranks:
         Raises:
             UsageError: if this build of PyTorch cannot do it.
         """
-        size = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-        if size == 1:
+        if not under_torchrun():
             return Ranks()
+        size = int(os.environ["WORLD_SIZE"])
         if not dist.is_available():
             raise UsageError("this build of PyTorch has no torch.distributed: train without torchrun")
         if torch.cuda.is_available():
@@ -81,15 +81,6 @@ class Ranks:
     def leads(self) -> bool:
         """Whether this is the rank that logs, evaluates and saves."""
         return self.rank == 0
-
-    def first_to_end(self) -> bool:
-        """Return whether no other rank has said yet why all of them end."""
-        if self.alone:
-            return True
-        try:
-            return int(dist.distributed_c10d._get_default_store().add("fastsac: ended", 1)) == 1
-        except RuntimeError:  # it is gone with the process that kept it
-            return True
 
     @_or_lost
     def average(self, tensor: Tensor) -> None:
@@ -122,17 +113,53 @@ class Ranks:
         """Compare the tensors' bits with rank 0's.
 
         Raises:
-            FastsacError: if one differs.
+            FastsacError: if one differs on some rank.
         """
-        if self.alone:
-            return
-        own = torch.stack([_checksum(tensor) for tensor in tensors.values()])
-        leaders = self._broadcast(own.clone())
-        different = self.sum(int((own != leaders).any()))
-        if different:
-            names = [name for name, same in zip(tensors, (own == leaders).tolist(), strict=True) if not same]
-            which = f": {names[0]}" if names else ""
-            raise FastsacError(f"{different} of {self.size} ranks have other parameters than rank 0{which}")
+        if name := self._first_difference({name: _checksum(tensor) for name, tensor in tensors.items()}):
+            raise FastsacError(
+                f"the ranks have different parameters ({name}); networks of your own have to start with the same ones: "
+                "torch.manual_seed(0) before they are made"
+            )
+
+    def refuse_other_settings(self, settings: dict[str, Any]) -> None:
+        """Compare settings with rank 0's.
+
+        Raises:
+            UsageError: if one differs on some rank.
+        """
+        sums = {name: _checksum(torch.tensor([*repr(value).encode()])) for name, value in settings.items()}
+        if name := self._first_difference(sums):
+            raise UsageError(f"--{name.replace('_', '-')} must be the same on all ranks")
+
+    def _first_difference(self, numbers: dict[str, Tensor]) -> str:
+        """Return the name of the first number that is not rank 0's on some rank; on all ranks the same, or nothing."""
+        if self.alone or not numbers:
+            return ""
+        own = torch.stack(list(numbers.values()))
+        different = (own != self._broadcast(own.clone())).to(torch.int64)
+        self._add(different)
+        return next((name for name, count in zip(numbers, different.tolist(), strict=True) if count), "")
+
+    @_or_lost
+    def _add(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor)
+
+
+def under_torchrun() -> bool:
+    """Whether `torchrun` has started this process, with others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def first_to_end() -> bool:
+    """Return whether no other rank has said yet why all of them end; before they have met, rank 0 is the one to say."""
+    if not under_torchrun():
+        return True
+    if not (dist.is_available() and dist.is_initialized()):
+        return os.environ.get("RANK") == "0"
+    try:
+        return int(dist.distributed_c10d._get_default_store().add("fastsac: ended", 1)) == 1
+    except RuntimeError:  # it is gone with the process that kept it
+        return True
 
 
 def _leave() -> None:

@@ -42,7 +42,7 @@ from fastsac.own_networks import OwnNetworks
 from fastsac.progress import Progress
 from fastsac.ranks import Ranks
 from fastsac.replay import Replay
-from fastsac.rollout import EVALUATION, LEARNER, RANK, Rollout, child_seed
+from fastsac.rollout import EVALUATION, EXPLORATION, LEARNER, RANK, Rollout, child_seed
 from fastsac.run_dir import config_from_dict, newest_step
 from fastsac.saver import Contents, Ours, Saver, first_row
 from fastsac.signals import BUSY, Heartbeat, stop_signals
@@ -69,6 +69,7 @@ def for_ranks(config: Config, ranks: Ranks, device: torch.device) -> Config:
         "--checkpoint-replay stores one replay buffer": config.checkpoint_replay,
         "--normalize-obs has one process's moments": config.normalize_obs,
         "--normalize-reward has one process's moments": config.normalize_reward,
+        f"--buffer-size {config.buffer_size} may be empty on one rank": config.buffer_size < 3 * config.num_envs,
         f"--engine {config.engine} averages no gradients on CUDA": device.type == "cuda"
         and config.engine in ("graphed", "fused"),
     }
@@ -126,6 +127,7 @@ class SAC:
         self.config = config
         self.device = resolve_device(config.device)
         self._ranks = Ranks.join()
+        self._ranks.refuse_other_settings(dataclasses.asdict(config))
         config = for_ranks(config, self._ranks, self.device)
         _, self.engine_reason = choose_engine(config, self.device, own)
         precisions(config, self.device, own)
@@ -160,7 +162,10 @@ class SAC:
 
     def _draw_apart(self) -> None:
         """Let each rank draw noise of its own."""
-        self.learner.reseed(child_seed(self.config.seed, RANK, LEARNER, self._ranks.rank, self.steps))
+        rank, seed, steps = self._ranks.rank, self.config.seed, self.steps
+        self.learner.reseed(child_seed(seed, RANK, LEARNER, rank, steps))
+        if rank:
+            self._progress.exploration = np.random.default_rng(child_seed(seed, RANK, EXPLORATION, rank, steps))
 
     @property
     def spaces(self) -> Spaces:
@@ -309,6 +314,7 @@ class SAC:
 
     def _learn(self, logger: Logger, stop: list[int], saver: Saver | None, hooks: Hooks | None) -> None:
         config, total_steps, progress = self.config, self.config.total_steps, self._progress
+        self._ranks.refuse_differences(self._parameters())  # networks of the user's own may have started otherwise
         obs = self._rollout.begin(self.updates, logger)
         logger.start_rates(self.steps, self.updates)
         if self._trial is not None:
@@ -346,14 +352,16 @@ class SAC:
             logger.say(f"{hooks.ended_by} ends training at step {self.steps:,}")
         if saver is not None:
             saver.finish(lambda: self._state(saver), self.steps)
-            if hooks is not None:
-                hooks.checkpoints(saver.take_written())
+        self._ranks.sum(0)  # what was saved is there for all of them
+        if saver is not None and hooks is not None:
+            hooks.checkpoints(saver.take_written())
 
     def _stops(self, stop: list[int]) -> bool:
         """Return whether a signal has reached this process, or another rank."""
-        if self._ranks.sum(int(bool(stop))) and not stop:
+        stops = bool(self._ranks.sum(int(bool(stop))))  # one that comes meanwhile counts the next time, on all ranks
+        if stops and not stop:
             stop.append(signal.SIGTERM)
-        return bool(stop)
+        return stops
 
     def _parameters(self) -> dict[str, Tensor]:
         """Return what has to be the same on every rank; nothing is compared in one process."""
@@ -401,7 +409,8 @@ class SAC:
         if not self.learner.learns_alpha:
             del state["log_alpha"]  # of a fixed alpha of 0 it is minus infinity
         where = f"step {self.steps:,} ({self.updates:,} updates)"
-        last_good = (lambda: "nothing was saved") if saver is None else saver.last_good
+        nothing = "nothing was saved" if self._ranks.leads else "the run directory has the last good checkpoint, if any"
+        last_good = (lambda: nothing) if saver is None else saver.last_good
         return read_finite(self._progress.metrics, state, self.config, where, last_good)
 
     def _try_threads(self, logger: Logger, seconds: float, steps: int) -> None:
@@ -525,8 +534,10 @@ class SAC:
             FastsacError: if it cannot be written, what was saved before stays; or if training has diverged.
         """
         directory = Path(run_dir)
-        with self._saver(directory) as saver:
-            saver.finish(lambda: self._state(saver), self.steps)
+        if self._ranks.leads:
+            with self._saver(directory) as saver:
+                saver.finish(lambda: self._state(saver), self.steps)
+        self._ranks.sum(0)  # it is there for all of them
         return checkpoint.step_directory(directory, self.steps)
 
     @classmethod

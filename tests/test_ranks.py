@@ -20,7 +20,7 @@ from fastsac import SAC, Config
 from fastsac.errors import FastsacError, UsageError
 from fastsac.learner import FusedLearner, Learner
 from fastsac.learner.reference import ACTION, NEXT_ACTION
-from fastsac.ranks import Ranks
+from fastsac.ranks import RankLost, Ranks, first_to_end
 from fastsac.train import for_ranks
 from fastsac.types import Batch, Draw
 
@@ -100,11 +100,13 @@ def work(rank: int, size: int, folder: str) -> None:
     ranks.refuse_differences(state)
     if rank == size - 1:
         state["actor.weight"][2, 1] = 1.0 + 2.0**-23  # the last bit
-    try:
-        ranks.refuse_differences(state)
-        said = ""
-    except FastsacError as error:
-        said = str(error)
+    said = []
+    settings = {"seed": 1, "batch_size": 7 + (rank == 1), "env_id": "x"}
+    for check, what in ((ranks.refuse_differences, state), (ranks.refuse_other_settings, settings)):
+        try:
+            check(what)  # type: ignore[operator]
+        except FastsacError as error:
+            said.append(str(error))
     torch.save((found, numbers, said), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -120,14 +122,89 @@ def test_several_ranks_are_one_process_with_the_joined_batch(size: int, tmp_path
                 assert torch.equal(tensor, of_leader)  # bit for bit
                 torch.testing.assert_close(tensor, expected, rtol=2e-4, atol=2e-6)
         assert numbers == (size * (size + 1) // 2, [0.0, -0.5], 2 * UPDATES)  # two averages an update
-        assert said == f"1 of {size} ranks have other parameters than rank 0" + (
-            ": actor.weight" if rank == size - 1 else ""
-        )
+        assert said[0].startswith("the ranks have different parameters (actor.weight)")
+        assert said[1] == "--batch-size must be the same on all ranks"
+
+
+def left_alone(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    ranks = Ranks(rank, 2)
+    ranks.sum(1)
+    if rank == 1:
+        os._exit(0)
+    begun = time.monotonic()
+    with pytest.raises(RankLost, match=r"^rank 0 of 2 ends, since another one has: ") as caught:
+        ranks.sum(1)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - begun < 20.0
+    Path(folder, "lost").touch()
+
+
+def test_a_rank_notices_that_another_one_has_ended(tmp_path: Path) -> None:
+    mp.spawn(left_alone, (str(tmp_path),), 2)
+    assert (tmp_path / "lost").exists()
+
+
+class Pretended(Ranks):
+    """A rank among others, which do what it does."""
+
+    def average(self, tensor: Tensor) -> None:
+        pass
+
+    def sum(self, number: int) -> int:
+        return number * self.size
+
+    def _broadcast(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _add(self, tensor: Tensor) -> None:
+        pass
+
+
+def of_rank(rank: int, monkeypatch: pytest.MonkeyPatch, run_dir: Path | None = None) -> SAC:
+    monkeypatch.setattr(Ranks, "join", staticmethod(lambda: Pretended(rank, 2)))
+    config = Config(env_id="Pendulum-v1", num_envs=2, hidden_sizes=(16, 16), batch_size=16, learning_starts=20)
+    return SAC(config) if run_dir is None else SAC.resume(run_dir, config)
+
+
+def drawn(agent: SAC) -> list[Any]:
+    exploration = agent._progress.exploration.random()
+    noise = torch.randn(4, generator=agent.learner.generator).tolist()
+    return [agent.envs.reset().tolist(), exploration, noise, agent.replay.generator.initial_seed()]  # type: ignore[union-attr]
+
+
+def test_ranks_draw_different_numbers_also_after_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leader = of_rank(0, monkeypatch)
+    leader.learn(60)
+    leader.save(tmp_path / "run")
+    fresh, resumed = (
+        [drawn(of_rank(rank, monkeypatch, where)) for rank in (0, 1)] for where in (None, tmp_path / "run")
+    )
+    for pair in (fresh, resumed):
+        for one, other in zip(*pair, strict=True):
+            assert one != other
+    first, second = (of_rank(rank, monkeypatch) for rank in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first.actor.parameters(), second.actor.parameters(), strict=True))
+    assert second.save(tmp_path / "other").name.startswith("step-")
+    assert not (tmp_path / "other").exists()  # rank 0 saves
+
+
+def test_a_signal_that_comes_while_ranks_agree_waits_for_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, stop = of_rank(1, monkeypatch), list[int]()
+
+    def interrupted(number: int) -> int:
+        stop.append(15)
+        return number
+
+    monkeypatch.setattr(agent._ranks, "sum", interrupted)
+    assert not agent._stops(stop)
+    assert agent._stops(stop)
 
 
 def test_one_process_exchanges_nothing() -> None:
     ranks = Ranks()
-    assert (ranks.alone, ranks.leads, ranks.first_to_end()) == (True, True, True)
+    assert (ranks.alone, ranks.leads, first_to_end()) == (True, True, True)
+    ranks.refuse_other_settings({"seed": 1})
     assert (ranks.sum(7), ranks.of_leader([1.5])) == (7, [1.5])
     ranks.refuse_differences({})
     assert Ranks.join().alone
@@ -139,6 +216,7 @@ def test_one_process_exchanges_nothing() -> None:
     ("settings", "device", "why"),
     [
         ({"checkpoint_replay": True}, CPU, "--checkpoint-replay stores one replay buffer, and torchrun has started 3"),
+        ({"buffer_size": 5, "num_envs": 2}, CPU, "--buffer-size 5 may be empty on one rank"),
         ({"normalize_obs": True}, CPU, "--normalize-obs has one process's moments"),
         ({"normalize_reward": True}, CPU, "--normalize-reward has one process's moments"),
         ({"engine": "fused"}, CUDA, "--engine fused averages no gradients on CUDA"),
