@@ -116,7 +116,7 @@ def test_several_ranks_are_one_process_with_the_joined_batch(size: int, tmp_path
     mp.spawn(work, (size, str(tmp_path)), size)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
     joined = [trained(kind, each, Part(0, size, size), None) for kind in (Reference, Fused) for each in SETTINGS]
-    for rank, (found, numbers, said) in enumerate(results):
+    for found, numbers, said in results:
         for own, first, wanted in zip(found, results[0][0], joined, strict=True):
             for tensor, of_leader, expected in zip(own, first, wanted, strict=True):
                 assert torch.equal(tensor, of_leader)  # bit for bit
