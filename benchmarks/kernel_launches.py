@@ -30,6 +30,7 @@ from fastsac_kernels import (
     squashed_gaussian_triton,
     td_loss,
     td_loss_triton,
+    whole_update_launch,
     whole_update_triton,
 )
 from fastsac_kernels.whole_update import STAGES, Network, Plan, State, make_scratch, run_stage
@@ -43,6 +44,7 @@ MODULES = (
     score_function_loss_triton,
     squashed_gaussian_triton,
     td_loss_triton,
+    whole_update_launch,
     whole_update_triton,
 )
 OPTIONS = ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion", "launch_cooperative_grid")
@@ -127,8 +129,8 @@ def recorded(keep: Callable[[Launch], None], label: Callable[[], str] = str) -> 
         triton.knobs.runtime.jit_cache_hook = note
         stack.enter_context(patch.object(DriverConfig, "active", Driver))
         stack.enter_context(patch.object(torch.cuda, "device", contextlib.nullcontext))
-        cut = functools.partial(whole_update_triton.blocks_of, device=OnCuda.device)
-        stack.enter_context(patch.object(whole_update_triton, "blocks_of", lambda plan, _: cut(plan)))
+        cut = functools.partial(whole_update_launch.blocks_of, device=OnCuda.device)
+        stack.enter_context(patch.object(whole_update_launch, "blocks_of", lambda plan, _: cut(plan)))
         for module in MODULES:
             for replacement in (launch_on_cuda, row_block):
                 name = "launch" if replacement is launch_on_cuda else "row_block"

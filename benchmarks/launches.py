@@ -13,7 +13,7 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from unittest.mock import patch
 
 if __name__ == "__main__":
@@ -122,7 +122,7 @@ class Interpreted:
             patch.object(InterpreterBuilder, "create_masked_store", counting_store),
         ]
 
-    def __enter__(self) -> Interpreted:
+    def __enter__(self) -> Self:
         for each in self.patches:
             each.start()
         return self

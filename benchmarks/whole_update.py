@@ -31,9 +31,10 @@ import numpy as np
 import torch
 
 from benchmarks.kernel_launches import make_plan, make_state
+from benchmarks.launches import Interpreted
 from benchmarks.machine import write_json
 from benchmarks.paper_model import ASSUMED, CHIPS, ENDS, LOW, Chip, _markdown
-from fastsac_kernels import whole_update_triton
+from fastsac_kernels import whole_update_launch
 from fastsac_kernels.whole_update import STAGES, Plan, Scratch, State, make_scratch, run_stage
 
 RESULT = Path(__file__).parent / "results" / "whole_update.json"
@@ -67,7 +68,7 @@ class Stage(NamedTuple):
     bytes: int
 
 
-class Counter:
+class Counter(Interpreted):
     """Counts interpreted programs, products and accesses; and which of the tensors' elements are touched."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
@@ -116,15 +117,6 @@ class Counter:
         """Return the bytes that have to be read once, and those that have to be written once, in all."""
         return sum(width * int(((flags & 1) + (flags >> 1)).sum()) for flags, width in self.touched.values())
 
-    def __enter__(self) -> Counter:
-        for each in self.patches:
-            each.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for each in self.patches:
-            each.stop()
-
 
 def filled(plan: Plan) -> tuple[State, Scratch]:
     """Return a learner's state that stages can run on."""
@@ -139,12 +131,12 @@ def filled(plan: Plan) -> tuple[State, Scratch]:
 
 def count(plan: Plan, cut: Plan | None = None) -> tuple[list[Stage], int]:
     """Return each stage's counts, and the bytes that an update has to read and to write; cut up as for another plan."""
-    blocks = whole_update_triton.blocks_of(cut or plan, CUDA)
+    blocks = whole_update_launch.blocks_of(cut or plan, CUDA)
     state, scratch = filled(plan)
     small = [part for part in (*state, *scratch) if isinstance(part, torch.Tensor)]
     tensors = [*small, *(part for network in state if isinstance(network, tuple) for part in network)]
     stages = []
-    with patch.object(whole_update_triton, "blocks_of", lambda *_: blocks), Counter(tensors) as counter:
+    with patch.object(whole_update_launch, "blocks_of", lambda *_: blocks), Counter(tensors) as counter:
         for stage in STAGES:
             before = counter.programs, counter.flops, counter.bytes
             run_stage(stage, state, scratch, plan)
@@ -156,7 +148,7 @@ def count(plan: Plan, cut: Plan | None = None) -> tuple[list[Stage], int]:
 def scaled(changes: dict[str, Any]) -> list[Stage]:
     """Return the counts of a large batch, which follow from those of two small ones."""
     plan = make_plan(**changes)
-    rows = whole_update_triton.blocks_of(plan, CUDA).BLOCK_B
+    rows = whole_update_launch.blocks_of(plan, CUDA).BLOCK_B
     sizes = 4 * rows, 8 * rows  # whole numbers of what a tile of weights goes through at a time
     small, large = (count(make_plan(**{**changes, "batch_size": size}), plan)[0] for size in sizes)
     times = (plan.batch_size - sizes[0]) / (sizes[1] - sizes[0])
@@ -260,8 +252,11 @@ def _is_main(row: dict[str, Any]) -> bool:
 
 def sources() -> str:
     """Return a hash of all that the counts follow from."""
-    folder, kernels = Path(__file__).parent, Path(whole_update_triton.__file__ or "").parent
-    names = [kernels / f"{name}.py" for name in ("whole_update_triton", "two_layer_triton", "descent_triton")]
+    folder, kernels = Path(__file__).parent, Path(whole_update_launch.__file__ or "").parent
+    names = [
+        kernels / f"{name}.py"
+        for name in ("whole_update_launch", "whole_update_triton", "two_layer_triton", "descent_triton")
+    ]
     names += [folder / f"{name}.py" for name in ("whole_update", "kernel_launches", "paper_model")]
     digest = hashlib.sha256()
     for path in names:

@@ -7,6 +7,7 @@ before Adam takes its step, so the parameters of all ranks stay equal, bit for b
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import datetime
 import functools
 import os
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastsac.config import Config
 from fastsac.errors import FastsacError, UsageError
 
 T = TypeVar("T")
@@ -82,19 +84,17 @@ class Ranks:
         """Whether this is the rank that logs, evaluates and saves."""
         return self.rank == 0
 
-    @_or_lost
     def average(self, tensor: Tensor) -> None:
         """Put the mean over all ranks in the tensor's place."""
-        dist.all_reduce(tensor)
+        self._add(tensor)
         tensor.div_(self.size)
 
-    @_or_lost
     def sum(self, number: int) -> int:
         """Return the sum over all ranks; in one process the number itself."""
         if self.alone:
             return number
         total = torch.tensor(number)
-        dist.all_reduce(total)
+        self._add(total)
         return int(total.item())
 
     def of_leader(self, numbers: list[float]) -> list[float]:
@@ -127,6 +127,8 @@ class Ranks:
         Raises:
             UsageError: if one differs on some rank.
         """
+        if self.alone:
+            return
         sums = {name: _checksum(torch.tensor([*repr(value).encode()])) for name, value in settings.items()}
         if name := self._first_difference(sums):
             raise UsageError(f"--{name.replace('_', '-')} must be the same on all ranks")
@@ -143,6 +145,34 @@ class Ranks:
     @_or_lost
     def _add(self, tensor: Tensor) -> None:
         dist.all_reduce(tensor)
+
+
+def for_ranks(config: Config, ranks: Ranks, device: torch.device) -> Config:
+    """Return the settings of one of several processes: nothing is measured, which could come out differently on each.
+
+    Raises:
+        UsageError: for what several processes cannot do.
+    """
+    if ranks.alone:
+        return config
+    refused = {
+        "--checkpoint-replay stores one replay buffer": config.checkpoint_replay,
+        "--normalize-obs has one process's moments": config.normalize_obs,
+        "--normalize-reward has one process's moments": config.normalize_reward,
+        f"--buffer-size {config.buffer_size} may be empty on one rank": config.buffer_size < 3 * config.num_envs,
+        f"--engine {config.engine} averages no gradients on CUDA": device.type == "cuda"
+        and config.engine in ("graphed", "fused"),
+    }
+    for why, asked in refused.items():
+        if asked:
+            raise UsageError(f"{why}, and torchrun has started {ranks.size}: leave it out")
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks.on_this_machine)
+    return dataclasses.replace(
+        config,
+        engine="reference" if device.type == "cuda" else config.engine,
+        precision="fp32" if config.precision == "auto" else config.precision,
+        num_threads=config.num_threads or threads,
+    )
 
 
 def under_torchrun() -> bool:

@@ -40,7 +40,7 @@ from fastsac.logger import Logger
 from fastsac.metrics import read_scalars
 from fastsac.own_networks import OwnNetworks
 from fastsac.progress import Progress
-from fastsac.ranks import Ranks
+from fastsac.ranks import Ranks, for_ranks
 from fastsac.replay import Replay
 from fastsac.rollout import EVALUATION, EXPLORATION, LEARNER, RANK, Rollout, child_seed
 from fastsac.run_dir import config_from_dict, newest_step
@@ -55,34 +55,6 @@ KEPT = (
     *("hidden_sizes", "activation", "layer_norm", "num_critics", "critic", "num_atoms", "v_min", "v_max"),
     *("normalize_obs", "normalize_reward"),
 )
-
-
-def for_ranks(config: Config, ranks: Ranks, device: torch.device) -> Config:
-    """Return the settings of one of several processes: nothing is measured, which could come out differently on each.
-
-    Raises:
-        UsageError: for what several processes cannot do.
-    """
-    if ranks.alone:
-        return config
-    refused = {
-        "--checkpoint-replay stores one replay buffer": config.checkpoint_replay,
-        "--normalize-obs has one process's moments": config.normalize_obs,
-        "--normalize-reward has one process's moments": config.normalize_reward,
-        f"--buffer-size {config.buffer_size} may be empty on one rank": config.buffer_size < 3 * config.num_envs,
-        f"--engine {config.engine} averages no gradients on CUDA": device.type == "cuda"
-        and config.engine in ("graphed", "fused"),
-    }
-    for why, asked in refused.items():
-        if asked:
-            raise UsageError(f"{why}, and torchrun has started {ranks.size}: leave it out")
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks.on_this_machine)
-    return dataclasses.replace(
-        config,
-        engine="reference" if device.type == "cuda" else config.engine,
-        precision="fp32" if config.precision == "auto" else config.precision,
-        num_threads=config.num_threads or threads,
-    )
 
 
 class SAC:

@@ -20,8 +20,7 @@ from fastsac import SAC, Config
 from fastsac.errors import FastsacError, UsageError
 from fastsac.learner import FusedLearner, Learner
 from fastsac.learner.reference import ACTION, NEXT_ACTION
-from fastsac.ranks import RankLost, Ranks, first_to_end
-from fastsac.train import for_ranks
+from fastsac.ranks import RankLost, Ranks, first_to_end, for_ranks
 from fastsac.types import Batch, Draw
 
 O, A, B, K, UPDATES = 5, 3, 8, 2, 5  # noqa: E741

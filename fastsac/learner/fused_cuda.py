@@ -21,12 +21,16 @@ from fastsac.replay import Replay
 from fastsac.types import Sampler
 from fastsac_kernels.whole_update import (
     ACTOR,
+    ACTOR_ADAM,
     ACTOR_STEP,
+    ALPHA_ADAM,
+    CRITIC_ADAM,
     CRITICS,
     CRITICS_STEP,
     METRICS,
     NEXT_VALUE,
     SAMPLED_Q,
+    VALUE_ADAM,
     Network,
     Plan,
     State,
@@ -38,7 +42,7 @@ from fastsac_kernels.whole_update import (
 UNIT, WIDEST = 64, 512
 BASELINES = ("none", "constant", "loo", "value")
 #: places of the groups in the kernels' learning rates and counts of steps
-ADAMS = {"critic": 0, "actor": 1, "alpha": 2, "value": 3}
+ADAMS = {"critic": CRITIC_ADAM, "actor": ACTOR_ADAM, "alpha": ALPHA_ADAM, "value": VALUE_ADAM}
 
 
 def fused_cuda_obstacle(config: Config, own: OwnNetworks = STANDARD) -> str:

@@ -28,6 +28,20 @@ def next_row(index, N, length):
 
 
 @triton.jit
+def uniform_position(rng_ptr, stream, b, size):
+    """A whole number below `size` for each row: the high 64 bits of size times 64 random ones."""
+    low, high, _, _ = words(rng_ptr, stream, b, b * 0)
+    return (high.to(tl.int64) * size + ((low.to(tl.int64) * size >> 32) & 0xFFFFFFFF)) >> 32
+
+
+@triton.jit
+def queued(queue_ptr, first, position, live, length):
+    """The index in the ring at so many places behind the queue's first entry."""
+    slot = first + position
+    return tl.load(queue_ptr + tl.where(slot >= length, slot - length, slot), mask=live, other=0)
+
+
+@triton.jit
 def _replay_gather_fwd_kernel(
     obs_ptr,
     action_ptr,
@@ -62,10 +76,8 @@ def _replay_gather_fwd_kernel(
         position = tl.load(rng_ptr + b, mask=live, other=0)
     else:
         size = tl.load(span_ptr + 1)
-        low, high, _, _ = words(rng_ptr, stream, b, b * 0)
-        position = (high.to(tl.int64) * size + ((low.to(tl.int64) * size >> 32) & 0xFFFFFFFF)) >> 32
-    slot = first + position
-    index = tl.load(queue_ptr + tl.where(slot >= length, slot - length, slot), mask=live, other=0)
+        position = uniform_position(rng_ptr, stream, b, size)
+    index = queued(queue_ptr, first, position, live, length)
     last = index
     if N_STEP > 1:  # what the loads read is known beforehand: none waits for another
         total = tl.load(reward_ptr + index, mask=live, other=0.0).to(tl.float32)

@@ -171,11 +171,11 @@ def _from_text(text: str) -> Plan:
 # An operator, so that a launch is one call for whoever counts or records calls; it takes no dataclass.
 @torch.library.custom_op("fastsac_kernels::whole_update_stage", mutates_args=("tensors",))
 def _stage(tensors: list[Tensor], stage: int, last: bool, plan: str) -> None:
-    from fastsac_kernels import whole_update_triton
+    from fastsac_kernels import whole_update_launch
 
     number, of_network = len(State._fields) - 4, len(Network._fields)
     networks: Any = (Network(*tensors[number + i * of_network :][:of_network]) for i in range(4))
     small: Any = tensors[:number]
     state = State(*small, *networks)
     scratch = Scratch(*tensors[number + 4 * of_network :])
-    whole_update_triton.LAUNCHERS[stage](state, scratch, _from_text(plan), last)
+    whole_update_launch.LAUNCHERS[stage](state, scratch, _from_text(plan), last)

@@ -1,4 +1,4 @@
-"""The kernels of a whole update of SAC (see `whole_update.py`): four over row tiles, two over tiles of weights.
+"""The kernels of a whole update of SAC over rows of the batch (see `whole_update.py`); `descent_triton` has the others.
 
 The last axis of every grid counts independent learners. A program reads and writes its own learner's part of each
 tensor only, so a learner's numbers do not depend on how many there are.
@@ -6,17 +6,11 @@ tensor only, so a learner's numbers do not depend on how many there are.
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 
-from fastsac_kernels.descent_triton import _actor_descent_kernel, _critic_descent_kernel
-from fastsac_kernels.launch import as_bytes, launch, power_of_two
-from fastsac_kernels.philox_triton import normal_tile, words
-from fastsac_kernels.replay_gather_triton import next_row
+from fastsac_kernels.philox_triton import normal_tile
+from fastsac_kernels.replay_gather_triton import next_row, queued, uniform_position
 from fastsac_kernels.squashed_gaussian_triton import HALF_LOG_2PI, exp, squash
 from fastsac_kernels.two_layer_triton import (
     first_gradient,
@@ -29,16 +23,8 @@ from fastsac_kernels.two_layer_triton import (
     policy_outputs,
     product,
 )
-from fastsac_kernels.whole_update import Plan, Scratch, State
 
-#: first layers with at most so many inputs are not rounded to bfloat16
-NARROW = 64
-#: of the bookkeeping's sums over the batch
-SUM_BLOCK = 1024
-#: batches from here on fill the chip with programs of twice as many rows, which halves the reading of weights
-MANY_ROWS = 4096
-#: so many of 8 warps fit; left alone, the assembler spills a few for the sake of a second program beside it
-MAX_REGISTERS = 224
+#: of networks.py's bounded log_std
 LOG_STD_MIDDLE: tl.constexpr = tl.constexpr(-1.5)
 LOG_STD_HALF_RANGE: tl.constexpr = tl.constexpr(3.5)
 
@@ -142,10 +128,9 @@ def _next_value_fwd_kernel(
     rng_ptr += learner * 2
     ring = learner * length
     size = tl.load(span_ptr + learner * 2 + 1)
-    low, high, _, _ = words(rng_ptr, BATCH_STREAM, b, b * 0)
-    position = (high.to(tl.int64) * size + ((low.to(tl.int64) * size >> 32) & 0xFFFFFFFF)) >> 32
-    slot = tl.load(span_ptr + learner * 2) + position
-    index = tl.load(queue_ptr + ring + tl.where(slot >= length, slot - length, slot), mask=live, other=0)
+    position = uniform_position(rng_ptr, BATCH_STREAM, b, size)
+    first = tl.load(span_ptr + learner * 2)
+    index = queued(queue_ptr + ring, first, position, live, length)
     following = ring + next_row(index, N, length)
     index += ring
     row = learner * B + b
@@ -513,241 +498,3 @@ def _actor_bwd_kernel(
             *(d2, actor_weights_ptr + learner * ACTOR_SIZE, 0, h1_ptr, kept_row, d1_ptr, d_row, live),
             *(1, O, H1, H2, CHUNK, PRECISION),
         )
-
-
-class Blocks(NamedTuple):
-    """How a stage is cut up."""
-
-    BLOCK_B: int  # rows of a program
-    BLOCK_A: int
-    STEP: int  # inputs of the first layer that are loaded at a time
-    CHUNK: int  # columns of the first layer that are made at a time
-    TILE: int  # of weights
-    BATCH: int  # rows of the batch that a tile of weights goes through at a time
-    num_warps: int
-    num_stages: int
-    max_registers: int | None
-
-
-def blocks_of(plan: Plan, device: torch.device) -> Blocks:
-    """Return the cut for a device. The interpreter pays by the program, so it gets few."""
-    block_a = max(16, power_of_two(plan.action_size))
-    step = min(64, max(16, power_of_two(plan.obs_size + plan.action_size)))
-    if device.type != "cuda":
-        rows = min(64, max(16, power_of_two(plan.batch_size)))
-        return Blocks(rows, block_a, step, 64, 128, rows, 1, 1, None)
-    wide, exact = max(plan.hidden_sizes) > 256, plan.precision == "fp32"
-    many = plan.batch_size >= MANY_ROWS and not wide and not exact
-    # without tensor cores a program's rows cost registers and time, with them 16 are the least
-    rows = (8 if wide else 16) if exact else 32 if many else 16
-    return Blocks(rows, block_a, step, 16 if wide or exact else 32, 32, 64, 8, 2, MAX_REGISTERS)
-
-
-def _for_weights(plan: Plan, device: torch.device) -> Blocks:
-    """Return the cut for tiles of weights, which in float32 spill a little within any limit but the assembler's own."""
-    cut = blocks_of(plan, device)
-    return cut._replace(max_registers=None) if plan.precision == "fp32" else cut
-
-
-def _precisions(plan: Plan) -> dict[str, str]:
-    """FIRST, PRECISION and LAST: of the first layer's, the second one's and the last one's products."""
-    exact = "ieee" if plan.precision == "fp32" else "tf32"
-    wide = plan.obs_size + plan.action_size > NARROW
-    first = "bf16" if plan.precision == "bf16" and wide else exact
-    hidden = "bf16" if plan.precision == "bf16" else exact
-    return {"FIRST": first, "PRECISION": hidden, "LAST": exact}
-
-
-def _sizes(plan: Plan) -> dict[str, int]:
-    return {"O": plan.obs_size, "A": plan.action_size, "H1": plan.hidden_sizes[0], "H2": plan.hidden_sizes[1]}
-
-
-def _adam(plan: Plan) -> dict[str, float]:
-    beta1, beta2 = plan.betas
-    logs = {"LOG_BETA1": math.log(beta1) if beta1 else -math.inf, "LOG_BETA2": math.log(beta2) if beta2 else -math.inf}
-    return {"BETA1": beta1, "BETA2": beta2, **logs}
-
-
-def _grid(rows: int, jobs: int, plan: Plan) -> tuple[int, int, int]:
-    return triton.cdiv(plan.batch_size, rows), jobs, plan.num_learners
-
-
-def next_value(state: State, scratch: Scratch, plan: Plan, last: bool) -> None:
-    """Stage 0."""
-    cut = blocks_of(plan, state.obs.device)
-    launch(
-        _next_value_fwd_kernel,
-        _grid(cut.BLOCK_B, 2, plan),
-        *(state.obs, state.action, state.reward, as_bytes(state.terminated), state.queue, state.span, state.rng),
-        *(state.actor.values, state.actor.weights, state.target.values, state.target.weights, state.steps),
-        *(scratch.x, scratch.reward, scratch.discount, scratch.next_q, scratch.next_log_prob, scratch.h2),
-        *(state.queue.shape[1], state.obs.shape[2], plan.batch_size, plan.gamma),
-        ACTOR_SIZE=state.actor.values.shape[1],
-        CRITIC_SIZE=state.critic.values.shape[1],
-        **_sizes(plan),
-        BATCH_STREAM=plan.streams[2],
-        NEXT_STREAM=plan.streams[0],
-        BLOCK_B=cut.BLOCK_B,
-        BLOCK_A=cut.BLOCK_A,
-        STEP=cut.STEP,
-        CHUNK=cut.CHUNK,
-        **_precisions(plan),
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
-        max_registers=cut.max_registers,
-    )
-
-
-def critics(state: State, scratch: Scratch, plan: Plan, last: bool) -> None:
-    """Stage 1: also the actor's and V's forward passes, if it is the actor's turn."""
-    cut, has_value = blocks_of(plan, state.obs.device), plan.baseline == "value"
-    launch(
-        _critics_fwd_bwd_kernel,
-        _grid(cut.BLOCK_B, 2 if last else 3 + has_value, plan),
-        *(state.critic.values, state.critic.weights, state.actor.values, state.actor.weights),
-        *(state.value.values, state.value.weights, state.log_alpha),
-        *(scratch.x, scratch.reward, scratch.discount, scratch.next_q, scratch.next_log_prob),
-        *(scratch.h1, scratch.h2, scratch.d1, scratch.d2, scratch.q, scratch.error, scratch.policy, scratch.value),
-        plan.batch_size,
-        CRITIC_SIZE=state.critic.values.shape[1],
-        ACTOR_SIZE=state.actor.values.shape[1],
-        VALUE_SIZE=state.value.values.shape[1],
-        **_sizes(plan),
-        HAS_VALUE=has_value,
-        BLOCK_B=cut.BLOCK_B,
-        BLOCK_A=cut.BLOCK_A,
-        STEP=cut.STEP,
-        CHUNK=cut.CHUNK,
-        **_precisions(plan),
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
-        max_registers=cut.max_registers,
-    )
-
-
-def sampled_q(state: State, scratch: Scratch, plan: Plan, last: bool) -> None:
-    """Stage 3."""
-    cut, precisions = blocks_of(plan, state.obs.device), _precisions(plan)
-    del precisions["LAST"]
-    if cut.BLOCK_B < 16:  # with 8 warps the assembler aims at fewer registers than it needs
-        cut = cut._replace(num_warps=4)
-    launch(
-        _sampled_q_fwd_bwd_kernel,
-        _grid(cut.BLOCK_B, 2 * plan.num_action_samples, plan),
-        *(state.critic.values, state.critic.weights, state.rng, state.steps),
-        *(scratch.x, scratch.signs, scratch.policy, scratch.log_prob, scratch.sampled_q, scratch.q_gradient),
-        plan.batch_size,
-        CRITIC_SIZE=state.critic.values.shape[1],
-        **_sizes(plan),
-        K=plan.num_action_samples,
-        PATHWISE=plan.estimator == "pathwise",
-        STREAM=plan.streams[1],
-        BLOCK_B=cut.BLOCK_B,
-        BLOCK_A=cut.BLOCK_A,
-        STEP=cut.STEP,
-        CHUNK=cut.CHUNK,
-        **precisions,
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
-        max_registers=cut.max_registers,
-    )
-
-
-def actor(state: State, scratch: Scratch, plan: Plan, last: bool) -> None:
-    """Stage 4."""
-    cut, precisions = blocks_of(plan, state.obs.device), _precisions(plan)
-    del precisions["FIRST"]
-    launch(
-        _actor_bwd_kernel,
-        _grid(cut.BLOCK_B, 1 + (plan.baseline == "value"), plan),
-        *(state.actor.values, state.actor.weights, state.value.values, state.value.weights, state.log_alpha, state.rng),
-        *(scratch.h1, scratch.h2, scratch.d1, scratch.d2, scratch.policy, scratch.log_prob, scratch.sampled_q),
-        *(scratch.q_gradient, scratch.value, scratch.value_error, scratch.policy_gradient, scratch.terms),
-        plan.batch_size,
-        ACTOR_SIZE=state.actor.values.shape[1],
-        VALUE_SIZE=state.value.values.shape[1],
-        **_sizes(plan),
-        K=plan.num_action_samples,
-        PATHWISE=plan.estimator == "pathwise",
-        BASELINE=plan.baseline,
-        STREAM=plan.streams[1],
-        BLOCK_B=cut.BLOCK_B,
-        BLOCK_A=cut.BLOCK_A,
-        CHUNK=cut.CHUNK,
-        **precisions,
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
-        max_registers=cut.max_registers,
-    )
-
-
-def tiles_of(plan: Plan, inputs: int, outputs: int, tile: int) -> int:
-    """Return how many tiles a network's weights make."""
-    first, second = (triton.cdiv(width, tile) for width in plan.hidden_sizes)
-    narrow = min(64, max(16, power_of_two(outputs)))
-    return int(first * second + triton.cdiv(1 + inputs, tile) * first + second * triton.cdiv(outputs, narrow))
-
-
-def critics_step(state: State, scratch: Scratch, plan: Plan, last: bool) -> None:
-    """Stage 2."""
-    cut, sizes = _for_weights(plan, state.obs.device), _sizes(plan)
-    inputs = plan.obs_size + plan.action_size
-    tiles = tiles_of(plan, inputs, 1, cut.TILE)
-    launch(
-        _critic_descent_kernel,
-        (tiles + 1, 2, plan.num_learners),
-        *(scratch.x, scratch.h1, scratch.h2, scratch.d1, scratch.d2, scratch.error, scratch.q),
-        *(*state.critic, state.target.values, state.target.weights),
-        *(state.steps, state.rates, state.rng, state.metrics, plan.weight_decay, plan.tau, plan.batch_size),
-        TILES=tiles,
-        CRITIC_SIZE=state.critic.values.shape[1],
-        INPUTS=inputs,
-        H1=sizes["H1"],
-        H2=sizes["H2"],
-        **_adam(plan),
-        LAST_LAUNCH=last,
-        ROUNDED=plan.precision == "bf16",
-        TILE=cut.TILE,
-        BATCH=cut.BATCH,
-        BLOCK=SUM_BLOCK,
-        **_precisions(plan),
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
-        max_registers=cut.max_registers,
-    )
-
-
-def actor_step(state: State, scratch: Scratch, plan: Plan, last: bool) -> None:
-    """Stage 5."""
-    cut, has_value = _for_weights(plan, state.obs.device), plan.baseline == "value"
-    tiles = tiles_of(plan, plan.obs_size, 2 * plan.action_size, cut.TILE)
-    if has_value:
-        tiles = max(tiles, tiles_of(plan, plan.obs_size, 1, cut.TILE))
-    launch(
-        _actor_descent_kernel,
-        (tiles + 1, 1 + has_value, plan.num_learners),
-        *(scratch.x, scratch.h1, scratch.h2, scratch.d1, scratch.d2),
-        *(scratch.policy_gradient, scratch.value_error, scratch.terms),
-        *(*state.actor, *state.value, state.log_alpha, state.alpha_mean, state.alpha_square),
-        *(state.steps, state.rates, state.rng, state.metrics),
-        *(plan.weight_decay, plan.target_entropy, plan.batch_size),
-        TILES=tiles,
-        ACTOR_SIZE=state.actor.values.shape[1],
-        VALUE_SIZE=state.value.values.shape[1],
-        **_sizes(plan),
-        LEARNS_ALPHA=plan.learns_alpha,
-        HAS_VALUE=has_value,
-        **_adam(plan),
-        ROUNDED=plan.precision == "bf16",
-        TILE=cut.TILE,
-        BATCH=cut.BATCH,
-        BLOCK=SUM_BLOCK,
-        **_precisions(plan),
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
-        max_registers=cut.max_registers,
-    )
-
-
-#: by stage
-LAUNCHERS = (next_value, critics, critics_step, sampled_q, actor, actor_step)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsac.config import Config
 from fastsac.learner.fused_cuda import FusedCudaLearner
-from fastsac_kernels import whole_update, whole_update_triton
+from fastsac_kernels import whole_update, whole_update_launch
 from fastsac_kernels.whole_update import STAGES, run_stage
 from tests.kernels.parity import DEVICES, mutate
 from tests.kernels.whole import Problem, as_tensor_cores, filled, one_update, problem
@@ -41,9 +41,9 @@ def test_one_update_equals_the_reference_engines(case: Problem, device: str) -> 
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     """Cut the stages up as on a GPU: rows, chunks and tiles that many programs share."""
-    cut = whole_update_triton.blocks_of
+    cut = whole_update_launch.blocks_of
     cuda = torch.device("cuda")
-    monkeypatch.setattr(whole_update_triton, "blocks_of", lambda plan, _: cut(plan, cuda)._replace(**changes))
+    monkeypatch.setattr(whole_update_launch, "blocks_of", lambda plan, _: cut(plan, cuda)._replace(**changes))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_rounded_products_stay_within_their_bounds(
         assert weights.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
         torch.testing.assert_close(weights.float(), network.values, rtol=2.0**-7, atol=1e-6)
     if precision == "bf16":
-        assert whole_update_triton._precisions(rounded._plan)["FIRST"] == first
+        assert whole_update_launch.precisions_of(rounded._plan)["FIRST"] == first
 
 
 def state_of(learner: FusedCudaLearner) -> dict[str, Tensor]:
@@ -228,6 +228,7 @@ def test_each_stage_has_autograds_gradients() -> None:
 
 
 TWO, WHOLE, DESCENT = "two_layer_triton", "whole_update_triton", "descent_triton"
+GATHER, LAUNCH = "replay_gather_triton", "whole_update_launch"
 MUTATIONS = [
     (PATHWISE, TWO, "tl.where(z < 0.0, 0.0, z)", "z"),
     (PATHWISE, TWO, "tl.load(values_ptr + column)[None, :]", "tl.load(values_ptr + column)[None, :] * 2.0"),
@@ -237,7 +238,7 @@ MUTATIONS = [
     (PATHWISE, TWO, "weights_ptr + start2 + network * (H1 * H2)", "weights_ptr + start2"),
     (PATHWISE, TWO, "bias_ptr + A, mask", "bias_ptr, mask"),
     (PATHWISE, TWO, "A, A, CHUNK), raw, PRECISION", "A, 0, CHUNK), raw, PRECISION"),
-    (PATHWISE, WHOLE, "slot >= length, slot - length", "slot >= length, length - 1"),
+    (PATHWISE, GATHER, "slot >= length, slot - length", "slot >= length, length - 1"),
     (PATHWISE, WHOLE, "x_start = following * O", "x_start = index * O"),
     (PATHWISE, WHOLE, "tl.where(ended != 0, 0.0, gamma)", "gamma"),
     (PATHWISE, WHOLE, "NEXT_STREAM, b, live", "BATCH_STREAM, b, live"),
@@ -268,7 +269,7 @@ MUTATIONS = [
 def test_a_wrong_kernel_is_noticed(
     case: Problem, module: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dependents = {TWO: (DESCENT, WHOLE), DESCENT: (WHOLE,), WHOLE: ()}[module]
+    dependents = {TWO: (DESCENT, WHOLE, LAUNCH), DESCENT: (LAUNCH,), WHOLE: (LAUNCH,), GATHER: (WHOLE, LAUNCH)}[module]
     mutate(monkeypatch, tmp_path, module, old, new, dependents)
     assert one_update(case) != ""
 
