@@ -239,7 +239,7 @@ def make_state(plan: Plan, num_rows: int = 8, num_envs: int = 16) -> State:
     both = [network(2, inputs + action_size, 1) for _ in range(2)]
     return State(
         *(zeros(*shape, inputs), zeros(*shape, action_size), zeros(*shape), zeros(*shape, dtype=torch.bool)),
-        *(zeros(entries, dtype=torch.int64), zeros(2, dtype=torch.int64), zeros(2, dtype=torch.int64)),
+        *(zeros(entries, dtype=torch.int64), *(zeros(2, dtype=torch.int64) for _ in range(3))),
         *(zeros(), zeros(), zeros(), zeros(4), zeros(4), zeros(6)),
         *(network(1, inputs, 2 * action_size), *both, network(1, inputs, 1)),
     )

@@ -124,6 +124,7 @@ def filled(plan: Plan) -> tuple[State, Scratch]:
     state.queue[:] = torch.arange(state.queue.shape[1])
     state.span[:, 1] = state.queue.shape[1]
     state.steps[:] = 1.0
+    state.due[:, 0] = 2**62
     for part in (state.actor, state.critic, state.target, state.value):
         part.values.normal_(0.0, 0.05)
     return state, make_scratch(plan, "cpu")

@@ -19,7 +19,7 @@ from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.lab.arguments import Compare, Lab, Report
 from fastsac.presets import find, without_unused
-from fastsac.run_dir import read_config
+from fastsac.run_dir import first_config
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Train:
     """Where the run goes; by default a new directory below `runs/`."""
     resume: Path | None = None
     """Go on with this run directory's newest checkpoint; other options change its settings."""
+    num_learners: int = 1
+    """Train so many agents in one loop, with --seed and the seeds that follow it. Each is what it would be alone, with
+    a run directory of its own below --run-dir: `seed-0`, `seed-1`. On a GPU, one launch updates all of them."""
     callback: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A subclass of `fastsac.Callback`, as `module:Class`: your own code, which training calls."""
     restarts: int = 0
@@ -116,7 +119,7 @@ def _config_before_options(arguments: Sequence[str]) -> Config:
     names = ("resume", "preset", "env_id", "estimator", "critic", "optimizer", "alpha")
     given = {name: value for name in names if (value := _given(arguments, name)) is not None}
     if "resume" in given:
-        config = read_config(Path(given["resume"]))
+        config = first_config(Path(given["resume"]))
         if "estimator" in given:  # another estimator does not inherit this one's choices
             config = dataclasses.replace(config, baseline="auto", num_action_samples=None)
     elif "preset" in given:

@@ -13,6 +13,7 @@ last one before a `begin`. So the device, too, has to know which rows hold a tra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ class Replay:
         self.device = torch.device(device)
         self.generator = generator
         self.n_step, self.gamma = n_step, gamma
-        _check_memory(self.num_rows, num_envs, obs_size, action_size, self.device, n_step)
+        check_memory(self.num_rows, num_envs, obs_size, action_size, self.device, n_step)
         shape = (self.num_rows, num_envs)
         self._obs = torch.zeros(*shape, obs_size, device=self.device)
         self._action = torch.zeros(*shape, action_size, device=self.device)
@@ -88,6 +89,16 @@ class Replay:
         self._begun = False
         self.size = 0  # transitions that can be drawn
         self._span = torch.zeros(2, dtype=torch.int64, device=self.device)  # _first and size, for the device to read
+
+    def move(self, moved: Callable[[Tensor], Tensor]) -> None:
+        """Go on in other memory.
+
+        Args:
+            moved: returns a copy there. It is called for each tensor of `ring`, in this order.
+        """
+        names = "_obs", "_action", "_reward", "_terminated", "_queue", "_span"
+        for name in names:  # one after the other: no more than one lies in both places
+            setattr(self, name, moved(getattr(self, name)))
 
     def begin(self, obs: HostArray) -> Tensor:
         """Take the observations [N, O] after a reset of all environments; they do not join what was before.
@@ -306,17 +317,19 @@ def bytes_needed(num_rows: int, num_envs: int, obs_size: int, action_size: int, 
     return num_rows * num_envs * (4 * (obs_size + action_size + 1) + flags + 8)
 
 
-def _check_memory(
-    num_rows: int, num_envs: int, obs_size: int, action_size: int, device: torch.device, n_step: int
+def check_memory(
+    num_rows: int, num_envs: int, obs_size: int, action_size: int, device: torch.device, n_step: int, rings: int = 1
 ) -> None:
-    needed = bytes_needed(num_rows, num_envs, obs_size, action_size, n_step)
+    """Raise UsageError unless so many rings fit, with what is needed, what there is, and what would fit."""
+    needed = rings * bytes_needed(num_rows, num_envs, obs_size, action_size, n_step)
     available = available_bytes(device)
     if needed <= available:
         return
     fits = max(0, available * 9 // 10 // (needed // num_rows) - 1) * num_envs
     advice = f"--buffer-size {fits} fits" if fits else "no --buffer-size fits"
     need, free = f"{needed / 2**30:.2f} GiB", f"{available / 2**30:.2f} GiB"
-    raise UsageError(f"the replay buffer needs {need} of {device.type} memory and {free} are free: {advice}")
+    what = "the replay buffer needs" if rings == 1 else f"{rings} replay buffers need"
+    raise UsageError(f"{what} {need} of {device.type} memory and {free} are free: {advice}")
 
 
 def available_bytes(device: torch.device) -> int:

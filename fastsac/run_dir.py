@@ -23,6 +23,8 @@ TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 LONGEST_CONFIG = 2**20  # bytes
+#: a learner's run directory, within that of a run with several
+SEED = re.compile(r"seed-([0-9]{1,18})")
 #: the name of a checkpoint
 STEP = re.compile(r"step-([0-9]{1,18})")
 
@@ -107,6 +109,12 @@ def refuse_if_taken(directory: Path) -> None:
         raise UsageError(f"{directory} already holds a run: {advice}")
 
 
+def learners_in(directory: Path) -> list[Path]:
+    """Return the run directories of the learners in a directory, in the order of their seeds."""
+    found = [(int(match[1]), path) for path in directory.glob("seed-*") if (match := SEED.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if (path / CONFIG).exists()]
+
+
 def newest_step(directory: Path) -> int | None:
     """Return the step of the newest checkpoint, or None where there is none."""
     names = [path.parent.name for path in (directory / CHECKPOINTS).glob("*/manifest.json")]
@@ -152,6 +160,9 @@ def read_config(directory: Path) -> Config:
             raise ValueError("it is too large")
         values = parse_json(path.read_bytes())
     except OSError as error:
+        if learners := learners_in(directory):
+            names = ", ".join(each.name for each in learners)
+            raise UsageError(f"{directory} holds several run directories: choose one of {names}") from error
         raise UsageError(f"{directory} is not a run directory: {path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
@@ -172,6 +183,12 @@ def parse_json(encoded: bytes) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise ValueError("it is not an object")
     return parsed
+
+
+def first_config(directory: Path) -> Config:
+    """Return a run's configuration, or its first learner's; UsageError if there is none that can be read."""
+    learners = [] if (directory / CONFIG).exists() else learners_in(directory)
+    return read_config(learners[0] if learners else directory)
 
 
 def config_from_dict(values: Any) -> Config:

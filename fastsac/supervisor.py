@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastsac.run_dir import CONFIG, newest_step
+from fastsac.run_dir import CONFIG, learners_in, newest_step
 from fastsac.signals import BUSY, ENVIRONMENT_FAILED, SUPERVISOR
 
 #: how a process ends that knows why: success, a failed run, invalid arguments
@@ -59,22 +59,27 @@ class Supervisor:
     def _run(self, arguments: Sequence[str]) -> int:
         failures = 0  # in a row, without progress
         while True:
-            place = "--resume" if (self._run_dir / CONFIG).exists() else "--run-dir"
-            step = newest_step(self._run_dir)
+            begun = (self._run_dir / CONFIG).exists() or learners_in(self._run_dir)
+            place, step = "--resume" if begun else "--run-dir", self._steps()
             end = self._run_child([*arguments, place, str(self._run_dir)], failures)
             if self._stopped and end.status < 0:
                 return 1
             if self._stopped or (end.status in _TOLD and not end.environment_failed):
                 return end.status
-            reached = newest_step(self._run_dir)
+            reached = self._steps()
             failures = failures + 1 if reached == step else 1
-            where = "the beginning" if reached is None else f"step {reached:,}"
+            steps = [each for each in reached if each is not None]
+            where = f"step {min(steps):,}" if len(steps) == len(reached) else "the beginning"
             if failures > self._restarts:
                 told = f"no progress after {self._restarts} of {self._restarts} restarts"
                 self._say(f"{self._describe(end)}; gave up at {where}: {told}")
                 return 1
             how = ", in new episodes" if failures > 1 else ""
             self._say(f"{self._describe(end)}; going on from {where}{how} (restart {failures} of {self._restarts})")
+
+    def _steps(self) -> list[int | None]:
+        """Return the newest checkpoint's step, of each learner."""
+        return [newest_step(directory) for directory in learners_in(self._run_dir) or [self._run_dir]]
 
     def _run_child(self, arguments: Sequence[str], failures: int) -> _End:
         listen, tell = os.pipe()

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -267,16 +267,34 @@ class SAC:
         self.prepare()  # before anything is written
         with (
             stop_signals() as stop,  # before anything is written
+            self.training(directory, stop, progress and self._ranks.leads, hooks) as steps,
+        ):
+            for due in steps:
+                self.learner.update(self.replay, due)
+
+    @contextmanager
+    def training(
+        self, directory: Path | None, stop: list[int], progress: bool = False, hooks: Hooks | None = None
+    ) -> Iterator[Iterator[int]]:
+        """Take the run directory, and yield an iterator that trains a step at a time, as `learn` does.
+
+        It gives the number of updates that are due while the environments step. Whoever goes through it makes them.
+
+        Args:
+            directory: the run directory; None writes nothing.
+            stop: signals that have come in, if any.
+            progress: whether a progress display goes to standard error.
+            hooks: of callbacks.
+        """
+        with (
             nullcontext() if directory is None else self._saver(directory) as saver,
-            Logger(
-                directory, self.config.total_steps, self.steps, self.time_s, progress and self._ranks.leads
-            ) as logger,
+            Logger(directory, self.config.total_steps, self.steps, self.time_s, progress) as logger,
         ):
             if saver is not None:
                 saver.warn_user = logger.warn
             self._learns = True
             try:
-                self._learn(logger, stop, saver, hooks)
+                yield self._learn(logger, stop, saver, hooks)
             finally:
                 self._learns = False
 
@@ -284,7 +302,7 @@ class SAC:
         if self._learns:
             raise UsageError(f"agent.{method} must not be called while the agent learns: not by a callback")
 
-    def _learn(self, logger: Logger, stop: list[int], saver: Saver | None, hooks: Hooks | None) -> None:
+    def _learn(self, logger: Logger, stop: list[int], saver: Saver | None, hooks: Hooks | None) -> Iterator[int]:
         config, total_steps, progress = self.config, self.config.total_steps, self._progress
         self._ranks.refuse_differences(self._parameters())  # networks of the user's own may have started otherwise
         obs = self._rollout.begin(self.updates, logger)
@@ -296,7 +314,7 @@ class SAC:
             reached = self._evaluate_and_log(logger, stop, saver, hooks)
         while self.steps < total_steps and not self._stops(stop) and not reached:
             before, started = self.steps, time.perf_counter()
-            obs = self._step(obs, saver)
+            obs = yield from self._step(obs, saver)
             if self._trial is not None and self.updates and not progress.warm_up_left:
                 self._try_threads(logger, time.perf_counter() - started, self.steps - before)
             done = self.steps >= total_steps
@@ -351,8 +369,8 @@ class SAC:
         self._refuse_in_callback("new_episodes")
         self._rollout.new_episodes(tries)
 
-    def _step(self, obs: Tensor, saver: Saver | None) -> Tensor:
-        """Step every environment once and make the updates that are due; return what follows obs [N, O].
+    def _step(self, obs: Tensor, saver: Saver | None) -> Generator[int, None, Tensor]:
+        """Step every environment once; yield the updates that are due meanwhile, and return what follows obs [N, O].
 
         On a GPU the host waits once: for the actions.
         """
@@ -367,7 +385,7 @@ class SAC:
         progress.updates_due -= due
         if self.config.lr_schedule != "constant":
             self.learner.set_progress(self.steps / self.config.total_steps)
-        self.learner.update(self.replay, due)
+        yield due
         return self._rollout.recv(action)
 
     def _read_metrics(self, saver: Saver | None) -> dict[str, float]:

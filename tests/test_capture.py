@@ -162,7 +162,7 @@ def steps(agent: SAC, number: int) -> list[Counter[str]]:
     def counting(obs: Any, saver: Any) -> Any:
         gpu = Gpu.current()
         gpu.counts.clear()
-        result = step(obs, saver)
+        result = yield from step(obs, saver)
         counted.append(gpu.counts.copy())
         return result
 

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from fastsac.arguments import parse
-from fastsac.cli import default_run_dir, main
+from fastsac.cli import main
 from fastsac.config import Config
 from fastsac.run_dir import write_config
+from fastsac.train_command import default_run_dir
 
 TINY = (  # noqa: SIM905, a list is harder to read
     "--env-id Pendulum-v1 --num-envs 2 --hidden-sizes 8 --batch-size 8 --learning-starts 20 --buffer-size 1000 "

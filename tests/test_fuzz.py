@@ -69,8 +69,8 @@ def _no_training(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("here"))
-        patch.setattr("fastsac.cli._train_here", start)
-        patch.setattr("fastsac.cli.Supervisor", start)
+        patch.setattr("fastsac.train_command._train_here", start)
+        patch.setattr("fastsac.train_command.Supervisor", start)
         patch.setattr("fastsac.train.SAC.load", start)
         yield
 

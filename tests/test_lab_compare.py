@@ -174,7 +174,7 @@ def test_a_process_stops_when_the_comparison_has_died(tmp_path):
     run_dir = tmp_path / each.run_dir
     run_dir.parent.mkdir(parents=True)
     worker.write_json(worker.config_file(run_dir), dataclasses.asdict(each.config))
-    gone = subprocess.run([sys.executable, "-m", "fastsac.lab.worker", str(run_dir), "1"], cwd=ROOT)
+    gone = subprocess.run([sys.executable, "-m", "fastsac.lab.worker", "1", str(run_dir)], cwd=ROOT)
     assert gone.returncode == worker.STOPPED
     assert newest_step(run_dir) < 400
 
@@ -442,7 +442,7 @@ def test_the_last_line_of_a_log_says_what_happened(tmp_path):
     log = tmp_path / "log"
     assert last_line(log, 1) == "exit status 1"
     assert last_line(log, -9) == "its process was ended by SIGKILL"
-    log.write_text("warning: one\nerror: the environment broke\n\n")
+    log.write_text("warning: one\nthe environment broke\n\n")
     assert last_line(log, 1) == "the environment broke"
     assert last_line(log, -11) == "its process was ended by SIGSEGV: the environment broke"
     assert "stopped by a signal" in last_line(log, 75)

@@ -31,7 +31,10 @@ class Compare:
     """Other settings of the runs, as `name=value`. A name that is given again is varied: `tau=0.005 tau=0.01`.
     Lists are written as in JSON: `hidden_sizes=[64,64]`."""
     jobs: int | None = None
-    """Runs side by side. Default: as many as there are CPU cores."""
+    """Processes side by side. Default: as many as there are CPU cores."""
+    num_learners: int = 1
+    """Runs in each process, which then differ in their seeds only; each is what it would be alone. On a GPU, one launch
+    updates all of them."""
     margin: float = 0.05
     """Differences within this share of the normalised return count as none in the test of equivalence."""
     ray: str | None = None

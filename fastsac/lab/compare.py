@@ -19,7 +19,7 @@ from fastsac.errors import FastsacError, UsageError
 from fastsac.estimators import choose
 from fastsac.lab.arguments import Compare
 from fastsac.lab.outcome import table
-from fastsac.lab.plan import Plan, jobs, make_plan
+from fastsac.lab.plan import Plan, in_groups, jobs, make_plan
 from fastsac.lab.record import Record, command_of, refuse_other_run
 from fastsac.lab.results import OTHER_OUT, make_directory
 from fastsac.lab.watch import Watch
@@ -81,7 +81,9 @@ def compare(options: Compare) -> dict[str, Any]:
             refuse_other_run(options.out / each.run_dir, each)
         record.measure_random()
         if missing:
-            beside = f", {min(jobs(options), len(missing))} at a time" if options.ray is None else ""
+            together = f", up to {options.num_learners} in a process" if options.num_learners > 1 else ""
+            processes = len(in_groups(missing, options.num_learners))
+            beside = f"{together}, {min(jobs(options), processes)} at a time" if options.ray is None else ""
             told = f"{len(missing)} of {len(plan.runs)} runs to train{beside}, below {options.out / 'runs'}"
             print(f"fastsac: {told}", file=sys.stderr)
         with stop_signals() as stop, Watch(options.out, plan.runs, missing) as watch:
@@ -97,6 +99,7 @@ def compare(options: Compare) -> dict[str, Any]:
             print(f"fastsac: {failure.run.name()} failed: {failure.reason}{more}", file=sys.stderr)
         if stop:
             where = ["--jobs", str(options.jobs)] if options.jobs is not None else []
+            where += ["--num-learners", str(options.num_learners)] if options.num_learners > 1 else []
             where += ["--ray", options.ray] if options.ray is not None else []
             where += ["--gpus-per-run", f"{options.gpus_per_run:g}"] if options.gpus_per_run else []
             command = " ".join([command_of(options), shlex.join(where)]).strip()

@@ -69,6 +69,10 @@ def make_plan(options: Compare) -> Plan:
         raise UsageError(f"--margin must be above 0 and below 1, got {options.margin}")
     if options.jobs is not None and options.jobs < 1:
         raise UsageError(f"--jobs must be a whole number of at least 1, got {options.jobs}")
+    if options.num_learners < 1:
+        raise UsageError(f"--num-learners must be a whole number of at least 1, got {options.num_learners}")
+    if options.num_learners > 1 and options.ray is not None:
+        raise UsageError("--num-learners is for runs on this machine: with --ray, each run is a task of its own")
     if not 0.0 <= options.gpus_per_run <= 1.0:
         raise UsageError(f"--gpus-per-run must be from 0 to 1, got {options.gpus_per_run}")
     if options.jobs is not None and options.ray is not None:
@@ -117,6 +121,19 @@ def cores() -> int:
 def jobs(options: Compare) -> int:
     """Return how many runs there are side by side."""
     return options.jobs or cores()
+
+
+def in_groups(runs: list[Run], num_learners: int) -> list[list[Run]]:
+    """Return the runs in groups of up to so many that differ in their seeds only, in the order of their first ones."""
+    found = dict[tuple[str, str], list[list[Run]]]()
+    groups = list[list[Run]]()
+    for run in runs:
+        own = found.setdefault(run.key[:2], [])
+        if not own or len(own[-1]) == num_learners:
+            own.append([])
+            groups.append(own[-1])
+        own[-1].append(run)
+    return groups
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -16,6 +16,7 @@ from fastsac.lab.plan import Run
 from fastsac.run_dir import METRICS
 
 T = TypeVar("T")
+Outcome = Literal["complete", "stopped", "failed"]
 
 
 class Watch:
@@ -52,7 +53,7 @@ class Watch:
             bar = self._progress.add_task(run.name(), total=run.config.total_steps)
             self._bars[run.key] = run, bar
 
-    def end(self, run: Run, outcome: Literal["complete", "stopped", "failed"]) -> None:
+    def end(self, run: Run, outcome: Outcome) -> None:
         """Take a run out that has ended."""
         with self._lock:
             _, bar = self._bars.pop(run.key, (run, None))

@@ -1,9 +1,9 @@
-"""The runs of a comparison on this machine, each in a process of its own.
+"""The runs of a comparison on this machine, each in a process of its own, or several that differ in their seeds only.
 
-`python -m fastsac.lab.worker RUN_DIR PARENT` goes on with the run if it can, and stops when the process PARENT has
-died. It reads `RUN_DIR.config.json`, its output goes to `RUN_DIR.log`, and it leaves `machine.json` in the run
-directory. Exit status: 0 when the run is complete, 75 when a signal has stopped it, 76 when training has diverged, else
-that of `fastsac train`.
+`python -m fastsac.lab.worker PARENT RUN_DIR ...` goes on with the runs if it can, and stops when the process PARENT has
+died. It reads each `RUN_DIR.config.json`, its output goes to the first one's `RUN_DIR.log`, and it leaves a
+`machine.json` in each run directory and a `RUN_DIR.outcome.json` beside it. Statuses: 0 when a run is complete, 75 when
+a signal has stopped it, 76 when training has diverged, else that of `fastsac train`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -26,13 +26,14 @@ from fastsac.callbacks import Callback
 from fastsac.config import Config
 from fastsac.errors import Divergence, FastsacError
 from fastsac.lab.arguments import Compare
-from fastsac.lab.plan import Run, jobs
-from fastsac.lab.watch import Watch
+from fastsac.lab.plan import Run, in_groups, jobs
+from fastsac.lab.watch import Outcome, Watch
 from fastsac.machine import describe_machine, write_json
 from fastsac.run_dir import CONFIG, LOCK, config_from_dict, lock
+from fastsac.seeds import Seeds
 from fastsac.train import SAC
 
-#: exit statuses of a run that can go on, and of one that has diverged
+#: statuses of a run that can go on, and of one that has diverged
 STOPPED, DIVERGED = 75, 76
 MACHINE = "machine.json"
 POLL_SECONDS, ORPHAN_SECONDS = 0.5, 60.0
@@ -68,20 +69,39 @@ def config_file(run_dir: Path) -> Path:
     return run_dir.with_name(f"{run_dir.name}.config.json")
 
 
+def outcome_file(run_dir: Path) -> Path:
+    """Return where a run's process says how it ended."""
+    return run_dir.with_name(f"{run_dir.name}.outcome.json")
+
+
 def train(run_dir: Path, config: Config, *callbacks: Callback) -> SAC:
     """Train to the end, from the newest checkpoint if there is one; return the agent.
 
     Raises:
         FastsacError: as `SAC.resume` and `SAC.learn` do.
     """
-    _wait_for_orphan(run_dir)
-    agent = SAC.resume(run_dir, config) if (run_dir / CONFIG).exists() else SAC(config)
-    agent.prepare()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    setup = {"engine": agent.engine, "precision": agent.setup.precision, "machine": describe_machine()}
-    write_json(run_dir / MACHINE, {**setup, "resumed_at": _resumed_at(run_dir, agent.steps)})
-    agent.learn(config.total_steps, run_dir, callback=callbacks or None)
-    return agent
+    together = train_each([(run_dir, config)], *callbacks)
+    for error in together.failures.values():
+        raise error
+    return together.learners[0].agent
+
+
+def train_each(runs: Sequence[tuple[Path, Config]], *callbacks: Callback) -> Seeds:
+    """Train runs that differ in their seeds only to their ends, from their newest checkpoints.
+
+    Raises:
+        FastsacError: as `SAC.resume` and `Seeds.learn` do; what goes wrong with one run later is in `failures`.
+    """
+    together = Seeds(len(runs))
+    for run_dir, config in runs:
+        _wait_for_orphan(run_dir)
+        agent = together.add(config, run_dir, resume=(run_dir / CONFIG).exists())
+        run_dir.mkdir(parents=True, exist_ok=True)
+        setup = {"engine": agent.engine, "precision": agent.setup.precision, "num_learners": len(runs)}
+        told = {**setup, "machine": describe_machine(), "resumed_at": _resumed_at(run_dir, agent.steps)}
+        write_json(run_dir / MACHINE, told)
+    together.learn(lambda: callbacks)
+    return together
 
 
 def _wait_for_orphan(run_dir: Path) -> None:
@@ -101,21 +121,28 @@ def _resumed_at(run_dir: Path, step: int) -> list[int]:
 
 
 def main() -> None:
-    """Train the run that the command line names."""
-    run_dir = Path(sys.argv[1])
-    parent = WithParent(int(sys.argv[2]))
+    """Train the runs that the command line names."""
+    parent, run_dirs = WithParent(int(sys.argv[1])), [Path(argument) for argument in sys.argv[2:]]
+    failures = dict[int, FastsacError]()
     try:
-        config = config_from_dict(json.loads(config_file(run_dir).read_text()))
-        agent = train(run_dir, config, parent)
+        configs = [config_from_dict(json.loads(config_file(run_dir).read_text())) for run_dir in run_dirs]
+        together = train_each(list(zip(run_dirs, configs, strict=True)), parent)
+        failures = together.failures
+        unfinished = [learner.agent.stopped_by_signal or parent.orphaned for learner in together.learners]
     except FastsacError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(DIVERGED if isinstance(error, Divergence) else error.exit_status)
-    if agent.stopped_by_signal or parent.orphaned:
-        sys.exit(STOPPED)
+        unfinished, failures = [False] * len(run_dirs), dict.fromkeys(range(len(run_dirs)), error)
+    statuses = [STOPPED if each else 0 for each in unfinished]
+    for number, failure in failures.items():
+        print(f"{run_dirs[number]}: {failure}", file=sys.stderr)
+        statuses[number] = DIVERGED if isinstance(failure, Divergence) else failure.exit_status
+    for number, run_dir in enumerate(run_dirs):
+        reason = str(failures.get(number, ""))
+        write_json(outcome_file(run_dir), {"status": statuses[number], "reason": reason})
+    sys.exit(max(statuses))
 
 
 def train_here(options: Compare, runs: list[Run], done: Done, watch: Watch, stop: list[int]) -> list[Failure]:
-    """Train runs in processes of their own, side by side; return those that failed.
+    """Train runs in processes of their own, or several in each, side by side; return those that failed.
 
     Args:
         options: of the command.
@@ -126,18 +153,22 @@ def train_here(options: Compare, runs: list[Run], done: Done, watch: Watch, stop
     """
     failed, processes = list[Failure](), _Processes(options.out, watch)
     with ThreadPoolExecutor(jobs(options)) as pool:
-        waiting: dict[Future[int | None], Run] = {pool.submit(processes.train, run): run for run in runs}
+        groups = in_groups(runs, options.num_learners)
+        waiting: dict[Future[int | None], list[Run]] = {pool.submit(processes.train, group): group for group in groups}
         try:
             while waiting:
                 complete, _ = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 if stop:
                     processes.end(signal.SIGTERM)
                 for future in complete:
-                    run, status = waiting.pop(future), future.result()
-                    failure = None if status is None else _outcome(options.out / run.run_dir, run, status, done, stop)
-                    failed += [failure] if failure is not None else []
-                    if status is not None:
-                        watch.end(run, "failed" if failure is not None else "stopped" if status else "complete")
+                    group, status = waiting.pop(future), future.result()
+                    if status is None:
+                        continue
+                    log = log_file(options.out / group[0].run_dir)
+                    for run in group:
+                        told, failure = _outcome(options.out / run.run_dir, run, status, log, done, stop)
+                        failed += [failure] if failure is not None else []
+                        watch.end(run, told)
                 watch.show()
         finally:
             processes.end(signal.SIGKILL)
@@ -152,21 +183,25 @@ class _Processes:
         self._lock, self._ended = Lock(), False
         self._under_way: list[subprocess.Popen[bytes]] = []
 
-    def train(self, run: Run) -> int | None:
-        """Wait for the run's process; return its exit status, or None if it was too late to begin."""
-        run_dir = self._out / run.run_dir
+    def train(self, runs: list[Run]) -> int | None:
+        """Wait for the runs' process; return its exit status, or None if it was too late to begin."""
+        run_dirs = [self._out / run.run_dir for run in runs]
         with self._lock:
             if self._ended:
                 return None
-            run_dir.parent.mkdir(parents=True, exist_ok=True)
-            write_json(config_file(run_dir), dataclasses.asdict(run.config))
-            command = [sys.executable, "-m", "fastsac.lab.worker", str(run_dir), str(os.getpid())]
-            with log_file(run_dir).open("wb") as log:
+            for run, run_dir in zip(runs, run_dirs, strict=True):
+                run_dir.parent.mkdir(parents=True, exist_ok=True)
+                outcome_file(run_dir).unlink(missing_ok=True)
+                log_file(run_dir).unlink(missing_ok=True)
+                write_json(config_file(run_dir), dataclasses.asdict(run.config))
+            command = [sys.executable, "-m", "fastsac.lab.worker", str(os.getpid()), *map(str, run_dirs)]
+            with log_file(run_dirs[0]).open("wb") as log:
                 # A group of its own: Ctrl-C reaches the comparison only, which hands it on once. No session of its own:
                 # Linux shares the CPU out among sessions, and `nice` before the comparison would not hold.
                 process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
             self._under_way.append(process)
-        self._watch.begin(run)
+        for run in runs:
+            self._watch.begin(run)
         status = process.wait()
         with self._lock:
             self._under_way.remove(process)
@@ -184,17 +219,23 @@ class _Processes:
             self._ended = True
 
 
-def _outcome(run_dir: Path, run: Run, status: int, done: Done, stop: list[int]) -> Failure | None:
-    """Tell of a complete run, or return its failure; None also for a run that was stopped."""
+def _outcome(
+    run_dir: Path, run: Run, status: int, log: Path, done: Done, stop: list[int]
+) -> tuple[Outcome, Failure | None]:
+    """Tell of a complete run; return how it ended, and its failure. `status` is the process's, if it has not said."""
+    reason = ""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        told = json.loads(outcome_file(run_dir).read_text())
+        status, reason = int(told["status"]), str(told["reason"])
     if status == 0:
         try:
             done(run)
         except FastsacError as error:
-            return Failure(run, str(error), False)
-        return None
+            return "failed", Failure(run, str(error), False)
+        return "complete", None
     if stop and (status == STOPPED or status < 0):
-        return None
-    return Failure(run, last_line(log_file(run_dir), status), status == DIVERGED)
+        return "stopped", None
+    return "failed", Failure(run, reason or last_line(log, status), status == DIVERGED)
 
 
 def log_file(run_dir: Path) -> Path:
@@ -205,7 +246,7 @@ def log_file(run_dir: Path) -> Path:
 def last_line(path: Path, status: int) -> str:
     """Return the last line of a run's log, and how its process ended unless it said so itself."""
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    told = [line.strip().removeprefix("error: ")[:500] for line in lines if line.strip()][-1:]
+    told = [line.strip()[:500] for line in lines if line.strip()][-1:]
     if status == STOPPED:
         return "its process was stopped by a signal; it can go on"
     if status < 0:

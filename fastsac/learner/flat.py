@@ -44,6 +44,54 @@ class Memory:
         return self._shared[name, dtype][:size].view(*shape)
 
 
+class Row(Memory):
+    """Hands out rows of tensors [L, ...] that L learners have in common: each asks for the same ones in the same order.
+
+    So what is the same in all of them lies side by side, and one launch finds it.
+    """
+
+    def __init__(self, device: torch.device, tensors: list[Tensor], row: int, num_rows: int) -> None:
+        """Begin with the first tensor.
+
+        Args:
+            device: where tensors are made that nobody has asked for yet.
+            tensors: what the learners have in common.
+            row: which one's these are, from 0.
+            num_rows: L.
+        """
+        super().__init__(device)
+        self._tensors, self._row, self._num_rows = tensors, row, num_rows
+        self._asked = 0
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return this row of the next tensor."""
+        if self._asked == len(self._tensors):
+            self._tensors.append(super().zeros([self._num_rows, *shape], dtype))
+        tensor = self._tensors[self._asked]
+        self._asked += 1
+        assert (tensor.shape[1:], tensor.dtype) == (tuple(shape), dtype)
+        return tensor[self._row]
+
+    def moved(self, tensor: Tensor) -> Tensor:
+        """Return a copy here."""
+        return self.zeros(tensor.shape, tensor.dtype).copy_(tensor)
+
+
+def side_by_side(rows: Sequence[Tensor]) -> Tensor:
+    """Return the tensor [L, ...] whose rows these are, without a copy; a single row may lie anywhere.
+
+    Raises:
+        ValueError: if they do not lie one behind the other.
+    """
+    first, size = rows[0], rows[0].numel()
+    for number, row in enumerate(rows):
+        place = first.untyped_storage().data_ptr(), first.storage_offset() + number * size
+        found = row.untyped_storage().data_ptr(), row.storage_offset()
+        if row.shape != first.shape or not row.is_contiguous() or found != place:
+            raise ValueError("the learners' tensors do not lie side by side")
+    return first.as_strided((len(rows), *first.shape), (size, *first.stride()), first.storage_offset())
+
+
 class Layer(NamedTuple):
     """Views of one layer of a stack."""
 

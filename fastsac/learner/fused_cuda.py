@@ -6,18 +6,24 @@ memory. What it does not serve is in `fused_cuda_obstacle`; there the graphed en
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastsac.config import Config
 from fastsac.estimators import choose
-from fastsac.learner.flat import FlatMoments, FlatNetwork, Memory
+from fastsac.learner.flat import FlatMoments, FlatNetwork, Memory, Row, side_by_side
 from fastsac.learner.graphed import GraphedLearner, Measured
 from fastsac.learner.optimizers import Groups, weight_decay
 from fastsac.learner.reference import ACTION, BATCH, NEXT_ACTION, Moments
 from fastsac.networks import Actor, StackedMLP
 from fastsac.own_networks import STANDARD, OwnNetworks
 from fastsac.replay import Replay
+from fastsac.transfer import to_device
 from fastsac.types import Sampler
 from fastsac_kernels.whole_update import (
     ACTOR,
@@ -41,6 +47,8 @@ from fastsac_kernels.whole_update import (
 #: of hidden layers' widths: they are multiples of the one, and at most the other
 UNIT, WIDEST = 64, 512
 BASELINES = ("none", "constant", "loo", "value")
+#: updates that are due to a learner by itself: no end is in sight
+ENDLESS = 2**62
 #: places of the groups in the kernels' learning rates and counts of steps
 ADAMS = {"critic": CRITIC_ADAM, "actor": ACTOR_ADAM, "alpha": ALPHA_ADAM, "value": VALUE_ADAM}
 
@@ -94,6 +102,8 @@ class FusedCudaLearner(GraphedLearner):
         if obstacle := fused_cuda_obstacle(config, own):
             raise ValueError(obstacle)
         self._state: State | None = None
+        self._others: list[tuple[FusedCudaLearner, Replay]] = []  # whose updates are made in this one's launches
+        self._memory = Memory(torch.device(device))
         super().__init__(config, obs_size, action_size, device, seed, own)
         first, second = config.hidden_sizes
         self._plan = Plan(
@@ -117,7 +127,7 @@ class FusedCudaLearner(GraphedLearner):
         self._scratch = make_scratch(self._plan, self.device)
 
     def _make_optimizers(self, groups: Groups) -> None:
-        memory = Memory(self.device)
+        self._groups, memory = groups, self._memory
         self._flat = {
             name: FlatNetwork(network, memory)
             for name, network in self._networks().items()
@@ -125,38 +135,92 @@ class FusedCudaLearner(GraphedLearner):
         }
         rounds = self.config.precision == "bf16"
         self._weights = {
-            name: network.values.to(torch.bfloat16) if rounds else network.values
+            name: memory.zeros(network.values.shape, torch.bfloat16) if rounds else network.values
             for name, network in self._flat.items()
         }
-        self._steps, self._rates_there = (torch.zeros(1, len(ADAMS), device=self.device) for _ in range(2))
-        self._metrics = torch.zeros(1, len(METRICS), device=self.device)
+        self.refresh()
+        self._steps, self._rates_there = (memory.zeros([len(ADAMS)], torch.float32) for _ in range(2))
+        self._metrics = memory.zeros([len(METRICS)], torch.float32)
+        self._due = memory.zeros([2], torch.int64)
+        self._due[0] = ENDLESS
         self._adams: dict[str, FlatMoments] = {}
         for name, (parameters, lr) in groups.items():
             values = self._flat[name].values if name in self._flat else self.log_alpha.detach().view(1)
             self._adams[name] = FlatMoments(values, parameters, memory)
-            self._adams[name].step = self._steps[0, ADAMS[name]]
+            self._adams[name].step = self._steps[ADAMS[name]]
             self._set_rate(name, lr)
 
     def _set_rate(self, name: str, lr: float) -> None:
-        self._rates_there[0, ADAMS[name]] = lr
+        self._rates_there[ADAMS[name]] = lr
+
+    def move(self, row: Row) -> None:
+        """Move all that updates touch to a row beside other learners, and drop what was recorded."""
+        moments, rates = self._moments(), self._rates_there
+        self.log_alpha.data = row.moved(self.log_alpha.detach())
+        self.rng.state = row.moved(self.rng.state)
+        self._memory = row
+        self._make_optimizers(self._groups)
+        self._load_moments(moments)
+        self._rates_there.copy_(rates)
+        self._forget(None)
+
+    def join(self, replay: Replay, others: Sequence[tuple[FusedCudaLearner, Replay]]) -> None:
+        """Let this learner's launches make other learners' updates, too, each on a replay of its own.
+
+        Args:
+            replay: this learner's.
+            others: have the same settings but for the seed. All learners and replays have been moved to rows of the
+                same memory, in this order, and this learner to the first one.
+        """
+        self._others = list(others)
+        self._plan = dataclasses.replace(self._plan, num_learners=1 + len(others))
+        self._scratch = make_scratch(self._plan, self.device)
+        self._forget(replay)
+
+    def update_each(self, dues: Sequence[int]) -> None:
+        """Make so many updates of this learner and of each of the others that have joined it, all at the same time.
+
+        A learner that has made its own is left alone while the others go on. It is what `update` does to each.
+        """
+        replay, state = self._recorded_for, self._state
+        assert replay is not None
+        assert state is not None
+        learners, every = [self, *(learner for learner, _ in self._others)], self.config.actor_every
+        phases = [learner.updates % every for learner in learners]
+        for phase in {phase for phase, due in zip(phases, dues, strict=True) if due}:  # those whose actors take turns
+            here = np.array([due if own == phase else 0 for own, due in zip(phases, dues, strict=True)], np.int64)
+            state.due[:, 0].copy_(to_device([here], self.device)[0])
+            for _ in self._make(replay, phase, int(here.max())):
+                pass
+            for learner, due in zip(learners, here.tolist(), strict=True):
+                if due:
+                    with_actor = -phase % every < due
+                    learner._note(due, with_actor, learner._measured_there(with_actor))
 
     def _state_with(self, replay: Sampler) -> State:
         """Return everything that the kernels touch."""
+        rows = [self._rows_with(replay), *(learner._rows_with(own) for learner, own in self._others)]
+        parts: list[Any] = [  # a tensor's or a network's rows
+            Network(*map(side_by_side, zip(*each, strict=True))) if isinstance(each[0], Network) else side_by_side(each)
+            for each in zip(*rows, strict=True)
+        ]
+        return State(*parts)
+
+    def _rows_with(self, replay: Sampler) -> State:
+        """Return this learner's part of it: without the leading axis."""
         if not isinstance(replay, Replay) or replay.n_step != 1:
             raise TypeError("the fused engine on CUDA draws single steps from a Replay")
 
         def network(name: str) -> Network:
             name = name if name in self._flat else "actor"  # in the place of what is not there
             moments = self._adams.get(name, self._adams["critic"])
-            parts = self._flat[name].values, moments.exp_avg, moments.exp_avg_sq, self._weights[name]
-            return Network(*(part[None] for part in parts))
+            return Network(self._flat[name].values, moments.exp_avg, moments.exp_avg_sq, self._weights[name])
 
-        obs, action, reward, terminated, queue, span = (part[None] for part in replay.ring())
-        log_alpha = self.log_alpha.detach().view(1)
-        alpha = self._adams.get("alpha")
+        obs, action, reward, terminated, queue, span = replay.ring()
+        log_alpha, alpha = self.log_alpha.detach(), self._adams.get("alpha")
         return State(
-            *(obs, action, reward, terminated, queue, span, self.rng.state[None], log_alpha),
-            *((log_alpha, log_alpha) if alpha is None else (alpha.exp_avg, alpha.exp_avg_sq)),
+            *(obs, action, reward, terminated, queue, span, self.rng.state, self._due, log_alpha),
+            *((log_alpha, log_alpha) if alpha is None else (alpha.exp_avg[0], alpha.exp_avg_sq[0])),
             *(self._steps, self._rates_there, self._metrics),
             *(network("actor"), network("critic"), network("target_critic"), network("value")),
         )
@@ -183,8 +247,11 @@ class FusedCudaLearner(GraphedLearner):
             turn = with_actor and index % self.config.actor_every == 0
             for stage in (NEXT_VALUE, CRITICS, CRITICS_STEP, *((SAMPLED_Q, ACTOR, ACTOR_STEP) if turn else ())):
                 run_stage(stage, self._state, self._scratch, self._plan, not turn)
+        return self._measured_there(with_actor)
+
+    def _measured_there(self, with_actor: bool) -> Measured:
         known = len(METRICS) - (not self.uses_value) if with_actor else METRICS.index("actor_loss")
-        return METRICS[:known], self._metrics[0, :known]
+        return METRICS[:known], self._metrics[:known]
 
     def _moments(self) -> dict[str, Moments]:
         return {name: adam.moments() for name, adam in self._adams.items()}

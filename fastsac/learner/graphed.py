@@ -148,8 +148,13 @@ class GraphedLearner(Learner):
         """
         if replay is not self._recorded_for:
             self._forget(replay)
+        for length, with_actor, measured in self._make(replay, self.updates, num_updates):
+            self._note(length, with_actor, measured)
+
+    def _make(self, replay: Sampler, updates: int, num_updates: int) -> Iterator[tuple[int, bool, Measured]]:
+        """Make updates, before which there were so many; yield a few at a time, and whether the actor's among them."""
         while num_updates > 0:
-            with_actor = self.updates % self.config.actor_every == 0
+            with_actor = updates % self.config.actor_every == 0
             length = 1
             if self._warm_ups_left:
                 self._warm_ups_left -= 1
@@ -161,9 +166,14 @@ class GraphedLearner(Learner):
                 graph = self._graphs[length, with_actor]
                 graph.replay()
                 measured = graph.measured
-            self._latest = {True: measured} if with_actor else self._latest | {False: measured}
-            self.updates += length
+            yield length, with_actor, measured
+            updates += length
             num_updates -= length
+
+    def _note(self, length: int, with_actor: bool, measured: Measured) -> None:
+        """Count updates that were made, and what was measured in them."""
+        self._latest = {True: measured} if with_actor else self._latest | {False: measured}
+        self.updates += length
 
     def metrics(self) -> Metrics:
         """Return scalars of the last update, on the device, as the reference engine does."""

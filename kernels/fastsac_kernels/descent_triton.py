@@ -198,6 +198,13 @@ def mean_of(x_ptr, size, BLOCK: tl.constexpr, SQUARED: tl.constexpr):
 
 
 @triton.jit
+def end_update(rng_ptr, due_ptr, learner):
+    """Go on to new random numbers, and count the update; nothing else in the launch reads these two numbers."""
+    tl.store(rng_ptr + learner * 2 + 1, tl.load(rng_ptr + learner * 2 + 1) + 1)
+    tl.store(due_ptr + learner * 2, tl.load(due_ptr + learner * 2) - 1)
+
+
+@triton.jit
 def _critic_descent_kernel(
     x_ptr,
     h1_ptr,
@@ -215,6 +222,7 @@ def _critic_descent_kernel(
     steps_ptr,
     rates_ptr,
     rng_ptr,
+    due_ptr,
     metrics_ptr,
     decay,
     tau,
@@ -237,16 +245,18 @@ def _critic_descent_kernel(
     PRECISION: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """A tile of one critic; or the metrics, and the offset of the random numbers if no launch of the update follows."""
+    """A tile of one critic; or the metrics, and the end of the update if no launch of it follows."""
     tile, e = tl.program_id(0), tl.program_id(1)
     learner = tl.program_id(2).to(tl.int64)
+    if tl.load(due_ptr + learner * 2 + 1) == 0:
+        return
     if tile == TILES:
         if e == 0:
             kept = learner * 2 * B
             tl.store(metrics_ptr + learner * 6, 2.0 * mean_of(error_ptr + kept, 2 * B, BLOCK, True))
             tl.store(metrics_ptr + learner * 6 + 1, mean_of(q_ptr + kept, 2 * B, BLOCK, False))
             if LAST_LAUNCH:
-                tl.store(rng_ptr + learner * 2 + 1, tl.load(rng_ptr + learner * 2 + 1) + 1)
+                end_update(rng_ptr, due_ptr, learner)
     else:
         kept, back, first = (learner * 4 + e) * B, (learner * 2 + e) * B, learner * CRITIC_SIZE
         descend(
@@ -284,6 +294,7 @@ def _actor_descent_kernel(
     steps_ptr,
     rates_ptr,
     rng_ptr,
+    due_ptr,
     metrics_ptr,
     decay,
     target_entropy,
@@ -309,9 +320,11 @@ def _actor_descent_kernel(
     PRECISION: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """A tile of the actor or of the value network; or alpha, the metrics and the offset of the random numbers."""
+    """A tile of the actor or of the value network; or alpha, the metrics and the end of the update."""
     tile, network = tl.program_id(0), tl.program_id(1)
     learner = tl.program_id(2).to(tl.int64)
+    if tl.load(due_ptr + learner * 2 + 1) == 0:
+        return
     x_ptr += learner * B * (O + A)
     kept, back = (learner * 4 + 2 + network) * B, (learner * 2 + network) * B
     steps_ptr += learner * 4
@@ -336,7 +349,7 @@ def _actor_descent_kernel(
                     *(log_alpha_ptr, log_alpha_ptr, log_alpha_ptr, tl.load(steps_ptr + 2), tl.load(rates_ptr + 2)),
                     *(0.0, 0.0, BETA1, BETA2, LOG_BETA1, LOG_BETA2, False, False),
                 )
-            tl.store(rng_ptr + learner * 2 + 1, tl.load(rng_ptr + learner * 2 + 1) + 1)
+            end_update(rng_ptr, due_ptr, learner)
     elif network == 0:
         first = learner * ACTOR_SIZE
         descend(

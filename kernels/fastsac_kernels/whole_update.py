@@ -50,6 +50,7 @@ class State(NamedTuple):
     queue: Tensor  # [L, T N] int64
     span: Tensor  # [L, 2] int64
     rng: Tensor  # [L, 2] int64, seed and offset
+    due: Tensor  # [L, 2] int64: updates that are still to be made, and whether the present one is; without, none is
     log_alpha: Tensor  # [L]
     alpha_mean: Tensor  # [L]
     alpha_square: Tensor  # [L]

@@ -1,7 +1,8 @@
 """The kernels of a whole update of SAC over rows of the batch (see `whole_update.py`); `descent_triton` has the others.
 
 The last axis of every grid counts independent learners. A program reads and writes its own learner's part of each
-tensor only, so a learner's numbers do not depend on how many there are.
+tensor only, so a learner's numbers do not depend on how many there are. One that has made all updates that it is due
+is left alone: the first stage decides that, and the others go by it.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def _next_value_fwd_kernel(
     queue_ptr,
     span_ptr,
     rng_ptr,
+    due_ptr,
     actor_ptr,
     actor_weights_ptr,
     target_ptr,
@@ -123,6 +125,11 @@ def _next_value_fwd_kernel(
     """Draw the batch, sample the next actions, and let one target critic value them."""
     e = tl.program_id(1)
     learner = tl.program_id(2).to(tl.int64)
+    due = tl.load(due_ptr + learner * 2)
+    if (tl.program_id(0) == 0) & (e == 0):
+        tl.store(due_ptr + learner * 2 + 1, (due > 0).to(tl.int64))
+    if due <= 0:
+        return
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = b < B
     rng_ptr += learner * 2
@@ -211,6 +218,7 @@ def _critics_fwd_bwd_kernel(
     value_ptr,
     value_weights_ptr,
     log_alpha_ptr,
+    due_ptr,
     x_ptr,
     reward_ptr,
     discount_ptr,
@@ -244,6 +252,8 @@ def _critics_fwd_bwd_kernel(
     """One critic: q, its error, and the gradients of its hidden layers. Or the actor at obs; or V there."""
     job = tl.program_id(1)
     learner = tl.program_id(2).to(tl.int64)
+    if tl.load(due_ptr + learner * 2 + 1) == 0:
+        return
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = b < B
     row = learner * B + b
@@ -301,6 +311,7 @@ def _sampled_q_fwd_bwd_kernel(
     critic_ptr,
     critic_weights_ptr,
     rng_ptr,
+    due_ptr,
     steps_ptr,
     x_ptr,
     signs_ptr,
@@ -327,6 +338,8 @@ def _sampled_q_fwd_bwd_kernel(
     """Sample an action, and let one critic value it; pathwise, also go back to the action."""
     e, k = tl.program_id(1) % 2, tl.program_id(1) // 2
     learner = tl.program_id(2).to(tl.int64)
+    if tl.load(due_ptr + learner * 2 + 1) == 0:
+        return
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = b < B
     row = learner * B + b
@@ -391,6 +404,7 @@ def _actor_bwd_kernel(
     value_weights_ptr,
     log_alpha_ptr,
     rng_ptr,
+    due_ptr,
     h1_ptr,
     h2_ptr,
     d1_ptr,
@@ -422,6 +436,8 @@ def _actor_bwd_kernel(
 ):
     """The estimator's gradient, and the actor's way back from it; or the value network's."""
     learner = tl.program_id(2).to(tl.int64)
+    if tl.load(due_ptr + learner * 2 + 1) == 0:
+        return
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = b < B
     row = learner * B + b

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from fastsac.config import Config
+from fastsac.learner.flat import Row
 from fastsac.learner.fused_cuda import FusedCudaLearner
-from fastsac_kernels import whole_update, whole_update_launch
-from fastsac_kernels.whole_update import STAGES, run_stage
+from fastsac.replay import Replay
+from fastsac.types import Sampler
+from fastsac_kernels import whole_update_launch
 from tests.kernels.parity import DEVICES, mutate
 from tests.kernels.whole import Problem, as_tensor_cores, filled, one_update, problem
 
@@ -31,6 +33,14 @@ CASES = [
     problem(2, 7, 65, (64, 64), estimator="score", baseline="constant", num_action_samples=2, adam_betas=(0.5, 0.9)),
     problem(3, 8, 9, (64, 64), estimator="score", baseline="value", num_action_samples=2, gamma=0.5, tau=0.9),
 ]
+
+
+class Eager(FusedCudaLearner):
+    """Without any graph."""
+
+    def _forget(self, replay: Sampler | None) -> None:
+        super()._forget(replay)
+        self._warm_ups_left = 10**9
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -122,46 +132,67 @@ def test_programs_may_run_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(other[name], value), name
 
 
-class Stacked:
-    """Independent learners in one launch: their states stacked."""
-
-    def __init__(self, learners: list[FusedCudaLearner], replays: list[Any]) -> None:
-        states = [learner._state_with(replay) for learner, replay in zip(learners, replays, strict=True)]
-        self.plan = whole_update.Plan(**{**vars(learners[0]._plan), "num_learners": len(learners)})
-        self.scratch = whole_update.make_scratch(self.plan, "cpu")
-        number = len(states[0]) - 4
-        small = [torch.cat(parts) for parts in zip(*(state[:number] for state in states), strict=True)]
-        networks = []
-        for parts in zip(*(state[number:] for state in states), strict=True):
-            values, mean, square, _ = (torch.cat(each) for each in zip(*parts, strict=True))
-            networks.append(whole_update.Network(values, mean, square, values))
-        self.state = whole_update.State(*small, *networks)
-
-    def update(self) -> None:
-        for stage in STAGES:
-            run_stage(stage, self.state, self.scratch, self.plan)
+def beside(kind: Any, config: Config, seeds: list[int], replays: list[Any]) -> list[FusedCudaLearner]:
+    """Learners in the launches of the first one."""
+    learners, memory = [kind(config, 5, 3, "cpu", seed) for seed in seeds], list[Tensor]()
+    for number, (learner, replay) in enumerate(zip(learners, replays, strict=True)):
+        row = Row(learner.device, memory, number, len(seeds))
+        learner.move(row)
+        replay.move(row.moved)
+    learners[0].join(replays[0], list(zip(learners[1:], replays[1:], strict=True)))
+    return learners
 
 
-@pytest.mark.parametrize("settings", [{}, {"estimator": "score", "baseline": "value"}], ids=str)
-def test_learners_in_one_launch_are_what_each_would_be_alone(settings: dict[str, Any]) -> None:
-    config = Config(batch_size=20, hidden_sizes=(64, 64), precision="fp32", num_envs=2, **settings)
-    replays = [filled(5, 3) for _ in range(3)]
-    for number, replay in enumerate(replays):
-        replay._reward.add_(float(number))
-    together = Stacked([FusedCudaLearner(config, 5, 3, "cpu", seed) for seed in range(3)], replays)
-    for _ in range(2):
-        together.update()
-    for number, replay in enumerate(replays):
-        alone = FusedCudaLearner(config, 5, 3, "cpu", number)
-        alone.update(replay, 2)
-        expected = alone._state_with(replay)
-        for name in ("actor", "critic", "target", *(["value"] if settings else [])):
-            parts = 1 if name == "target" else 4  # which has no moments of its own
-            pairs = zip(getattr(together.state, name)[:parts], getattr(expected, name)[:parts], strict=True)
-            for found, wanted in pairs:
-                assert torch.equal(found[number], wanted[0]), name
-        for name in ("log_alpha", "alpha_mean", "steps", "rng", "metrics"):
-            assert torch.equal(getattr(together.state, name)[number], getattr(expected, name)[0]), name
+def replays_of(number: int) -> list[Replay]:
+    replays = [filled(5, 3) for _ in range(number)]
+    for each, replay in enumerate(replays):
+        replay._reward.add_(float(each))
+    return replays
+
+
+@pytest.mark.parametrize(
+    ("settings", "rounds"),
+    [
+        ({}, [(2, 1, 0), (0, 1, 1)]),
+        ({"estimator": "score", "baseline": "value", "lr_schedule": "linear"}, [(1, 0, 2)]),
+        ({"actor_every": 2}, [(1, 2, 0), (2, 1, 3), (0, 2, 1)]),
+        ({"alpha": 0.2, "precision": "bf16"}, [(1, 2, 1)]),
+    ],
+    ids=str,
+)
+def test_learners_in_one_launch_are_what_each_would_be_alone(
+    settings: dict[str, Any], rounds: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_tensor_cores(monkeypatch)
+    config = Config(**{"batch_size": 20, "hidden_sizes": (64, 64), "precision": "fp32", "num_envs": 2, **settings})
+    learners = beside(Eager, config, [0, 1, 2], replays_of(3))
+    for turn, dues in enumerate(rounds):
+        for learner in learners:
+            learner.set_progress(turn / 4)
+        learners[0].update_each(dues)
+    for number, replay in enumerate(replays_of(3)):
+        alone = Eager(config, 5, 3, "cpu", number)
+        for turn, dues in enumerate(rounds):
+            alone.set_progress(turn / 4)
+            if dues[number]:
+                alone.update(replay, dues[number])
+        found, wanted = learners[number], alone
+        assert found.updates == wanted.updates
+        assert found.state()[0].keys() == wanted.state()[0].keys()
+        for name, value in wanted.state()[0].items():
+            assert torch.equal(found.state()[0][name], value), name
+        assert found.rng.state.tolist() == wanted.rng.state.tolist()
+        assert {name: value.item() for name, value in found.metrics().items()} == {
+            name: value.item() for name, value in wanted.metrics().items()
+        }
+        assert found.stale_copies() == ""
+
+
+def test_learners_that_do_not_lie_side_by_side_are_refused() -> None:
+    config = Config(batch_size=4, hidden_sizes=(64, 64), precision="fp32")
+    first, second = (FusedCudaLearner(config, 5, 3, "cpu", seed) for seed in range(2))
+    with pytest.raises(ValueError, match="do not lie side by side"):
+        first.join(filled(5, 3), [(second, filled(5, 3))])
 
 
 def autograd_of(learner: FusedCudaLearner, batch: Any, noise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,137 @@
+"""Agents that differ in their random seeds only, and train in one loop: `fastsac train --num-learners`.
+
+Each has its own environments, replay buffer, random numbers and run directory, and becomes what it would be alone, bit
+for bit. What they share are the launches of their updates (see `fastsac.learner.together`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from fastsac.callbacks import Callback, Hooks
+from fastsac.config import Config
+from fastsac.errors import EnvironmentFailure, FastsacError
+from fastsac.learner.together import Together
+from fastsac.replay import check_memory
+from fastsac.signals import stop_signals
+from fastsac.train import SAC
+
+
+class Learner(NamedTuple):
+    """One of the agents, and where its run goes."""
+
+    agent: SAC
+    run_dir: Path
+
+    @property
+    def name(self) -> str:
+        """Return it in words."""
+        return f"seed {self.agent.config.seed}"
+
+
+class _Running(NamedTuple):
+    """A learner that has not come to its end."""
+
+    steps: Iterator[int]  # see `SAC.training`
+    held: ExitStack  # its run directory and files
+
+
+class Seeds:
+    """Several agents in one loop. `failures` has what went wrong with one of them; the others go on."""
+
+    def __init__(self, num_learners: int) -> None:
+        """Wait for so many agents."""
+        self.learners: list[Learner] = []
+        self.failures: dict[int, FastsacError] = {}  # by the place in `learners`
+        self._num_learners = num_learners
+        self._together = Together(num_learners)
+
+    @property
+    def how(self) -> str:
+        """How the updates are made, in words."""
+        if self._together.in_one_launch:
+            return "all in the launches of one"
+        if self.learners[0].agent.device.type == "cpu":
+            return "one after the other; on a CPU separate processes are faster"
+        return f"one after the other, since engine {self.learners[0].agent.engine} has no launch for several"
+
+    def add(self, config: Config, run_dir: Path, resume: bool, say: Callable[[str], None] | None = None) -> SAC:
+        """Make the next agent, or load it, and take the memory that it needs.
+
+        Args:
+            config: differs from the others' in the seed only.
+            run_dir: where its run goes.
+            resume: whether it goes on with what is there.
+            say: tells the user what takes time.
+
+        Raises:
+            UsageError: as `SAC` and `SAC.prepare` do; and if the replay buffers of all do not fit.
+        """
+        first, measured = (self.learners[0].agent, config) if self.learners else (None, config)
+        if first is not None and first.device.type == "cpu":  # what was measured once holds for all
+            precision = first.setup.precision if config.precision == "auto" else config.precision
+            measured = dataclasses.replace(config, num_threads=first.num_threads, precision=precision)
+        agent = SAC.resume(run_dir, measured) if resume else SAC(measured)
+        agent.config = config
+        agent.prepare(say)
+        if first is None:
+            sizes = agent.replay.num_rows, config.num_envs, agent.spaces.obs_size, agent.spaces.action_size
+            check_memory(*sizes, agent.device, config.n_step, rings=self._num_learners)
+        self._together.add(agent.learner, agent.replay)
+        self.learners.append(Learner(agent, run_dir))
+        return agent
+
+    def learn(
+        self,
+        make_callbacks: Callable[[], Sequence[Callback]] = tuple,
+        say: Callable[[str], None] | None = None,
+        progress: bool = False,
+        supervised: bool = False,
+    ) -> None:
+        """Train all agents to their ends, as `SAC.learn` does with each.
+
+        Args:
+            make_callbacks: makes each agent's own.
+            say: tells the user of a learner that has failed, in one line.
+            progress: whether the first learner's progress is displayed.
+            supervised: whether all are to stop, and save, when an environment of one of them fails.
+
+        Raises:
+            UsageError: if a run directory holds another run, or is written by another process.
+        """
+        with stop_signals() as stop, ExitStack() as all_held:
+            running = dict[int, _Running]()
+            for number, (agent, run_dir) in enumerate(self.learners):
+                hooks = Hooks(agent, callbacks) if (callbacks := make_callbacks()) else None
+                held = all_held.enter_context(ExitStack())
+                training = agent.training(run_dir, stop, progress and number == 0, hooks)
+                running[number] = _Running(held.enter_context(training), held)
+            while running:
+                dues = [0] * self._num_learners
+                for number, learner in list(running.items()):
+                    try:
+                        dues[number] = next(learner.steps)
+                        continue
+                    except StopIteration:
+                        pass
+                    except FastsacError as error:
+                        self._fail(number, error, say)
+                        if supervised and isinstance(error, EnvironmentFailure):
+                            stop.append(signal.SIGTERM)
+                    del running[number]
+                    try:
+                        learner.held.close()
+                    except FastsacError as error:
+                        self._fail(number, error, say)
+                self._together.update(dues)
+
+    def _fail(self, number: int, error: FastsacError, say: Callable[[str], None] | None) -> None:
+        if number not in self.failures:
+            self.failures[number] = error
+            if say is not None:
+                say(f"{self.learners[number].name}: {error}")

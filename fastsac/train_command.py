@@ -1,0 +1,230 @@
+"""`fastsac train`: one agent, or several that differ in their random seeds only."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastsac.arguments import Train
+from fastsac.config import AS_PRINTED, Config
+from fastsac.errors import EnvironmentFailure, FastsacError, UsageError
+from fastsac.presets import AUTO, find
+from fastsac.run_dir import CONFIG, learners_in, newest_step, read_config, refuse_if_taken
+from fastsac.signals import ENVIRONMENT_FAILED, Heartbeat
+from fastsac.supervisor import Supervisor
+
+
+def under_torchrun() -> bool:
+    """Whether `torchrun` has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ  # asked before torch is imported
+
+
+def _tell(message: str) -> None:
+    print(f"fastsac: {message}", file=sys.stderr, flush=True)
+
+
+def default_run_dir(config: Config, num_learners: int = 1) -> Path:
+    """Return a new name one level below `runs/`, whatever the environment's id contains."""
+    env = re.sub(r"[^A-Za-z0-9._-]+", "-", config.env_id).strip(".-")
+    estimator = config.estimator if config.baseline == "auto" else f"{config.estimator}-{config.baseline}"
+    estimator = estimator.replace(":", "-")
+    seeds = f"s{config.seed}" if num_learners == 1 else f"s{config.seed}-{config.seed + num_learners - 1}"
+    return Path("runs") / f"{env}_{estimator}_{seeds}_{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def train(command: Train, arguments: Sequence[str]) -> None:
+    """Carry out the command, whose arguments these were.
+
+    Raises:
+        FastsacError: if something is wrong with them, or a run fails.
+    """
+    heartbeat = Heartbeat()
+    if command.config.baseline == AS_PRINTED:
+        raise UsageError(
+            f"--baseline {AS_PRINTED} has the wrong sign on purpose, for comparisons: "
+            f"fastsac compare --arms score:value score:{AS_PRINTED} ..."
+        )
+    if command.num_learners < 1:
+        raise UsageError(f"--num-learners must be a whole number of at least 1, got {command.num_learners}")
+    if command.num_learners > 1 and under_torchrun():
+        raise UsageError("--num-learners trains in one process: leave it out, or train without torchrun")
+    if command.restarts and under_torchrun():
+        raise UsageError("--restarts supervises one process: torchrun has --max-restarts, and --resume goes on")
+    if command.restarts < 0:
+        raise UsageError(f"--restarts must be a whole number of at least 0, got {command.restarts}")
+    if command.step_timeout is not None and not 0.0 <= command.step_timeout <= 1e9:
+        raise UsageError(f"--step-timeout must be a number of seconds of at least 0, got {command.step_timeout}")
+    if command.step_timeout is not None and command.restarts == 0:
+        raise UsageError("--step-timeout needs --restarts: a process cannot tell that it hangs itself")
+    if command.resume is not None and command.run_dir is not None and command.resume != command.run_dir:
+        raise UsageError("--resume goes on in its own directory: leave --run-dir out")
+    if command.resume is not None and command.preset is not None and not heartbeat.supervised:  # else: a restart
+        raise UsageError("--resume goes on with the stored settings: leave --preset out, and give options to change")
+    if command.restarts and not heartbeat.supervised:
+        run_dir = command.resume or command.run_dir or default_run_dir(command.config, command.num_learners)
+        if command.resume is None:
+            refuse_if_taken(run_dir)
+        timeout = 600.0 if command.step_timeout is None else command.step_timeout
+        status = Supervisor(run_dir, command.restarts, timeout).run(arguments)
+        if status:
+            sys.exit(status)
+        return
+    several = command.num_learners > 1 or (command.resume is not None and not (command.resume / CONFIG).exists())
+    try:
+        (_train_seeds if several else _train_here)(command, heartbeat)
+    except EnvironmentFailure:
+        heartbeat.send(ENVIRONMENT_FAILED)
+        raise
+
+
+def _train_here(command: Train, heartbeat: Heartbeat) -> None:
+    from fastsac.callbacks import make_callback
+    from fastsac.ranks import Ranks
+    from fastsac.train import SAC
+
+    config, ranks = command.config, Ranks.join()
+    callbacks = [make_callback(place) for place in command.callback]
+    if command.resume is None:
+        run_dir = command.run_dir or default_run_dir(config)
+        if ranks.leads:
+            refuse_if_taken(run_dir)
+        agent = SAC(config)
+    else:
+        run_dir = command.resume
+        if newest_step(run_dir) is None and ranks.leads:
+            print(f"fastsac: {run_dir} has no checkpoint yet: it starts from the beginning", file=sys.stderr)
+        agent = SAC.resume(run_dir, config)
+        if agent.finished and not heartbeat.tries:  # else it died when all was done
+            _refuse_finished(agent, run_dir)
+    if heartbeat.tries > 1:  # what failed more than once may fail for ever
+        agent.new_episodes(heartbeat.tries)
+    agent.prepare(_tell if ranks.leads else lambda _: None)  # before anything is written
+    if not ranks.leads:
+        agent.learn(config.total_steps)
+        return
+    _warn_of_no_update(command)
+    several = "" if ranks.alone else f", {ranks.size} ranks"
+    print(f"fastsac: {_describe(agent, command)}{several}; run directory {run_dir}", file=sys.stderr)
+    agent.learn(config.total_steps, run_dir, progress=True, callback=callbacks or None)
+    if agent.stopped_by_signal:
+        print(f"interrupted at step {agent.steps:,}; go on with: fastsac train --resume {run_dir}")
+        return
+    if told := _outcome(agent, run_dir):
+        print(told)
+    if curve := _plot(config, [run_dir], run_dir):
+        print(f"learning curve: {curve}")
+
+
+def _train_seeds(command: Train, heartbeat: Heartbeat) -> None:
+    from fastsac.callbacks import make_callback
+    from fastsac.seeds import Seeds
+
+    config = command.config
+    directory = command.resume or command.run_dir or default_run_dir(config, command.num_learners)
+    if command.resume is None:
+        seeds = list(range(config.seed, config.seed + command.num_learners))
+        refuse_if_taken(directory)
+    else:
+        seeds = [read_config(each).seed for each in learners_in(command.resume)]
+        if command.num_learners not in (1, len(seeds)):
+            raise UsageError(f"{command.resume} holds {len(seeds) or 'no'} learners: leave --num-learners out")
+        if config.seed != seeds[0]:
+            raise UsageError(f"--seed: the learners in {command.resume} go on with their own")
+    run_dirs = [directory / f"seed-{seed}" for seed in seeds]
+    if command.resume is None:
+        for run_dir in run_dirs:
+            refuse_if_taken(run_dir)
+    together = Seeds(len(seeds))
+    for seed, run_dir in zip(seeds, run_dirs, strict=True):
+        own = dataclasses.replace(config, seed=seed)
+        agent = together.add(own, run_dir, command.resume is not None, _tell)
+        if heartbeat.tries > 1:  # what failed more than once may fail for ever
+            agent.new_episodes(heartbeat.tries)
+    first, *others = [learner.agent for learner in together.learners]
+    if all(agent.finished for agent in (first, *others)) and not heartbeat.tries:
+        _refuse_finished(first, directory)
+    _warn_of_no_update(command)
+    told = f"{_describe(first, command)}; {len(seeds)} learners, {together.how}"
+    print(f"fastsac: {told}; run directories {directory}/seed-...", file=sys.stderr)
+    together.learn(lambda: [make_callback(place) for place in command.callback], _tell, True, heartbeat.supervised)
+    complete = []
+    for number, (agent, run_dir) in enumerate(together.learners):
+        if number not in together.failures and not agent.stopped_by_signal:
+            complete.append(run_dir)
+            _plot(agent.config, [run_dir], run_dir)
+            print(f"seed {agent.config.seed}: {_outcome(agent, run_dir) or f'{agent.steps:,} steps'}; {run_dir}")
+    if curve := _plot(config, complete, directory):
+        print(f"learning curves: {curve}")
+    failed = list(together.failures.values())
+    if len(complete) + len(failed) < len(seeds):
+        print(f"interrupted; go on with: fastsac train --resume {directory}")
+    if failed and heartbeat.supervised:
+        raise failed[0]  # which the parent may try again
+    if failed:
+        raise FastsacError(f"{len(failed)} of {len(seeds)} learners failed; go on with: --resume {directory}")
+
+
+def _refuse_finished(agent: Any, run_dir: Path) -> None:
+    if agent.steps >= agent.config.total_steps:
+        raise UsageError(f"{run_dir} has reached step {agent.steps} already: a larger --total-steps goes on")
+    raise UsageError(f"{run_dir} has reached its target return already: another --target-return goes on")
+
+
+def _warn_of_no_update(command: Train) -> None:
+    config = command.config
+    if command.resume is None and config.total_steps <= config.learning_starts:
+        _tell(f"no update will be made: --learning-starts {config.learning_starts} is not below --total-steps")
+
+
+def _outcome(agent: Any, run_dir: Path) -> str:
+    """Return the last evaluation in words, if there was one."""
+    from fastsac.plot import read_metric
+
+    if agent.last_evaluation is None:
+        return ""
+    returns, (evaluated, _) = agent.last_evaluation.returns, read_metric(run_dir, "eval_return")
+    earlier = f" at step {evaluated[-1]:,}; training ended" if evaluated and evaluated[-1] < agent.steps else ""
+    return (
+        f"evaluation return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes{earlier} "
+        f"after {agent.steps:,} steps and {agent.time_s:.0f} s"
+    )
+
+
+def _plot(config: Config, run_dirs: list[Path], directory: Path) -> Path | None:
+    """Draw the runs' learning curves, if they have any."""
+    from fastsac.plot import plot_curves, read_metric
+
+    place = directory / "learning_curve.png"
+    curves = {config.estimator: [read_metric(run_dir, "eval_return") for run_dir in run_dirs]}
+    try:
+        return plot_curves(curves, place, config.env_id, "evaluation return")
+    except OSError as error:
+        raise FastsacError(f"cannot write {place}: {error.strerror or error}") from error
+
+
+def _describe(agent: Any, command: Train) -> str:
+    preset = None if command.resume is not None else command.preset
+    config, choice = agent.config, agent.learner.choice
+    named = _describe_preset(preset, config.env_id) if preset is not None else ""
+    special = ", categorical critics" if config.critic == "categorical" else ""
+    special += ", layer norm" if config.layer_norm else ""
+    special += f", {config.n_step}-step returns" if config.n_step > 1 else ""
+    estimator = config.estimator if choice.baseline == "none" else f"{config.estimator} ({choice.baseline})"
+    threads = f", threads {agent.num_threads}" if agent.device.type == "cpu" else ""
+    return (
+        f"{config.env_id} ({agent.envs.backend_name}){named}, {estimator}, K={choice.num_action_samples}{special}, "
+        f"{agent.device.type}{threads}, engine {agent.engine} ({agent.engine_reason}), "
+        f"precision {agent.setup.precision} ({agent.setup.precision_reason})"
+    )
+
+
+def _describe_preset(name: str, env_id: str) -> str:
+    found = find(name, env_id)
+    missing = "" if found.env_ids or name != AUTO else f" (there is none for {env_id})"
+    return f", preset {found.name}{missing}"
