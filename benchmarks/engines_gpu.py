@@ -22,19 +22,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.kernel_launches import make_plan, make_state
 from benchmarks.machine import write_json
 from fastsac.config import Config
-from fastsac.learner import Learner, make_learner
+from fastsac.learner import make_learner
 from fastsac.learner.compare import random_replay
-from fastsac_kernels.whole_update import STAGES, Network, Scratch, State, make_scratch, run_stage
+from fastsac.learner.together import Together
 
 PREDICTED = Path(__file__).parent / "results" / "whole_update.json"
 O, A = 17, 6  # noqa: E741
 #: updates in a timed call, and timed calls
 UPDATES, CALLS = 256, 5
-#: updates before, which compile and record; and those of one graph of several learners
-WARM_UP, OF_GRAPH = 32, 8
+#: updates before, which compile and record
+WARM_UP = 32
 LEARNERS = (1, 2, 4, 8, 16)
 ENGINES = (
     ("fused", "tf32"),
@@ -67,55 +66,22 @@ def cases() -> list[Case]:
 
 
 def updater(case: Case, device: torch.device) -> Callable[[int], None]:
-    """Return a function that makes so many updates; all is compiled and recorded."""
-    if case.learners:
-        return stacked(case, device)
+    """Return a function that makes so many updates, of each learner; all is compiled and recorded."""
     torch.set_float32_matmul_precision("high" if case.precision == "tf32" and case.engine != "fused" else "highest")
     sizes = {"batch_size": case.B, "hidden_sizes": (case.hidden, case.hidden)}
     config = Config(engine=case.engine, precision=case.precision, **sizes, **ESTIMATORS[case.estimator])  # type: ignore[arg-type]
-    learner: Learner = make_learner(config, O, A, device)
-    replay = random_replay(O, A, device)
-    learner.update(replay, WARM_UP)
-    return lambda number: learner.update(replay, number)
-
-
-def stacked(case: Case, device: torch.device) -> Callable[[int], None]:
-    """Return the same for independent learners in one graph: each call of it makes so many updates of every learner."""
-    plan = make_plan(num_learners=case.learners, batch_size=case.B, hidden_sizes=(case.hidden, case.hidden))
-    small, networks = [], []
-    for part in make_state(plan):
-        if isinstance(part, Network):
-            values, mean, square, _ = (tensor.to(device) for tensor in part)
-            networks.append(Network(values.normal_(0.0, 0.05), mean, square, values))
-        else:
-            small.append(part.to(device))
-    state, scratch = State(*small, *networks), make_scratch(plan, device)
-    state.queue[:] = torch.arange(state.queue.shape[1], device=device)
-    state.span[:, 1] = state.queue.shape[1]
-    state.rates[:] = 3e-4
-    state.rng[:, 0] = torch.arange(case.learners, device=device)
-
-    def updates(number: int) -> None:
-        for _ in range(number):
-            for stage in STAGES:
-                run_stage(stage, state, scratch, plan)
-
-    updates(2)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        updates(OF_GRAPH)
-
-    def replay(number: int, held: tuple[State, Scratch] = (state, scratch)) -> None:
-        for _ in range(number // OF_GRAPH):
-            graph.replay()
-
-    return replay
+    number = max(1, case.learners)
+    together = Together(number)
+    for seed in range(number):
+        together.add(make_learner(config, O, A, device, seed), random_replay(O, A, device))
+    together.update([WARM_UP] * number)
+    return lambda updates: together.update([updates] * number)
 
 
 def measure(case: Case, device: torch.device, updates: int = UPDATES) -> dict[str, Any]:
     """Return the medians of some calls."""
     update = updater(case, device)
-    number = updates if case.B < 8192 else updates // OF_GRAPH
+    number = updates if case.B < 8192 else updates // 8
     update(number)
     seconds = []
     for _ in range(CALLS):

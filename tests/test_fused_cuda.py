@@ -1,7 +1,7 @@
 """The fused engine on CUDA, on a pretended GPU whose graphs are as a GPU's: what it serves, and that it learns."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.learner import FusedCudaLearner, FusedLearner, Learner, choose_engine, make_learner
 from fastsac.learner import graphed as engine
-from fastsac.learner.compare import compare, compare_rounded
+from fastsac.learner.compare import compare, compare_rounded, compare_together
 from fastsac.learner.fused_cuda import fused_cuda_obstacle
 from fastsac.learner.reference import ACTION, BATCH, NEXT_ACTION
 from fastsac.learner.self_check import Verdict, right_engine
@@ -223,6 +223,20 @@ def test_the_check_of_the_engine_passes(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("fastsac.learner.compare.SINGLE_UPDATES", 4)
     assert compare(FusedCudaLearner, Config(**SMALL, actor_every=2), O, A, CUDA) == ""
     assert compare_rounded(FusedCudaLearner, Config(**{**SMALL, "precision": "tf32"}), O, A, CUDA) == ""
+    assert compare_together(FusedCudaLearner, Config(**SMALL), O, A, CUDA) == ""
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_the_check_notices_learners_that_are_not_what_each_would_be_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(FusedCudaLearner):
+        """The others make one update more than are due."""
+
+        def update_each(self, dues: Sequence[int]) -> None:
+            super().update_each([dues[0], *(due + 1 for due in dues[1:])])
+
+    monkeypatch.setattr("fastsac.learner.compare.UPDATES_PER_GRAPH", 1)
+    told = compare_together(Late, Config(**SMALL), O, A, CUDA)
+    assert told.endswith("of one of several learners is not what it is alone")
 
 
 @pytest.mark.usefixtures("_gpu")
@@ -248,6 +262,7 @@ def test_it_passes_its_check(settings: dict[str, Any], precision: Any) -> None:
     config, cuda = Config(**settings, precision=precision), torch.device("cuda")
     assert compare(FusedCudaLearner, dataclasses.replace(config, precision="fp32"), 17, 6, cuda) == ""
     assert compare_rounded(FusedCudaLearner, config, 17, 6, cuda) == ""
+    assert compare_together(FusedCudaLearner, config, 17, 6, cuda) == ""
 
 
 @pytest.mark.gpu

@@ -20,6 +20,7 @@ from fastsac.config import Config
 from fastsac.learner.fused_cuda import FusedCudaLearner
 from fastsac.learner.graphed import UPDATES_PER_GRAPH, WARM_UPS, GraphedLearner
 from fastsac.learner.reference import ACTING, BATCH, Learner, Metrics
+from fastsac.learner.together import Together
 from fastsac.normalize import Normalizer
 from fastsac.replay import Replay
 from fastsac.transfer import to_device
@@ -188,6 +189,24 @@ def compare_rounded(kind: type[Learner], config: Config, obs_size: int, action_s
         if not value.isfinite():
             return f"in {config.precision}, {name} is {value.item()} after {engine.updates} updates"
     return engine.stale_copies()
+
+
+def compare_together(kind: type[Learner], config: Config, obs_size: int, action_size: int, device: torch.device) -> str:
+    """Return what learners in the launches of one compute otherwise than each by itself, or nothing if not one bit."""
+    rounds = (WARM_UPS + 1, 2), (UPDATES_PER_GRAPH, UPDATES_PER_GRAPH + 1), (0, 1)  # graphs of both kinds among them
+    several, alone = ([kind(config, obs_size, action_size, device, seed) for seed in range(2)] for _ in range(2))
+    together = Together(len(several))
+    for learner in several:
+        together.add(learner, random_replay(obs_size, action_size, device))
+    for dues in rounds:
+        together.update(dues)
+    for number, learner in enumerate(alone):
+        learner.update(random_replay(obs_size, action_size, device), sum(dues[number] for dues in rounds))
+    for found, wanted in zip(map(_numbers, several), map(_numbers, alone), strict=True):
+        for name, tensor in wanted.items():
+            if not torch.equal(found[name], tensor):
+                return f"{name} of one of several learners is not what it is alone"
+    return ""
 
 
 def _means(*numbers: dict[str, Tensor]) -> list[dict[str, Tensor]]:

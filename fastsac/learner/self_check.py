@@ -27,7 +27,7 @@ import torch
 import fastsac_kernels
 from fastsac.config import Config
 from fastsac.errors import UsageError
-from fastsac.learner.compare import compare, compare_rounded
+from fastsac.learner.compare import compare, compare_rounded, compare_together
 from fastsac.learner.device import set_products
 from fastsac.learner.engines import CUDA_ENGINES, make_learner
 from fastsac.learner.reference import Learner
@@ -223,6 +223,8 @@ def _answer(request: dict[str, Any]) -> tuple[str, bool]:
             problem = compare(kind, exact, obs_size, action_size, device)
             if rounds and not problem:
                 problem = compare_rounded(kind, config, obs_size, action_size, device)
+            if request["engine"] == "fused" and not problem:
+                problem = compare_together(kind, config, obs_size, action_size, device)
         except Exception as error:  # of a compiler, a launch, or for want of memory
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}", True
         finally:

@@ -1,0 +1,236 @@
+"""Several agents that differ in their seeds only, in one loop: each is what it would be alone, and fails alone."""
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastsac import SAC, Callback, Config
+from fastsac.cli import main
+from fastsac.errors import FastsacError, UsageError
+from fastsac.learner import graphed as engine
+from fastsac.learner.fused_cuda import FusedCudaLearner
+from fastsac.run_dir import learners_in, read_config
+from fastsac.seeds import Seeds
+from fastsac.train_command import default_run_dir
+from tests.pretend_cuda import pretended, trust_engines
+from tests.runs import SMALL, metrics_of, state_of
+
+ROOT = Path(__file__).parents[1]
+#: episodes of different lengths, so that the learners have different numbers of steps and of updates
+UNEVEN = dataclasses.replace(
+    SMALL, env_id="InvertedPendulum-v5", total_steps=230, eval_every=100, checkpoint_every=60, checkpoint_replay=True
+)
+OPTIONS = (  # noqa: SIM905, a list is harder to read
+    "--num-envs 2 --hidden-sizes 8 --batch-size 8 --learning-starts 20 --buffer-size 1000 --eval-episodes 2 "
+    "--eval-every 100 --log-every 50 --num-threads 1 --precision fp32 --checkpoint-every 50 --total-steps 200"
+).split()
+PENDULUM, FAULTY = ("--env-id", "Pendulum-v1"), ("--env-id", "tests.faulty:Faulty-v0")
+
+
+def run(*arguments: Any) -> Any:
+    """Exit status of `fastsac train`."""
+    try:
+        main(["train", *OPTIONS, *map(str, arguments)])
+    except SystemExit as error:
+        return error.code or 0
+    return 0
+
+
+def several(config: Config, directory: Path, number: int, resume: bool = False) -> Seeds:
+    together = Seeds(number)
+    for seed in range(number):
+        together.add(dataclasses.replace(config, seed=seed), directory / f"seed-{seed}", resume)
+    return together
+
+
+def assert_as_alone(directory: Path, config: Config, seed: int) -> None:
+    """Compare a run with the one that a process of its own would make."""
+    alone = SAC(dataclasses.replace(config, seed=seed))
+    alone.learn(run_dir=directory / "alone" / str(seed))
+    found, wanted = SAC.load(directory / f"seed-{seed}"), SAC.load(directory / "alone" / str(seed))
+    one, other = state_of(found), state_of(wanted)
+    assert one.keys() == other.keys()
+    for name, value in other.items():
+        assert one[name] == value, name
+    assert metrics_of(directory / f"seed-{seed}") == metrics_of(directory / "alone" / str(seed))
+    for agent in (alone, found, wanted):
+        agent.close()
+
+
+def test_each_learner_is_what_it_would_be_alone(tmp_path: Path) -> None:
+    together = several(UNEVEN, tmp_path, 3)
+    assert together.how == "one after the other; on a CPU separate processes are faster"
+    together.learn()
+    assert together.failures == {}
+    for seed in range(3):
+        assert_as_alone(tmp_path, UNEVEN, seed)
+    assert len({learner.agent.steps for learner in together.learners}) > 1
+    assert len({learner.agent.updates for learner in together.learners}) > 1
+
+
+class Stop(Callback):
+    """Sends a signal at some step, as Ctrl-C would."""
+
+    def on_step(self, agent: SAC) -> None:
+        if agent.config.seed == 1 and agent.steps >= 120 and agent.steps < 124:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    together = several(UNEVEN, tmp_path, 2)
+    together.learn(lambda: [Stop()])
+    assert all(learner.agent.stopped_by_signal for learner in together.learners)
+    assert {learner.agent.steps for learner in together.learners} < set(range(100, 200))
+    again = several(UNEVEN, tmp_path, 2, resume=True)
+    again.learn()
+    for seed in range(2):
+        assert_as_alone(tmp_path, UNEVEN, seed)
+
+
+@pytest.fixture
+def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(engine, "UPDATES_PER_GRAPH", 2)  # the interpreter takes its time
+    monkeypatch.setattr(engine, "WARM_UPS", 1)
+    trust_engines(monkeypatch)
+    with pretended():
+        yield
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_on_a_gpu_one_launch_serves_all_and_each_is_what_it_would_be_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(
+        UNEVEN, hidden_sizes=(64, 64), device="cuda", total_steps=90, learning_starts=84, num_envs=2, buffer_size=100
+    )
+    config = dataclasses.replace(config, eval_every=0, checkpoint_every=0, log_every=45)
+    together, made = several(config, tmp_path, 2), list[tuple[int, ...]]()
+    update_each = FusedCudaLearner.update_each
+    monkeypatch.setattr(
+        FusedCudaLearner, "update_each", lambda self, dues: made.append(tuple(dues)) or update_each(self, dues)
+    )
+    assert together.how == "all in the launches of one"
+    assert together.learners[0].agent.engine == "fused"
+    together.learn()
+    assert together.failures == {}
+    assert any(0 not in dues for dues in made)
+    assert {seed: sum(dues[seed] for dues in made) for seed in range(2)} == {
+        seed: learner.agent.updates for seed, learner in enumerate(together.learners)
+    }
+    for seed in range(2):
+        assert_as_alone(tmp_path, config, seed)
+
+
+def test_one_that_fails_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("FAULT", f"raise:40:{tmp_path / 'marker'}")  # the first one to get there
+    assert run(*FAULTY, "--num-learners", 3, "--run-dir", tmp_path / "runs") == 1
+    out, err = capsys.readouterr()
+    assert "fastsac: seed 0: tests.faulty:Faulty-v0 failed at step" in err
+    assert err.splitlines()[-1] == f"fastsac: 1 of 3 learners failed; go on with: --resume {tmp_path / 'runs'}"
+    lines = out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["seed 1", "seed 2", "learning curves"]
+    assert all("evaluation return" in line for line in lines[:2])
+    assert (tmp_path / "runs" / "learning_curve.png").exists()
+    assert (tmp_path / "runs" / "seed-1" / "learning_curve.png").exists()
+    monkeypatch.setenv("FAULT", "")
+    assert run("--resume", tmp_path / "runs", "--total-steps", 250) == 0
+    assert "250 steps" in capsys.readouterr().out
+    assert run("--resume", tmp_path / "runs", "--total-steps", 250) == 2
+    assert "has reached step" in capsys.readouterr().err
+
+
+def test_one_that_diverges_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def huge(self: SAC, *_: Any) -> Any:
+        value = read(self, *_)
+        return value if self.config.seed else {**value, **broken(self)}
+
+    def broken(agent: SAC) -> dict[str, float]:
+        if agent.steps >= 100:
+            agent.learner.log_alpha.data.fill_(float("nan"))
+            read(agent, None)
+        return {}
+
+    read = SAC._read_metrics
+    monkeypatch.setattr(SAC, "_read_metrics", huge)
+    assert run(*PENDULUM, "--num-learners", 2, "--run-dir", tmp_path / "runs") == 1
+    out, err = capsys.readouterr()
+    assert "fastsac: seed 0: training diverged" in err
+    assert out.startswith("seed 1: evaluation return")
+
+
+def test_the_run_directory_has_one_for_each_seed(tmp_path: Path, capsys: Any) -> None:
+    assert run(*PENDULUM, "--seed", 9, "--num-learners", 2, "--run-dir", tmp_path / "runs") == 0
+    found = learners_in(tmp_path / "runs")
+    assert [path.name for path in found] == ["seed-9", "seed-10"]
+    assert [read_config(path).seed for path in found] == [9, 10]
+    assert all(read_config(path).precision == "fp32" for path in found)
+    err = capsys.readouterr().err
+    assert "2 learners, one after the other; on a CPU separate processes are faster" in err
+    assert err.count("step 200/200") >= 1  # of the first one only
+    for wrong, told in (
+        (["--resume", tmp_path / "runs", "--num-learners", 3], "holds 2 learners: leave --num-learners out"),
+        (["--resume", tmp_path / "runs", "--seed", 3], "--seed: the learners in"),
+        (["--resume", tmp_path / "runs" / "seed-9", "--num-learners", 2], "holds no learners: leave --num-learners"),
+        (["--num-learners", 2, "--seed", 10, "--run-dir", tmp_path / "runs"], "seed-10 already holds a run"),
+        (["--num-learners", 0], "--num-learners must be a whole number of at least 1, got 0"),
+    ):
+        assert run(*([] if "--resume" in wrong else PENDULUM), *wrong) == 2
+        assert told in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["eval", str(tmp_path / "runs")])
+    assert "holds several run directories: choose one of seed-9, seed-10" in capsys.readouterr().err
+    assert run("--resume", tmp_path / "runs" / "seed-9", "--total-steps", 220) == 0  # alone
+    assert run("--resume", tmp_path / "runs", "--total-steps", 240) == 0
+    assert capsys.readouterr().out.count("240 steps") >= 2
+
+
+def test_under_torchrun_there_is_one_learner(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr("fastsac.ranks.first_to_end", lambda: True)
+    assert run(*PENDULUM, "--num-learners", 2) == 2
+    assert "--num-learners trains in one process: leave it out, or train without torchrun" in capsys.readouterr().err
+
+
+def test_the_default_directory_names_the_seeds() -> None:
+    assert "_s3-6_" in default_run_dir(Config(seed=3), 4).name
+    assert "_s3_" in default_run_dir(Config(seed=3)).name
+
+
+def test_replay_buffers_that_do_not_fit_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 2000 * 4 * (3 + 1 + 1) + 2000 * 9
+    monkeypatch.setattr("fastsac.replay.available_bytes", lambda device: 2 * needed)
+    several(SMALL, tmp_path, 1)
+    with pytest.raises(UsageError, match=r"3 replay buffers need .* of cpu memory .*: --buffer-size \d+ fits"):
+        several(SMALL, tmp_path, 3)
+
+
+def test_learners_whose_processes_die_are_started_again(tmp_path: Path) -> None:
+    from tests.test_supervisor import start, told
+
+    fault = f"exit:60:{tmp_path / 'marker'}"
+    options = ["--restarts", "2", "--num-learners", "2", "--total-steps", "200"]
+    process = start(tmp_path / "run", *options, fault=fault)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "the training process ended with status 77; going on from step 100 (restart 1 of 2)" in "".join(told(stderr))
+    assert stdout.count("after 200 steps") == 2
+
+
+def test_supervised_learners_stop_together_when_an_environment_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAULT", f"raise:40:{tmp_path / 'marker'}")
+    config = dataclasses.replace(SMALL, env_id="tests.faulty:Faulty-v0", total_steps=400)
+    together = several(config, tmp_path, 2)
+    together.learn(supervised=True)
+    assert list(together.failures) == [0]
+    assert isinstance(together.failures[0], FastsacError)
+    assert together.learners[1].agent.stopped_by_signal
+    assert together.learners[1].agent.steps < 400
+    assert json.loads((tmp_path / "seed-1" / "metrics.jsonl").read_text().splitlines()[-1])["step"] <= 200
+    assert np.isfinite(together.learners[1].agent.metrics["critic_loss"])
