@@ -103,11 +103,13 @@ def predictions() -> dict[tuple[Any, ...], dict[str, Any]]:
 def with_floor(row: dict[str, Any], chip: str | None) -> dict[str, Any]:
     """Add what was predicted for this chip, and the floor's share of the time, where the kernels were counted."""
     from benchmarks.paper_model import CHIPS
-    from benchmarks.whole_update import peak
+    from benchmarks.whole_update import learners_us, peak
 
     found = predictions().get((row["estimator"], row["B"], row["hidden"], row["precision"]))
-    if found is None or chip is None or row["engine"] != "fused" or row["learners"] > 1:
+    if found is None or chip is None or row["engine"] != "fused":
         return row
+    if row["learners"] > 1:
+        return row | {"predicted_us": learners_us(found, row["learners"], CHIPS[chip])}
     flops = sum(stage["flops"] for stage in found["stages"].values())
     floor = max(1e-6 * flops / peak(CHIPS[chip], row["precision"]), float(found["launches"]))
     return row | {"launches": found["launches"], "predicted_us": found["chips"][chip], "floor_share": floor / row["us"]}

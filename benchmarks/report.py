@@ -179,6 +179,7 @@ PERFORMANCE_TABLES: dict[str, Callable[[], str]] = {
     "paper_updates": lambda: paper_model.gpu_table(read("paper_model.json")),
     "whole_updates": lambda: whole_update.updates_table(read("whole_update.json")),
     "whole_stages": lambda: whole_update.stages_table(read("whole_update.json")),
+    "whole_learners": lambda: whole_update.learners_table(read("whole_update.json")),
     "whole_assumed": lambda: whole_update.assumed_table(read("whole_update.json")),
     "paper_chips": lambda: paper_model.chips_table(read("paper_model.json")),
     "paper_assumed": lambda: paper_model.assumed_table(read("paper_model.json")),

@@ -60,6 +60,10 @@ CASES: tuple[dict[str, Any], ...] = tuple(
 )
 
 
+#: in the launches of one, for predictions
+LEARNERS = (1, 2, 4, 8, 16)
+
+
 class Stage(NamedTuple):
     """What one launch does in all."""
 
@@ -238,6 +242,25 @@ def stages_table(result: dict[str, Any], chip: str = "H100") -> str:
         ]
         lines.append([name, str(stage["programs"]), *per_program, f"{low:.1f} to {high:.1f}"])
     return _markdown(["stage", "programs", "MFLOP of one", "kB of one", f"{chip}, us"], lines)
+
+
+def learners_us(row: dict[str, Any], number: int, chip: Chip) -> list[float]:
+    """Return the predicted time of an update of each of so many learners, whose programs stand in the same launches."""
+    stages = [Stage(*(number * value for value in stage.values())) for stage in row["stages"].values()]
+    return [sum(stage_us(stage, chip, row["precision"], end) for stage in stages) for end in ENDS]
+
+
+def learners_table(result: dict[str, Any], chip: str = "H100") -> str:
+    """Return Markdown: several learners in the launches of one, at batch 256 in TF32, pathwise."""
+    (row,) = (each for each in result["rows"] if _is_main(each))
+    alone, lines = learners_us(row, 1, CHIPS[chip]), []
+    for number in LEARNERS:
+        low, high = learners_us(row, number, CHIPS[chip])
+        gains = sorted(number * one / all_ for one, all_ in zip(alone, (low, high), strict=True))
+        rates = f"{1e6 * number / high:,.0f} to {1e6 * number / low:,.0f}"
+        lines.append([str(number), f"{low:.0f} to {high:.0f}", rates, f"{gains[0]:.1f}x to {gains[1]:.1f}x"])
+    head = ["learners", f"{chip}, us for an update of each", "updates/s of all", "of one learner's"]
+    return _markdown(head, lines)
 
 
 def assumed_table(result: dict[str, Any]) -> str:

@@ -104,7 +104,7 @@ def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_gpu")
-def test_on_a_gpu_one_launch_serves_all_and_each_is_what_it_would_be_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_one_launch_serves_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(
         UNEVEN, hidden_sizes=(64, 64), device="cuda", total_steps=90, learning_starts=84, num_envs=2, buffer_size=100
     )
