@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import equivalence, lab_tables, paper_cpu, paper_model, step_time, update_sizes, whole_update
+from benchmarks import equivalence, lab_tables, paper_cpu, paper_model, seeds, step_time, update_sizes, whole_update
 from benchmarks.bench_table import draw, table
 
 README = Path("README.md")
@@ -179,6 +179,8 @@ PERFORMANCE_TABLES: dict[str, Callable[[], str]] = {
     "paper_updates": lambda: paper_model.gpu_table(read("paper_model.json")),
     "whole_updates": lambda: whole_update.updates_table(read("whole_update.json")),
     "whole_stages": lambda: whole_update.stages_table(read("whole_update.json")),
+    "seeds": lambda: seeds.table(read("seeds.json")),
+    "seeds_training": lambda: seeds.text(read("seeds.json")),
     "whole_learners": lambda: whole_update.learners_table(read("whole_update.json")),
     "whole_assumed": lambda: whole_update.assumed_table(read("whole_update.json")),
     "paper_chips": lambda: paper_model.chips_table(read("paper_model.json")),

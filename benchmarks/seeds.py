@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import write_json
+from benchmarks.machine import describe_machine, write_json
 from fastsac.config import Config
 from fastsac.learner import FusedLearner, Learner
 from fastsac.learner.compare import random_replay
@@ -101,6 +101,27 @@ def training(cores: int, steps: int) -> dict[str, Any]:
     return {"seeds": SEEDS, "steps": steps, "seconds": taken, "ratio": medians["one_process"] / medians["processes"]}
 
 
+def table(result: dict[str, Any]) -> str:
+    """Return Markdown: what an update of each learner takes, each way."""
+    lines = ["| hidden | batch | learners | one after the other, ms | a process a core, ms | stacked, at least, ms |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for row in result["updates"]:
+        times = (f"{row[name]:.2f}" for name in ("turns_ms", "processes_ms", "stacked_at_least_ms"))
+        lines.append(f"| {row['hidden']} | {row['batch']} | {row['learners']} | {' | '.join(times)} |")
+    return "\n".join(lines)
+
+
+def text(result: dict[str, Any]) -> str:
+    """Return a sentence: whole runs."""
+    found = result["training"]
+    one, several = (statistics.median(found["seconds"][way]) for way in ("one_process", "processes"))
+    return (
+        f"{found['seeds']} seeds of HalfCheetah-v5, {found['steps']:,} steps each, from start to end on "
+        f"{result['cores']} cores: {one:.0f} s in one process, {several:.0f} s in\na process each, "
+        f"{result['cores']} at a time: {found['ratio']:.2f} times as long."
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.seeds", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=4000, help="environment steps of each seed")
@@ -115,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     cores = len(os.sched_getaffinity(0))
     rows = [updates(*size, number, cores) for size in SIZES for number in LEARNERS]
-    result = {"command": "python -m benchmarks.seeds", "cores": cores, "updates": rows}
+    result = {"command": "python -m benchmarks.seeds", "cores": cores, "machine": describe_machine(), "updates": rows}
     write_json(RESULT, {**result, "training": training(cores, options.steps)})
     print("hidden batch learners | turns, processes, stacked at least, ms")
     for row in rows:

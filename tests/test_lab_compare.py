@@ -25,6 +25,7 @@ from fastsac.lab import compare as module
 from fastsac.lab import record, results, worker
 from fastsac.lab.arguments import Compare
 from fastsac.lab.compare import FailedRuns, Stopped, compare, run
+from fastsac.lab.how import run_text
 from fastsac.lab.outcome import table
 from fastsac.lab.plan import make_plan, train_command
 from fastsac.lab.record import command_of, random_return
@@ -167,6 +168,65 @@ def test_a_failing_run_is_named_and_the_others_finish(tmp_path, capsys, monkeypa
     result = compare(asked)  # it does not happen again
     assert [each["seed"] for each in result["runs"]] == [0, 1]
     assert result["failed"] == []
+
+
+def processes_of(monkeypatch):
+    """The run directories that each process gets."""
+    found, popen = [], worker.subprocess.Popen
+
+    def started(*arguments, **named):
+        if "fastsac.lab.worker" in arguments[0]:
+            found.append([Path(argument).name for argument in arguments[0][4:]])
+        return popen(*arguments, **named)
+
+    monkeypatch.setattr(worker.subprocess, "Popen", started)
+    return found
+
+
+def test_seeds_share_a_process_and_come_out_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(record, "random_return", lambda config: -1200.0)
+    started = processes_of(monkeypatch)
+    asked = options(tmp_path / "out", seeds="0:3", num_learners=2)
+    result = compare(asked)
+    assert sorted(started) == [["seed-0", "seed-1"]] * 2 + [["seed-2"]] * 2
+    assert "6 of 6 runs to train, up to 2 in a process, 2 at a time" in capsys.readouterr().err
+    assert [each["num_learners"] for each in result["runs"]] == [2, 2, 1] * 2
+    for each in make_plan(asked).runs:
+        as_if_alone(asked.out, tmp_path, each)
+    page = run_text(result["runs"][0])
+    assert "with 1 other in its process" in page
+    assert "in its process" not in run_text(result["runs"][2])
+
+
+def test_a_run_that_fails_beside_others_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FAULT", f"raise:15:{tmp_path / 'failed'}")  # the first one to get there
+    monkeypatch.setattr(record, "random_return", lambda config: -20.0)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    asked = options(tmp_path / "out", env_ids=("tests.faulty:Faulty-v0",), arms=("pathwise",), num_learners=2)
+    started = processes_of(monkeypatch)
+    with pytest.raises(FailedRuns, match="1 of 2 runs failed") as failed:
+        compare(asked)
+    assert started == [["seed-0", "seed-1"]]
+    told = capsys.readouterr().err
+    assert "fastsac: tests.faulty:Faulty-v0 pathwise seed 0 failed: " in told
+    assert "ValueError: broken" in told
+    assert "pathwise seed 1: complete" in told
+    assert [each["seed"] for each in failed.value.result["runs"]] == [1]
+    assert [each["seed"] for each in compare(asked)["runs"]] == [0, 1]  # it does not happen again
+    assert started[1:] == [["seed-0"]]
+
+
+def test_a_process_that_dies_without_a_word_is_told_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FAULT", "oom:15:")
+    monkeypatch.setattr(record, "random_return", lambda config: -20.0)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    asked = options(tmp_path / "out", env_ids=("tests.faulty:Faulty-v0",), arms=("pathwise",), num_learners=2)
+    run_dir = asked.out / make_plan(asked).runs[0].run_dir
+    run_dir.parent.mkdir(parents=True)
+    worker.outcome_file(run_dir).write_text(json.dumps({"status": 0, "reason": ""}))  # of an earlier time
+    with pytest.raises(FailedRuns, match="2 of 2 runs failed"):
+        compare(asked)
+    assert capsys.readouterr().err.count("failed: its process was ended by SIGKILL") == 2
 
 
 def test_a_process_stops_when_the_comparison_has_died(tmp_path):
@@ -345,6 +405,8 @@ def test_an_environment_that_fails_at_random_has_no_random_return(tmp_path, in_p
         ({"seeds": "5:5"}, "--seeds must be written"),
         ({"seeds": "a"}, "--seeds must be written"),
         ({"jobs": 0}, "--jobs must be"),
+        ({"num_learners": 0}, "--num-learners must be a whole number of at least 1, got 0"),
+        ({"num_learners": 2, "ray": "auto"}, "--num-learners is for runs on this machine"),
         ({"margin": 0.0}, "--margin must be"),
         ({"gpus_per_run": 0.5}, "--gpus-per-run needs --ray"),
         ({"jobs": 2, "ray": "auto"}, "--jobs is for runs on this machine"),

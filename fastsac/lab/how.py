@@ -61,6 +61,8 @@ def run_text(run: Json) -> Markup:
     engine = " ".join(str(run[name]) for name in ("engine", "precision") if name in run)
     told = [f", seed {run['seed']}: last evaluation {number(last)}, {number(run.get('updates'))} updates, "
             f"{duration(run.get('time_s'))}", f", engine {engine}" * bool(engine)]  # fmt: skip
+    if isinstance(beside := run.get("num_learners"), int) and beside > 1:
+        told.append(f", with {plural(beside - 1, 'other')} in its process")
     parts = [element("p", join([arm_text(run["arm"]), *told], "")), element("pre", run["command"])]
     return element("div", join(parts), class_="run")
 
