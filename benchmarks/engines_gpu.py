@@ -74,6 +74,7 @@ def updater(case: Case, device: torch.device) -> Callable[[int], None]:
     together = Together(number)
     for seed in range(number):
         together.add(make_learner(config, O, A, device, seed), random_replay(O, A, device))
+    together.complete()
     together.update([WARM_UP] * number)
     return lambda updates: together.update([updates] * number)
 

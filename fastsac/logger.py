@@ -26,7 +26,13 @@ class Logger:
     """
 
     def __init__(
-        self, run_dir: Path | None, total_steps: int, step: int = 0, time_s: float = 0.0, progress: bool = True
+        self,
+        run_dir: Path | None,
+        total_steps: int,
+        step: int = 0,
+        time_s: float = 0.0,
+        progress: bool = True,
+        name: str = "",
     ) -> None:
         """Open the files.
 
@@ -36,11 +42,13 @@ class Logger:
             step: where a resumed run goes on; lines behind it are dropped from metrics.jsonl and TensorBoard.
             time_s: seconds that the run had taken by then.
             progress: whether anything is displayed.
+            name: of one of several runs in a process, which its messages begin with.
 
         Raises:
             FastsacError: if the files cannot be opened.
         """
         self._started = time.perf_counter() - time_s
+        self._name = name
         self._total_steps = total_steps
         self._files: MetricsFiles | None = None
         self._problem = ""
@@ -84,10 +92,13 @@ class Logger:
     def say(self, message: str) -> None:
         """Tell the user something that is no metric."""
         if self._display is not None:
-            self._display.say(message)
+            self._display.say(f"{self._name}: {message}" if self._name else message)
+        elif self._name:
+            print(f"{self._name}: {message}", file=sys.stderr, flush=True)
 
     def warn(self, message: str) -> None:
         """Tell the user what went wrong, also where nothing is displayed."""
+        message = f"{self._name}: {message}" if self._name else message
         if self._display is not None:
             self._display.say(f"warning: {message}")
         else:

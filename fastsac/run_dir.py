@@ -24,7 +24,7 @@ CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 LONGEST_CONFIG = 2**20  # bytes
 #: a learner's run directory, within that of a run with several
-SEED = re.compile(r"seed-([0-9]{1,18})")
+SEED = re.compile(r"seed-([0-9]{1,20})")
 #: the name of a checkpoint
 STEP = re.compile(r"step-([0-9]{1,18})")
 
@@ -107,6 +107,10 @@ def refuse_if_taken(directory: Path) -> None:
     if any((directory / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS)):
         advice = "choose another directory, or go on with it (--resume, SAC.load)"
         raise UsageError(f"{directory} already holds a run: {advice}")
+    if learners_in(directory):
+        raise UsageError(
+            f"{directory} already holds several runs: choose another directory, or go on with it (--resume)"
+        )
 
 
 def learners_in(directory: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from fastsac.callbacks import Callback, Hooks
 from fastsac.config import Config
 from fastsac.errors import EnvironmentFailure, FastsacError
+from fastsac.learner import FusedCudaLearner
 from fastsac.learner.together import Together
 from fastsac.replay import check_memory
 from fastsac.signals import stop_signals
@@ -42,46 +43,62 @@ class _Running(NamedTuple):
 
 
 class Seeds:
-    """Several agents in one loop. `failures` has what went wrong with one of them; the others go on."""
+    """Several agents in one loop. `failures` has what went wrong with a run, by its directory; the others go on."""
 
     def __init__(self, num_learners: int) -> None:
-        """Wait for so many agents."""
+        """Wait for up to so many agents."""
         self.learners: list[Learner] = []
-        self.failures: dict[int, FastsacError] = {}  # by the place in `learners`
+        self.failures: dict[Path, FastsacError] = {}
         self._num_learners = num_learners
         self._together = Together(num_learners)
 
     @property
     def how(self) -> str:
-        """How the updates are made, in words."""
-        if self._together.in_one_launch:
+        """How the updates are made, in words; once all agents have been added."""
+        agent = self.learners[0].agent
+        if len(self.learners) == 1:
+            return "by itself"
+        if isinstance(agent.learner, FusedCudaLearner):
             return "all in the launches of one"
-        if self.learners[0].agent.device.type == "cpu":
+        if agent.device.type == "cpu":
             return "one after the other; on a CPU separate processes are faster"
-        return f"one after the other, since engine {self.learners[0].agent.engine} has no launch for several"
+        return f"one after the other, since engine {agent.engine} has no launch for several"
 
-    def add(self, config: Config, run_dir: Path, resume: bool, say: Callable[[str], None] | None = None) -> SAC:
+    def add(self, config: Config, run_dir: Path, resume: bool, say: Callable[[str], None] | None = None) -> SAC | None:
         """Make the next agent, or load it, and take the memory that it needs.
 
         Args:
             config: differs from the others' in the seed only.
             run_dir: where its run goes.
-            resume: whether it goes on with what is there.
-            say: tells the user what takes time.
+            resume: whether it goes on with what is there; if that fails beside others, it is one of the `failures`.
+            say: tells the user what takes time, and what has failed.
+
+        Returns:
+            The agent, or None if it cannot go on.
 
         Raises:
             UsageError: as `SAC` and `SAC.prepare` do; and if the replay buffers of all do not fit.
         """
-        first, measured = (self.learners[0].agent, config) if self.learners else (None, config)
+        first, measured, several = None, config, self._num_learners > 1
+        if self.learners:
+            first = self.learners[0].agent
         if first is not None and first.device.type == "cpu":  # what was measured once holds for all
             precision = first.setup.precision if config.precision == "auto" else config.precision
             measured = dataclasses.replace(config, num_threads=first.num_threads, precision=precision)
-        agent = SAC.resume(run_dir, measured) if resume else SAC(measured)
+        try:
+            agent = SAC.resume(run_dir, measured) if resume else SAC(measured)
+        except FastsacError as error:
+            if not (resume and several):
+                raise
+            self._fail(run_dir, config.seed, error, say)
+            return None
         agent.config = config
         agent.prepare(say)
-        if first is None:
+        if first is None and several:
+            # on a GPU, rings are copied to where all lie side by side; on a CPU, memory is taken when it is written
+            rings = self._num_learners if agent.device.type == "cuda" else self._num_learners - 1
             sizes = agent.replay.num_rows, config.num_envs, agent.spaces.obs_size, agent.spaces.action_size
-            check_memory(*sizes, agent.device, config.n_step, rings=self._num_learners)
+            check_memory(*sizes, agent.device, config.n_step, rings)
         self._together.add(agent.learner, agent.replay)
         self.learners.append(Learner(agent, run_dir))
         return agent
@@ -104,34 +121,40 @@ class Seeds:
         Raises:
             UsageError: if a run directory holds another run, or is written by another process.
         """
+        self._together.complete()
+        several = len(self.learners) > 1
         with stop_signals() as stop, ExitStack() as all_held:
             running = dict[int, _Running]()
             for number, (agent, run_dir) in enumerate(self.learners):
+                if several and agent.finished:
+                    continue
                 hooks = Hooks(agent, callbacks) if (callbacks := make_callbacks()) else None
                 held = all_held.enter_context(ExitStack())
-                training = agent.training(run_dir, stop, progress and number == 0, hooks)
+                name = self.learners[number].name if several else ""
+                training = agent.training(run_dir, stop, progress and not running, hooks, name)
                 running[number] = _Running(held.enter_context(training), held)
             while running:
-                dues = [0] * self._num_learners
+                dues = [0] * len(self.learners)
                 for number, learner in list(running.items()):
+                    agent, run_dir = self.learners[number]
                     try:
                         dues[number] = next(learner.steps)
                         continue
                     except StopIteration:
                         pass
                     except FastsacError as error:
-                        self._fail(number, error, say)
+                        self._fail(run_dir, agent.config.seed, error, say)
                         if supervised and isinstance(error, EnvironmentFailure):
                             stop.append(signal.SIGTERM)
                     del running[number]
                     try:
                         learner.held.close()
                     except FastsacError as error:
-                        self._fail(number, error, say)
+                        self._fail(run_dir, agent.config.seed, error, say)
                 self._together.update(dues)
 
-    def _fail(self, number: int, error: FastsacError, say: Callable[[str], None] | None) -> None:
-        if number not in self.failures:
-            self.failures[number] = error
+    def _fail(self, run_dir: Path, seed: int, error: FastsacError, say: Callable[[str], None] | None) -> None:
+        if run_dir not in self.failures:
+            self.failures[run_dir] = error
             if say is not None:
-                say(f"{self.learners[number].name}: {error}")
+                say(f"seed {seed}: {error}")

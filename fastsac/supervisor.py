@@ -60,16 +60,15 @@ class Supervisor:
         failures = 0  # in a row, without progress
         while True:
             begun = (self._run_dir / CONFIG).exists() or learners_in(self._run_dir)
-            place, step = "--resume" if begun else "--run-dir", self._steps()
+            place, step = "--resume" if begun else "--run-dir", self._step()
             end = self._run_child([*arguments, place, str(self._run_dir)], failures)
             if self._stopped and end.status < 0:
                 return 1
             if self._stopped or (end.status in _TOLD and not end.environment_failed):
                 return end.status
-            reached = self._steps()
+            reached = self._step()
             failures = failures + 1 if reached == step else 1
-            steps = [each for each in reached if each is not None]
-            where = f"step {min(steps):,}" if len(steps) == len(reached) else "the beginning"
+            where = "the beginning" if reached is None else f"step {reached:,}"
             if failures > self._restarts:
                 told = f"no progress after {self._restarts} of {self._restarts} restarts"
                 self._say(f"{self._describe(end)}; gave up at {where}: {told}")
@@ -77,9 +76,10 @@ class Supervisor:
             how = ", in new episodes" if failures > 1 else ""
             self._say(f"{self._describe(end)}; going on from {where}{how} (restart {failures} of {self._restarts})")
 
-    def _steps(self) -> list[int | None]:
-        """Return the newest checkpoint's step, of each learner."""
-        return [newest_step(directory) for directory in learners_in(self._run_dir) or [self._run_dir]]
+    def _step(self) -> int | None:
+        """Return the newest checkpoint's step; of several learners, that of the one which is behind."""
+        steps = [newest_step(directory) for directory in learners_in(self._run_dir) or [self._run_dir]]
+        return None if None in steps else min(step for step in steps if step is not None)
 
     def _run_child(self, arguments: Sequence[str], failures: int) -> _End:
         listen, tell = os.pipe()

@@ -274,7 +274,12 @@ class SAC:
 
     @contextmanager
     def training(
-        self, directory: Path | None, stop: list[int], progress: bool = False, hooks: Hooks | None = None
+        self,
+        directory: Path | None,
+        stop: list[int],
+        progress: bool = False,
+        hooks: Hooks | None = None,
+        name: str = "",
     ) -> Iterator[Iterator[int]]:
         """Take the run directory, and yield an iterator that trains a step at a time, as `learn` does.
 
@@ -285,10 +290,11 @@ class SAC:
             stop: signals that have come in, if any.
             progress: whether a progress display goes to standard error.
             hooks: of callbacks.
+            name: which messages begin with.
         """
         with (
             nullcontext() if directory is None else self._saver(directory) as saver,
-            Logger(directory, self.config.total_steps, self.steps, self.time_s, progress) as logger,
+            Logger(directory, self.config.total_steps, self.steps, self.time_s, progress, name) as logger,
         ):
             if saver is not None:
                 saver.warn_user = logger.warn
@@ -297,6 +303,8 @@ class SAC:
                 yield self._learn(logger, stop, saver, hooks)
             finally:
                 self._learns = False
+                if self._trial is not None:  # it goes on with the next call
+                    torch.set_num_threads(self.num_threads)
 
     def _refuse_in_callback(self, method: str) -> None:
         if self._learns:
@@ -304,6 +312,7 @@ class SAC:
 
     def _learn(self, logger: Logger, stop: list[int], saver: Saver | None, hooks: Hooks | None) -> Iterator[int]:
         config, total_steps, progress = self.config, self.config.total_steps, self._progress
+        self._heartbeat.send(BUSY)  # environments may be brought back to their state
         self._ranks.refuse_differences(self._parameters())  # networks of the user's own may have started otherwise
         obs = self._rollout.begin(self.updates, logger)
         logger.start_rates(self.steps, self.updates)
@@ -334,8 +343,6 @@ class SAC:
                 reached |= hooks.call("on_step")
             self._heartbeat.beat(stop)
         self._rollout.pause(obs)
-        if self._trial is not None:  # it goes on with the next call
-            torch.set_num_threads(self.num_threads)
         self.stopped_by_signal = progress.evaluation_due or (self.steps < total_steps and not reached)
         self._heartbeat.send(BUSY)
         if hooks is not None and hooks.ended_by:

@@ -127,47 +127,71 @@ def _train_seeds(command: Train, heartbeat: Heartbeat) -> None:
 
     config = command.config
     directory = command.resume or command.run_dir or default_run_dir(config, command.num_learners)
-    if command.resume is None:
-        seeds = list(range(config.seed, config.seed + command.num_learners))
-        refuse_if_taken(directory)
-    else:
-        seeds = [read_config(each).seed for each in learners_in(command.resume)]
-        if command.num_learners not in (1, len(seeds)):
-            raise UsageError(f"{command.resume} holds {len(seeds) or 'no'} learners: leave --num-learners out")
-        if config.seed != seeds[0]:
-            raise UsageError(f"--seed: the learners in {command.resume} go on with their own")
-    run_dirs = [directory / f"seed-{seed}" for seed in seeds]
-    if command.resume is None:
-        for run_dir in run_dirs:
-            refuse_if_taken(run_dir)
-    together = Seeds(len(seeds))
-    for seed, run_dir in zip(seeds, run_dirs, strict=True):
-        own = dataclasses.replace(config, seed=seed)
-        agent = together.add(own, run_dir, command.resume is not None, _tell)
-        if heartbeat.tries > 1:  # what failed more than once may fail for ever
-            agent.new_episodes(heartbeat.tries)
-    first, *others = [learner.agent for learner in together.learners]
-    if all(agent.finished for agent in (first, *others)) and not heartbeat.tries:
-        _refuse_finished(first, directory)
+    run_dirs = _run_dirs(command, directory)
+    together = Seeds(len(run_dirs))
+    for seed, run_dir in run_dirs.items():
+        begun = (run_dir / CONFIG).exists()
+        if command.resume is not None and newest_step(run_dir) is None:
+            _tell(f"{run_dir} has no checkpoint yet: it starts from the beginning")
+        together.add(dataclasses.replace(config, seed=seed), run_dir, begun, _tell)
+    agents = [learner.agent for learner in together.learners if not learner.agent.finished]
+    if not together.learners:
+        raise next(iter(together.failures.values()))
+    if not agents and not heartbeat.tries:
+        _refuse_finished(together.learners[0].agent, directory)
+    if heartbeat.tries > 1:  # what failed more than once may fail for ever: the one that is behind
+        for agent in agents:
+            if agent.steps == min(each.steps for each in agents):
+                agent.new_episodes(heartbeat.tries)
     _warn_of_no_update(command)
-    told = f"{_describe(first, command)}; {len(seeds)} learners, {together.how}"
+    number = f"{len(together.learners)} learner{'s' * (len(together.learners) != 1)}, {together.how}"
+    told = f"{_describe(together.learners[0].agent, command)}; {number}"
     print(f"fastsac: {told}; run directories {directory}/seed-...", file=sys.stderr)
     together.learn(lambda: [make_callback(place) for place in command.callback], _tell, True, heartbeat.supervised)
     complete = []
-    for number, (agent, run_dir) in enumerate(together.learners):
-        if number not in together.failures and not agent.stopped_by_signal:
+    for agent, run_dir in together.learners:
+        if run_dir not in together.failures and not agent.stopped_by_signal:
             complete.append(run_dir)
-            _plot(agent.config, [run_dir], run_dir)
             print(f"seed {agent.config.seed}: {_outcome(agent, run_dir) or f'{agent.steps:,} steps'}; {run_dir}")
+    failed = list(together.failures.values())
+    if len(complete) + len(failed) < len(run_dirs):
+        print(f"interrupted; go on with: fastsac train --resume {directory}")
+    if heartbeat.supervised and (environments := [each for each in failed if isinstance(each, EnvironmentFailure)]):
+        raise environments[0]  # the parent tries again
+    for run_dir in complete:
+        _plot(config, [run_dir], run_dir)
     if curve := _plot(config, complete, directory):
         print(f"learning curves: {curve}")
-    failed = list(together.failures.values())
-    if len(complete) + len(failed) < len(seeds):
-        print(f"interrupted; go on with: fastsac train --resume {directory}")
-    if failed and heartbeat.supervised:
-        raise failed[0]  # which the parent may try again
     if failed:
-        raise FastsacError(f"{len(failed)} of {len(seeds)} learners failed; go on with: --resume {directory}")
+        raise FastsacError(f"{len(failed)} of {len(run_dirs)} learners failed; go on with: --resume {directory}")
+
+
+def _run_dirs(command: Train, directory: Path) -> dict[int, Path]:
+    """Return each learner's run directory by its seed.
+
+    Raises:
+        UsageError: if they do not go together.
+    """
+    config, found = command.config, {}
+    if command.resume is None:
+        refuse_if_taken(directory)
+    else:
+        found = {stored.seed: stored for stored in map(read_config, learners_in(directory))}
+        if not found:
+            raise UsageError(f"{directory} holds one run: leave --num-learners out")
+    seeds = list(range(config.seed, config.seed + command.num_learners))
+    if command.num_learners == 1 or not found.keys() <= set(seeds):
+        seeds = list(found)
+    if command.num_learners not in (1, len(seeds)):
+        raise UsageError(f"{directory} holds the seeds {', '.join(map(str, found))}: leave --num-learners out")
+    if found and config.seed not in found:
+        raise UsageError(f"--seed: the learners in {directory} go on with their own")
+    stored = [dataclasses.asdict(each) | {"seed": 0, "total_steps": 0} for each in found.values()]
+    for name, value in stored[0].items() if stored else ():
+        if any(each[name] != value for each in stored):
+            flag = name.replace("_", "-")
+            raise UsageError(f"the learners in {directory} differ in --{flag}: go on with each of them by itself")
+    return {seed: directory / f"seed-{seed}" for seed in seeds}
 
 
 def _refuse_finished(agent: Any, run_dir: Path) -> None:

@@ -66,7 +66,7 @@ def stopped_at(monkeypatch: pytest.MonkeyPatch, steps: int):
     step = SAC._step
 
     def stopping(agent: SAC, *arguments: Any) -> Any:
-        outcome = step(agent, *arguments)
+        outcome = yield from step(agent, *arguments)
         if agent.steps >= steps:
             agent._heartbeat.beat = lambda stop: stop.append(15) or True
         return outcome

@@ -95,7 +95,7 @@ def test_it_is_found_at_the_next_line_of_metrics(tmp_path, monkeypatch, engine, 
     step = SAC._step
 
     def poisoning(*arguments):
-        outcome = step(*arguments)
+        outcome = yield from step(*arguments)
         if agent.steps == 148:
             with torch.no_grad():
                 poison(POISON[group](agent.learner), NAN)

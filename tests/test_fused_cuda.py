@@ -17,6 +17,7 @@ from fastsac.learner.compare import compare, compare_rounded, compare_together
 from fastsac.learner.fused_cuda import fused_cuda_obstacle
 from fastsac.learner.reference import ACTION, BATCH, NEXT_ACTION
 from fastsac.learner.self_check import Verdict, right_engine
+from fastsac.learner.together import Together
 from fastsac.own_networks import OwnNetworks
 from fastsac.replay import Replay
 from fastsac.types import Batch, Sampler
@@ -251,6 +252,34 @@ def test_the_check_notices_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("fastsac.learner.compare.SINGLE_UPDATES", 2)
     monkeypatch.setattr("fastsac.learner.compare.UPDATES_PER_GRAPH", 1)
     assert "target_critic" in compare(Wrong, Config(**SMALL), O, A, CUDA)
+
+
+def test_nothing_is_recorded_that_has_not_run_before() -> None:
+    """Also where learners resume at different places of a policy delay: warm-ups are spent on one after the other."""
+    calls: list[tuple[str, bool]] = []
+
+    class Noting(FusedCudaLearner):
+        def _run(self, replay: Sampler, length: int, with_actor: bool) -> Any:
+            calls.append(("run", with_actor))
+            return self._measured_there(with_actor)
+
+        def _record(self, replay: Sampler, length: int, with_actor: bool) -> Any:
+            calls.append(("record", with_actor))
+            return engine.Graph(lambda: None, self._measured_there(with_actor))
+
+    together, updates = Together(2), (1, 2)
+    learners = [Noting(Config(**SMALL, actor_every=4), O, A, "cpu", seed) for seed in range(2)]
+    for learner, number in zip(learners, updates, strict=True):
+        together.add(learner, filled(O, A))
+        learner.updates = number
+    together.complete()
+    together.update([1, 1])
+    together.update([5, 9])
+    assert [learner.updates for learner in learners] == [7, 12]
+    for with_actor in (True, False):
+        assert calls.index(("run", with_actor)) < calls.index(("record", with_actor))
+    with pytest.raises(RuntimeError, match="this learner goes together with others"):
+        learners[1].update(filled(O, A))
 
 
 @pytest.mark.gpu

@@ -238,7 +238,7 @@ def test_lines_that_waited_are_written_when_there_is_room(tmp_path, monkeypatch,
     agent, step, before = SAC(TINY), SAC._step, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limiting(*arguments):
-        outcome = step(*arguments)
+        outcome = yield from step(*arguments)
         if agent.steps == 200:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
         if agent.steps == 500:

@@ -137,7 +137,7 @@ def test_training_does_not_wait_for_the_disk(tmp_path, monkeypatch):
     step = SAC._step
 
     def counting(*arguments):
-        outcome = step(*arguments)
+        outcome = yield from step(*arguments)
         steps.append(agent.steps)
         if agent.steps >= 180:  # the checkpoint of step 100 is still being written
             release.set()

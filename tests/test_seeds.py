@@ -16,8 +16,10 @@ from fastsac.cli import main
 from fastsac.errors import FastsacError, UsageError
 from fastsac.learner import graphed as engine
 from fastsac.learner.fused_cuda import FusedCudaLearner
+from fastsac.replay import bytes_needed
 from fastsac.run_dir import learners_in, read_config
 from fastsac.seeds import Seeds
+from fastsac.supervisor import Supervisor
 from fastsac.train_command import default_run_dir
 from tests.pretend_cuda import pretended, trust_engines
 from tests.runs import SMALL, metrics_of, state_of
@@ -171,12 +173,14 @@ def test_the_run_directory_has_one_for_each_seed(tmp_path: Path, capsys: Any) ->
     assert all(read_config(path).precision == "fp32" for path in found)
     err = capsys.readouterr().err
     assert "2 learners, one after the other; on a CPU separate processes are faster" in err
-    assert err.count("step 200/200") >= 1  # of the first one only
+    assert err.count("step 50/200  ") == 1  # of the first one only
     for wrong, told in (
-        (["--resume", tmp_path / "runs", "--num-learners", 3], "holds 2 learners: leave --num-learners out"),
+        (["--resume", tmp_path / "runs", "--num-learners", 1, "--seed", 3], "--seed: the learners in"),
+        (["--resume", tmp_path / "runs", "--seed", 10, "--num-learners", 3], "holds the seeds 9, 10: leave --num-lear"),
         (["--resume", tmp_path / "runs", "--seed", 3], "--seed: the learners in"),
-        (["--resume", tmp_path / "runs" / "seed-9", "--num-learners", 2], "holds no learners: leave --num-learners"),
-        (["--num-learners", 2, "--seed", 10, "--run-dir", tmp_path / "runs"], "seed-10 already holds a run"),
+        (["--resume", tmp_path / "runs" / "seed-9", "--num-learners", 2], "holds one run: leave --num-learners out"),
+        (["--num-learners", 2, "--seed", 30, "--run-dir", tmp_path / "runs"], "already holds several runs"),
+        (["--run-dir", tmp_path / "runs"], "already holds several runs"),
         (["--num-learners", 0], "--num-learners must be a whole number of at least 1, got 0"),
     ):
         assert run(*([] if "--resume" in wrong else PENDULUM), *wrong) == 2
@@ -187,6 +191,12 @@ def test_the_run_directory_has_one_for_each_seed(tmp_path: Path, capsys: Any) ->
     assert run("--resume", tmp_path / "runs" / "seed-9", "--total-steps", 220) == 0  # alone
     assert run("--resume", tmp_path / "runs", "--total-steps", 240) == 0
     assert capsys.readouterr().out.count("240 steps") >= 2
+    assert run("--resume", tmp_path / "runs", "--num-learners", 3, "--total-steps", 260) == 0  # one more
+    assert "seed-11 has no checkpoint yet: it starts from the beginning" in capsys.readouterr().err
+    assert [path.name for path in learners_in(tmp_path / "runs")] == ["seed-9", "seed-10", "seed-11"]
+    assert run("--resume", tmp_path / "runs" / "seed-9", "--total-steps", 280, "--critic-lr", 0.1) == 0
+    assert run("--resume", tmp_path / "runs", "--total-steps", 300) == 2
+    assert "differ in --critic-lr: go on with each of them by itself" in capsys.readouterr().err
 
 
 def test_under_torchrun_there_is_one_learner(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -202,10 +212,11 @@ def test_the_default_directory_names_the_seeds() -> None:
 
 
 def test_replay_buffers_that_do_not_fit_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = 2000 * 4 * (3 + 1 + 1) + 2000 * 9
-    monkeypatch.setattr("fastsac.replay.available_bytes", lambda device: 2 * needed)
+    needed = bytes_needed(501, 4, 3, 1)
+    monkeypatch.setattr("fastsac.replay.available_bytes", lambda device: needed)
     several(SMALL, tmp_path, 1)
-    with pytest.raises(UsageError, match=r"3 replay buffers need .* of cpu memory .*: --buffer-size \d+ fits"):
+    several(SMALL, tmp_path, 2)  # the first one's is taken
+    with pytest.raises(UsageError, match=r"2 replay buffers need .* of cpu memory .*: --buffer-size \d+ fits"):
         several(SMALL, tmp_path, 3)
 
 
@@ -221,6 +232,49 @@ def test_learners_whose_processes_die_are_started_again(tmp_path: Path) -> None:
     assert stdout.count("after 200 steps") == 2
 
 
+def test_progress_is_that_of_the_learner_which_is_behind(tmp_path: Path) -> None:
+    """Or one that fails again and again would be started again for ever, since the others go on meanwhile."""
+    parent = Supervisor(tmp_path, restarts=1, step_timeout=1.0)
+    assert parent._step() is None
+    for seed, steps in ((0, [50]), (1, [500, 700]), (10, [])):
+        (tmp_path / f"seed-{seed}").mkdir()
+        (tmp_path / f"seed-{seed}" / "config.json").touch()
+        for step in steps:
+            checkpoint = tmp_path / f"seed-{seed}" / "checkpoints" / f"step-{step:012d}"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "manifest.json").touch()
+    assert parent._step() is None
+    (tmp_path / "seed-10" / "config.json").unlink()
+    assert parent._step() == 50
+
+
+def test_a_damaged_run_leaves_the_others_alone(tmp_path: Path, capsys: Any) -> None:
+    directory = tmp_path / "runs"
+    assert run(*PENDULUM, "--num-learners", 2, "--run-dir", directory) == 0
+    path = max((directory / "seed-0" / "checkpoints").glob("step-*/learner.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert run("--resume", directory, "--total-steps", 250) == 1
+    out, err = capsys.readouterr()
+    assert "fastsac: seed 0: " in err
+    assert "is damaged" in err
+    assert "1 of 2 learners failed" in err.splitlines()[-1]
+    assert "seed 1: evaluation return" in out
+    assert "250 steps" in out
+
+
+def test_messages_name_the_learner(tmp_path: Path, capsys: Any) -> None:
+    together = several(dataclasses.replace(SMALL, total_steps=400), tmp_path, 2)
+    together.learn(lambda: [EndsSecond()], progress=True)
+    err = capsys.readouterr().err
+    assert "seed 1: EndsSecond.on_step ends training at step" in err
+    assert together.learners[0].agent.steps == 400
+
+
+class EndsSecond(Callback):
+    def on_step(self, agent: SAC) -> bool:
+        return agent.config.seed != 1 or agent.steps < 100
+
+
 def test_supervised_learners_stop_together_when_an_environment_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,8 +282,8 @@ def test_supervised_learners_stop_together_when_an_environment_fails(
     config = dataclasses.replace(SMALL, env_id="tests.faulty:Faulty-v0", total_steps=400)
     together = several(config, tmp_path, 2)
     together.learn(supervised=True)
-    assert list(together.failures) == [0]
-    assert isinstance(together.failures[0], FastsacError)
+    assert list(together.failures) == [tmp_path / "seed-0"]
+    assert isinstance(together.failures[tmp_path / "seed-0"], FastsacError)
     assert together.learners[1].agent.stopped_by_signal
     assert together.learners[1].agent.steps < 400
     assert json.loads((tmp_path / "seed-1" / "metrics.jsonl").read_text().splitlines()[-1])["step"] <= 200

@@ -126,7 +126,7 @@ def test_engines_can_be_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     few = [engines_gpu.Case("fused", "tf32", "pathwise", 16, 64), engines_gpu.Case("fused", "tf32", "score", 16, 99)]
     few.append(engines_gpu.Case("fused", "tf32", "pathwise", 16, 64, 2))
     monkeypatch.setattr(engines_gpu, "cases", lambda: few)
-    for name, number in {"CALLS": 1, "WARM_UP": 1, "OF_GRAPH": 1}.items():
+    for name, number in {"CALLS": 1, "WARM_UP": 1}.items():
         monkeypatch.setattr(engines_gpu, name, number)
     monkeypatch.setattr("fastsac.learner.engines.graphed_obstacle", lambda: "")
     with pretended():

@@ -96,6 +96,8 @@ def train_each(runs: Sequence[tuple[Path, Config]], *callbacks: Callback) -> See
     for run_dir, config in runs:
         _wait_for_orphan(run_dir)
         agent = together.add(config, run_dir, resume=(run_dir / CONFIG).exists())
+        if agent is None:
+            continue
         run_dir.mkdir(parents=True, exist_ok=True)
         setup = {"engine": agent.engine, "precision": agent.setup.precision, "num_learners": len(runs)}
         told = {**setup, "machine": describe_machine(), "resumed_at": _resumed_at(run_dir, agent.steps)}
@@ -123,21 +125,22 @@ def _resumed_at(run_dir: Path, step: int) -> list[int]:
 def main() -> None:
     """Train the runs that the command line names."""
     parent, run_dirs = WithParent(int(sys.argv[1])), [Path(argument) for argument in sys.argv[2:]]
-    failures = dict[int, FastsacError]()
+    unfinished, failures = set[Path](), dict[Path, FastsacError]()
     try:
         configs = [config_from_dict(json.loads(config_file(run_dir).read_text())) for run_dir in run_dirs]
         together = train_each(list(zip(run_dirs, configs, strict=True)), parent)
         failures = together.failures
-        unfinished = [learner.agent.stopped_by_signal or parent.orphaned for learner in together.learners]
+        unfinished = {run_dir for agent, run_dir in together.learners if agent.stopped_by_signal or parent.orphaned}
     except FastsacError as error:
-        unfinished, failures = [False] * len(run_dirs), dict.fromkeys(range(len(run_dirs)), error)
-    statuses = [STOPPED if each else 0 for each in unfinished]
-    for number, failure in failures.items():
-        print(f"{run_dirs[number]}: {failure}", file=sys.stderr)
-        statuses[number] = DIVERGED if isinstance(failure, Divergence) else failure.exit_status
-    for number, run_dir in enumerate(run_dirs):
-        reason = str(failures.get(number, ""))
-        write_json(outcome_file(run_dir), {"status": statuses[number], "reason": reason})
+        failures = dict.fromkeys(run_dirs, error)
+    statuses = []
+    for run_dir in run_dirs:
+        failure, status = failures.get(run_dir), STOPPED if run_dir in unfinished else 0
+        if failure is not None:
+            print(f"{run_dir}: {failure}", file=sys.stderr)
+            status = DIVERGED if isinstance(failure, Divergence) else failure.exit_status
+        write_json(outcome_file(run_dir), {"status": status, "reason": str(failure or "")})
+        statuses.append(status)
     sys.exit(max(statuses))
 
 

@@ -198,6 +198,7 @@ def compare_together(kind: type[Learner], config: Config, obs_size: int, action_
     together = Together(len(several))
     for learner in several:
         together.add(learner, random_replay(obs_size, action_size, device))
+    together.complete()
     for dues in rounds:
         together.update(dues)
     for number, learner in enumerate(alone):

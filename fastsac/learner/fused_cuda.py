@@ -39,6 +39,7 @@ from fastsac_kernels.whole_update import (
     VALUE_ADAM,
     Network,
     Plan,
+    Scratch,
     State,
     make_scratch,
     run_stage,
@@ -103,6 +104,7 @@ class FusedCudaLearner(GraphedLearner):
             raise ValueError(obstacle)
         self._state: State | None = None
         self._others: list[tuple[FusedCudaLearner, Replay]] = []  # whose updates are made in this one's launches
+        self._replay: Replay | None = None  # of a learner that goes together with others
         self._memory = Memory(torch.device(device))
         super().__init__(config, obs_size, action_size, device, seed, own)
         first, second = config.hidden_sizes
@@ -124,7 +126,7 @@ class FusedCudaLearner(GraphedLearner):
             precision="tf32" if config.precision == "auto" else config.precision,
             streams=(NEXT_ACTION, ACTION, BATCH),
         )
-        self._scratch = make_scratch(self._plan, self.device)
+        self._scratch: Scratch | None = make_scratch(self._plan, self.device)
 
     def _make_optimizers(self, groups: Groups) -> None:
         self._groups, memory = groups, self._memory
@@ -172,7 +174,9 @@ class FusedCudaLearner(GraphedLearner):
             others: have the same settings but for the seed. All learners and replays have been moved to rows of the
                 same memory, in this order, and this learner to the first one.
         """
-        self._others = list(others)
+        self._others, self._replay = list(others), replay
+        for learner, own in others:
+            learner._replay, learner._scratch = own, None
         self._plan = dataclasses.replace(self._plan, num_learners=1 + len(others))
         self._scratch = make_scratch(self._plan, self.device)
         self._forget(replay)
@@ -182,8 +186,11 @@ class FusedCudaLearner(GraphedLearner):
 
         A learner that has made its own is left alone while the others go on. It is what `update` does to each.
         """
-        replay, state = self._recorded_for, self._state
-        assert replay is not None
+        replay = self._replay
+        assert replay is not None, "no other learner has joined"
+        if self._recorded_for is not replay:  # a state was loaded
+            self._forget(replay)
+        state = self._state
         assert state is not None
         learners, every = [self, *(learner for learner, _ in self._others)], self.config.actor_every
         phases = [learner.updates % every for learner in learners]
@@ -239,10 +246,13 @@ class FusedCudaLearner(GraphedLearner):
         """
         if num_updates and isinstance(replay, Replay) and not replay.size:
             raise ValueError("the replay is empty: add transitions before sampling")
+        if self._replay is not None:
+            raise RuntimeError("this learner goes together with others: Together.update makes its updates")
         super().update(replay, num_updates)
 
     def _run(self, replay: Sampler, length: int, with_actor: bool) -> Measured:
         assert self._state is not None
+        assert self._scratch is not None
         for index in range(length):
             turn = with_actor and index % self.config.actor_every == 0
             for stage in (NEXT_VALUE, CRITICS, CRITICS_STEP, *((SAMPLED_Q, ACTOR, ACTOR_STEP) if turn else ())):

@@ -110,7 +110,8 @@ class GraphedLearner(Learner):
         self._measured, self._latest = self.metrics(), {}
         self._recorded_for = replay
         self._graphs: dict[tuple[int, bool], Graph] = {}
-        self._warm_ups_left = max(WARM_UPS, self.config.actor_every)  # the actor's kernels among them
+        self._warm_ups_left = max(WARM_UPS, self.config.actor_every)
+        self._made = set[bool]()  # kinds of updates that were made without a graph: with the actor, and without
         self._acting: ActingGraph | None = None
         self._acted: list[torch.Size] = []  # shapes of the latest observations
 
@@ -156,8 +157,9 @@ class GraphedLearner(Learner):
         while num_updates > 0:
             with_actor = updates % self.config.actor_every == 0
             length = 1
-            if self._warm_ups_left:
-                self._warm_ups_left -= 1
+            if self._warm_ups_left or not self._warm:
+                self._warm_ups_left = max(0, self._warm_ups_left - 1)
+                self._made.add(with_actor)
                 measured = self._beside(self._run, replay, 1, with_actor)
             else:
                 length = self._graph_length(num_updates, with_actor)
@@ -181,6 +183,11 @@ class GraphedLearner(Learner):
         for names, values in self._latest.values():
             metrics |= dict(zip(names, values.clone().unbind(), strict=True))  # a replay overwrites them
         return metrics
+
+    @property
+    def _warm(self) -> bool:
+        """Whether nothing that is recorded runs for the first time."""
+        return True in self._made and (False in self._made or self.config.actor_every == 1)
 
     def _graph_length(self, num_updates: int, with_actor: bool) -> int:
         """One update, or as many as make whole rounds of `actor_every` from the actor's turn on."""
