@@ -129,5 +129,6 @@ def test_too_few_warm_ups_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         self._warm_ups_left = engine.WARM_UPS  # whatever `actor_every` is
 
     monkeypatch.setattr(GraphedLearner, "_forget", forget_the_actor)
+    monkeypatch.setattr(GraphedLearner, "_warm", True)
     _, late = train(1, SIZES[0], {"actor_every": 4})
     assert "_pathwise_loss_fwd_kernel" in {kernel for kernel, _ in late[f"{GRAPH}updates 0"]}
