@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from fastsac.callbacks import Callback, Hooks
 from fastsac.config import Config
-from fastsac.errors import EnvironmentFailure, FastsacError
+from fastsac.errors import EnvironmentFailure, FastsacError, UsageError
 from fastsac.learner import FusedCudaLearner
 from fastsac.learner.together import Together
 from fastsac.replay import check_memory
@@ -70,7 +70,7 @@ class Seeds:
         Args:
             config: differs from the others' in the seed only.
             run_dir: where its run goes.
-            resume: whether it goes on with what is there; if that fails beside others, it is one of the `failures`.
+            resume: whether it goes on with what is there; if that is damaged, it is one of the `failures`.
             say: tells the user what takes time, and what has failed.
 
         Returns:
@@ -88,7 +88,7 @@ class Seeds:
         try:
             agent = SAC.resume(run_dir, measured) if resume else SAC(measured)
         except FastsacError as error:
-            if not (resume and several):
+            if not (resume and several) or isinstance(error, UsageError):  # options are the same for all
                 raise
             self._fail(run_dir, config.seed, error, say)
             return None

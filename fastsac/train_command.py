@@ -98,7 +98,7 @@ def _train_here(command: Train, heartbeat: Heartbeat) -> None:
     else:
         run_dir = command.resume
         if newest_step(run_dir) is None and ranks.leads:
-            print(f"fastsac: {run_dir} has no checkpoint yet: it starts from the beginning", file=sys.stderr)
+            _tell(f"{run_dir} has no checkpoint yet: it starts from the beginning")
         agent = SAC.resume(run_dir, config)
         if agent.finished and not heartbeat.tries:  # else it died when all was done
             _refuse_finished(agent, run_dir)

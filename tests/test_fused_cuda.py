@@ -1,7 +1,7 @@
 """The fused engine on CUDA, on a pretended GPU whose graphs are as a GPU's: what it serves, and that it learns."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,20 +24,11 @@ from fastsac.types import Batch, Sampler
 from fastsac_kernels import PhiloxState, philox_normal
 from fastsac_kernels.whole_update import STAGES
 from tests.kernels.whole import as_tensor_cores, filled
-from tests.pretend_cuda import CUDA, pretended, trust_engines
+from tests.pretend_cuda import CUDA, trust_engines
 
 O, A, B, HIDDEN = 5, 3, 17, (64, 64)  # noqa: E741
 SMALL: dict[str, Any] = {"hidden_sizes": HIDDEN, "batch_size": B, "precision": "fp32"}
 VALUE: dict[str, Any] = {"estimator": "score", "baseline": "value"}
-
-
-@pytest.fixture
-def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(engine, "UPDATES_PER_GRAPH", 2)  # the interpreter takes its time
-    monkeypatch.setattr(engine, "WARM_UPS", 1)
-    trust_engines(monkeypatch)
-    with pretended():
-        yield
 
 
 class Eager(FusedCudaLearner):
@@ -58,7 +49,7 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
         assert torch.equal(tensor.cpu(), second[name].cpu()), name
 
 
-@pytest.mark.usefixtures("_gpu")
+@pytest.mark.usefixtures("quick_gpu")
 @pytest.mark.parametrize("settings", [{"actor_every": 2}, {**VALUE, "lr_schedule": "linear"}], ids=str)
 def test_replayed_graphs_make_the_same_updates(settings: dict[str, Any]) -> None:
     config = Config(**{**SMALL, **settings})
@@ -75,7 +66,7 @@ def test_replayed_graphs_make_the_same_updates(settings: dict[str, Any]) -> None
     assert ("value_loss" in learners[0].metrics()) == ("baseline" in settings)
 
 
-@pytest.mark.usefixtures("_gpu")
+@pytest.mark.usefixtures("quick_gpu")
 def test_the_same_seed_gives_the_same_bits_also_after_resuming() -> None:
     config = Config(**SMALL)
     whole, first, second = (FusedCudaLearner(config, O, A, "cuda", seed) for seed in (0, 0, 9))
@@ -158,7 +149,7 @@ def test_networks_of_the_users_own_are_not_served() -> None:
     assert fused_cuda_obstacle(Config(), OwnNetworks(torch.nn.Linear(1, 1), None)).startswith("a network of your own")
 
 
-@pytest.mark.usefixtures("_gpu")
+@pytest.mark.usefixtures("quick_gpu")
 @pytest.mark.parametrize(("asked", "resolved"), [("auto", "tf32"), ("fp32", "fp32"), ("bf16", "bf16")])
 def test_tf32_is_the_default_precision(asked: Any, resolved: str) -> None:
     from fastsac.learner import precisions, set_up_torch
@@ -183,7 +174,7 @@ def failing(*engines: str) -> Any:
     return lambda config, o, a, name, say: Verdict("it is wrong" if name in engines else "")
 
 
-@pytest.mark.usefixtures("_gpu")
+@pytest.mark.usefixtures("quick_gpu")
 @pytest.mark.parametrize(
     ("wrong", "engine", "reason"),
     [
@@ -217,7 +208,7 @@ def test_an_engine_that_fails_its_check_gives_way_to_the_next(
             right_engine(bf16, False, O, A, said.append)
 
 
-@pytest.mark.usefixtures("_gpu")
+@pytest.mark.usefixtures("quick_gpu")
 def test_the_check_of_the_engine_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("compare", "graphed"):
         monkeypatch.setattr(f"fastsac.learner.{module}.UPDATES_PER_GRAPH", 2)
@@ -241,7 +232,7 @@ def test_the_check_notices_learners_that_are_not_what_each_would_be_alone(monkey
     assert told.endswith("of one of several learners is not what it is alone")
 
 
-@pytest.mark.usefixtures("_gpu")
+@pytest.mark.usefixtures("quick_gpu")
 def test_the_check_notices_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(FusedCudaLearner):
         """Its targets move at another speed."""
@@ -330,7 +321,7 @@ def test_a_replay_is_what_it_draws_from() -> None:
     learner.update(filled(O, A))
 
 
-@pytest.mark.usefixtures("_gpu")
+@pytest.mark.usefixtures("quick_gpu")
 def test_the_check_notices_copies_that_are_not_rounded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     as_tensor_cores(monkeypatch)
     monkeypatch.setattr("fastsac.learner.compare.UPDATES_PER_GRAPH", 1)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,12 @@ import pytest
 from fastsac import SAC, Callback, Config
 from fastsac.cli import main
 from fastsac.errors import FastsacError, UsageError
-from fastsac.learner import graphed as engine
 from fastsac.learner.fused_cuda import FusedCudaLearner
 from fastsac.replay import bytes_needed
 from fastsac.run_dir import learners_in, read_config
 from fastsac.seeds import Seeds
 from fastsac.supervisor import Supervisor
 from fastsac.train_command import default_run_dir
-from tests.pretend_cuda import pretended, trust_engines
 from tests.runs import SMALL, metrics_of, state_of
 
 ROOT = Path(__file__).parents[1]
@@ -96,16 +93,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> Non
         assert_as_alone(tmp_path, UNEVEN, seed)
 
 
-@pytest.fixture
-def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(engine, "UPDATES_PER_GRAPH", 2)  # the interpreter takes its time
-    monkeypatch.setattr(engine, "WARM_UPS", 1)
-    trust_engines(monkeypatch)
-    with pretended():
-        yield
-
-
-@pytest.mark.usefixtures("_gpu")
+@pytest.mark.usefixtures("quick_gpu")
 def test_on_a_gpu_one_launch_serves_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(
         UNEVEN, hidden_sizes=(64, 64), device="cuda", total_steps=90, learning_starts=84, num_envs=2, buffer_size=100
@@ -146,23 +134,39 @@ def test_one_that_fails_leaves_the_others_alone(tmp_path: Path, monkeypatch: pyt
     assert "has reached step" in capsys.readouterr().err
 
 
-def test_one_that_diverges_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def huge(self: SAC, *_: Any) -> Any:
-        value = read(self, *_)
-        return value if self.config.seed else {**value, **broken(self)}
-
-    def broken(agent: SAC) -> dict[str, float]:
-        if agent.steps >= 100:
-            agent.learner.log_alpha.data.fill_(float("nan"))
-            read(agent, None)
-        return {}
-
+def diverges(monkeypatch: pytest.MonkeyPatch, seed: int, steps: int) -> None:
+    """Let a learner's alpha be no number from some step on."""
     read = SAC._read_metrics
-    monkeypatch.setattr(SAC, "_read_metrics", huge)
+
+    def reading(agent: SAC, *arguments: Any) -> Any:
+        if agent.config.seed == seed and agent.steps >= steps:
+            agent.learner.log_alpha.data.fill_(float("nan"))
+        return read(agent, *arguments)
+
+    monkeypatch.setattr(SAC, "_read_metrics", reading)
+
+
+def test_one_that_diverges_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    diverges(monkeypatch, 0, 100)
     assert run(*PENDULUM, "--num-learners", 2, "--run-dir", tmp_path / "runs") == 1
     out, err = capsys.readouterr()
     assert "fastsac: seed 0: training diverged" in err
     assert out.startswith("seed 1: evaluation return")
+
+
+def test_a_supervisor_hears_of_a_failed_environment_also_after_a_divergence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    listen, tell = os.pipe()
+    monkeypatch.setenv("FASTSAC_SUPERVISOR", f"{tell},0")
+    monkeypatch.setenv("FAULT", f"raise:60:{tmp_path / 'marker'}")
+    diverges(monkeypatch, 1, 50)
+    assert run(*FAULTY, "--num-learners", 3, "--run-dir", tmp_path / "runs") == 1
+    err = capsys.readouterr().err
+    assert err.index("fastsac: seed 1: training diverged") < err.index("fastsac: seed 0: tests.faulty:Faulty-v0 failed")
+    assert b"E" in os.read(listen, 65536)
+    os.close(listen)
+    os.close(tell)
 
 
 def test_the_run_directory_has_one_for_each_seed(tmp_path: Path, capsys: Any) -> None:
@@ -178,13 +182,16 @@ def test_the_run_directory_has_one_for_each_seed(tmp_path: Path, capsys: Any) ->
         (["--resume", tmp_path / "runs", "--num-learners", 1, "--seed", 3], "--seed: the learners in"),
         (["--resume", tmp_path / "runs", "--seed", 10, "--num-learners", 3], "holds the seeds 9, 10: leave --num-lear"),
         (["--resume", tmp_path / "runs", "--seed", 3], "--seed: the learners in"),
+        (["--resume", tmp_path / "runs", "--layer-norm"], "fastsac: --layer-norm cannot be changed from False to True"),
         (["--resume", tmp_path / "runs" / "seed-9", "--num-learners", 2], "holds one run: leave --num-learners out"),
         (["--num-learners", 2, "--seed", 30, "--run-dir", tmp_path / "runs"], "already holds several runs"),
         (["--run-dir", tmp_path / "runs"], "already holds several runs"),
         (["--num-learners", 0], "--num-learners must be a whole number of at least 1, got 0"),
     ):
         assert run(*([] if "--resume" in wrong else PENDULUM), *wrong) == 2
-        assert told in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert told in err
+        assert err.count("\n") == 1
     with pytest.raises(SystemExit):
         main(["eval", str(tmp_path / "runs")])
     assert "holds several run directories: choose one of seed-9, seed-10" in capsys.readouterr().err
