@@ -72,7 +72,7 @@ def same_run(left: Path, right: Path) -> dict[str, bool]:
     """
     rows = metrics(left)
     parts = {"metrics": metrics(right) == rows}
-    shown = EventAccumulator(str(right / "tensorboard")).Reload().Scalars("episode_return")
+    shown = EventAccumulator(str(right / "tensorboard")).Reload().Scalars("rollout/episode_return")
     parts["tensorboard"] = [scalar.step for scalar in shown] == [row["step"] for row in rows if "episode_return" in row]
     newest = [contents(latest_checkpoint(run_dir)) for run_dir in (left, right)]
     parts["tensors"] = newest[0][0] == newest[1][0]

@@ -36,6 +36,13 @@ class Train:
     num_learners: int = 1
     """Train so many agents in one loop, with --seed and the seeds that follow it. Each is what it would be alone, with
     a run directory of its own below --run-dir: `seed-0`, `seed-1`. On a GPU, one launch updates all of them."""
+    track: str | None = None
+    """Where the metrics go beside metrics.jsonl: `tensorboard`, `wandb`, `trackio` and `mlflow`, separated by commas,
+    or `none`. Default: TensorBoard, or with --resume what the run had so far."""
+    track_project: str = "fastsac"
+    """Project of Weights & Biases and Trackio; experiment of MLflow."""
+    track_video: bool = False
+    """Record an episode of the last evaluation, to `last_evaluation.mp4` in the run directory and for the trackers."""
     callback: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A subclass of `fastsac.Callback`, as `module:Class`: your own code, which training calls."""
     restarts: int = 0

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, and a live display or plain lines."""
+"""What a run tells: metrics.jsonl, its trackers, and a live display or plain lines."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import numpy as np
 
 from fastsac.envs import Step
 from fastsac.errors import FastsacError
-from fastsac.metrics import MetricsFiles, Row
+from fastsac.metrics import MetricsFile, Row
 from fastsac.run_dir import METRICS
+from fastsac.trackers import BY_DEFAULT, Trackers, Tracking
 
 
 class Logger:
@@ -33,32 +34,45 @@ class Logger:
         time_s: float = 0.0,
         progress: bool = True,
         name: str = "",
+        tracking: Tracking = BY_DEFAULT,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """Open the files.
+        """Open the files, and start the trackers.
 
         Args:
             run_dir: where they go; None writes none.
             total_steps: for the progress display.
-            step: where a resumed run goes on; lines behind it are dropped from metrics.jsonl and TensorBoard.
+            step: where a resumed run goes on; lines behind it are dropped from metrics.jsonl.
             time_s: seconds that the run had taken by then.
             progress: whether anything is displayed.
             name: of one of several runs in a process, which its messages begin with.
+            tracking: which trackers there are.
+            settings: of the run, for the trackers.
 
         Raises:
-            FastsacError: if the files cannot be opened.
+            FastsacError: if a file cannot be opened, or a tracker cannot be started.
         """
         self._started = time.perf_counter() - time_s
         self._name = name
         self._total_steps = total_steps
-        self._files: MetricsFiles | None = None
+        self._file: MetricsFile | None = None
+        self._trackers: Trackers | None = None
         self._problem = ""
         self._last = (time.perf_counter(), step, 0)
         if run_dir is not None:
             try:
-                self._files = MetricsFiles(run_dir, step)
+                self._file = MetricsFile(run_dir, step)
             except OSError as error:
                 raise FastsacError(f"cannot write {run_dir / METRICS}: {error.strerror}") from error
+            try:
+                self._trackers = Trackers(run_dir, tracking, settings or {}, self.warn)
+            except BaseException:
+                self._file.close()
+                raise
+        self.wants_video = tracking.video
         self._display = _make_display(total_steps, step) if progress else None
+        for place in [] if self._trackers is None else self._trackers.places:
+            self.say(place)
 
     @property
     def time_s(self) -> float:
@@ -82,12 +96,19 @@ class Logger:
         row |= values
         # JSON has no word for NaN
         row = {key: value for key, value in row.items() if math.isfinite(value)}
-        problem = self._files.add(row) if self._files is not None else ""
+        written, problem = self._file.add(row) if self._file is not None else ([], "")
+        if self._trackers is not None:
+            self._trackers.log(written)
         if problem and problem != self._problem:
             self.warn(f"{problem}; training goes on, and the line is tried again with the next one")
         self._problem = problem
         if self._display is not None:
             self._display.show(row)
+
+    def video(self, step: int, path: Path) -> None:
+        """Hand a video to the trackers."""
+        if self._trackers is not None:
+            self._trackers.video(step, path)
 
     def say(self, message: str) -> None:
         """Tell the user something that is no metric."""
@@ -112,7 +133,11 @@ class Logger:
     ) -> None:
         if self._display is not None:
             self._display.close()
-        if self._files is not None and (problem := self._files.close()) and error is None:
+        written, problem = self._file.close() if self._file is not None else ([], "")
+        if self._trackers is not None:
+            self._trackers.log(written)
+            self._trackers.close(failed=error is not None)
+        if problem and error is None:
             raise FastsacError(problem)
 
 

@@ -20,6 +20,8 @@ from fastsac.errors import FastsacError, UsageError
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+TRACKING = "tracking.json"
+VIDEO = "last_evaluation.mp4"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 LONGEST_CONFIG = 2**20  # bytes
@@ -53,7 +55,7 @@ class RunLock:
         """
         self.directory = directory
         self._descriptor = -1
-        names = [CONFIG, METRICS, TENSORBOARD, CHECKPOINTS, LOCK]
+        names = [CONFIG, METRICS, TRACKING, TENSORBOARD, CHECKPOINTS, LOCK]
         for name in [*names, *(f"{CHECKPOINTS}/{path.name}" for path in (directory / CHECKPOINTS).glob("*"))]:
             if (directory / name).is_symlink():
                 raise UsageError(

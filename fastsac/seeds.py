@@ -20,6 +20,7 @@ from fastsac.learner import FusedCudaLearner
 from fastsac.learner.together import Together
 from fastsac.replay import check_memory
 from fastsac.signals import stop_signals
+from fastsac.trackers import BY_DEFAULT, Tracking
 from fastsac.train import SAC
 
 
@@ -109,6 +110,7 @@ class Seeds:
         say: Callable[[str], None] | None = None,
         progress: bool = False,
         supervised: bool = False,
+        tracking: Tracking = BY_DEFAULT,
     ) -> None:
         """Train all agents to their ends, as `SAC.learn` does with each.
 
@@ -117,6 +119,7 @@ class Seeds:
             say: tells the user of a learner that has failed, in one line.
             progress: whether the first learner's progress is displayed.
             supervised: whether all are to stop, and save, when an environment of one of them fails.
+            tracking: which trackers each has.
 
         Raises:
             UsageError: if a run directory holds another run, or is written by another process.
@@ -131,7 +134,7 @@ class Seeds:
                 hooks = Hooks(agent, callbacks) if (callbacks := make_callbacks()) else None
                 held = all_held.enter_context(ExitStack())
                 name = self.learners[number].name if several else ""
-                training = agent.training(run_dir, stop, progress and not running, hooks, name)
+                training = agent.training(run_dir, stop, progress and not running, hooks, name, tracking)
                 running[number] = _Running(held.enter_context(training), held)
             while running:
                 dues = [0] * len(self.learners)

@@ -43,11 +43,12 @@ from fastsac.progress import Progress
 from fastsac.ranks import Ranks, for_ranks
 from fastsac.replay import Replay
 from fastsac.rollout import EVALUATION, EXPLORATION, LEARNER, RANK, Rollout, child_seed
-from fastsac.run_dir import config_from_dict, newest_step
+from fastsac.run_dir import VIDEO, config_from_dict, newest_step
 from fastsac.saver import Contents, Ours, Saver, first_row
 from fastsac.signals import BUSY, Heartbeat, stop_signals
 from fastsac.spaces import Floats, Spaces
 from fastsac.stored_state import refuse_other_state
+from fastsac.trackers import BY_DEFAULT, Tracking
 from fastsac.transfer import to_device, to_host
 
 #: settings that the weights depend on
@@ -239,6 +240,9 @@ class SAC:
         run_dir: str | os.PathLike[str] | None = None,
         progress: bool = False,
         callback: Callback | Sequence[Callback] | None = None,
+        track: str | None = None,
+        track_project: str = BY_DEFAULT.project,
+        track_video: bool = False,
     ) -> None:
         """Train until `steps` reaches `total_steps`; a later call with a larger number goes on.
 
@@ -250,13 +254,22 @@ class SAC:
             run_dir: a new directory for configuration, metrics and checkpoints; None writes nothing.
             progress: whether a progress display goes to standard error.
             callback: called while it trains, and may end it (see `fastsac.Callback`); or several, called in this order.
+            track: where the metrics go beside metrics.jsonl, with a `run_dir`: "tensorboard", "wandb", "trackio" and
+                "mlflow", separated by commas, or "none". None takes those that the run had so far, or TensorBoard.
+            track_project: the project of Weights & Biases and Trackio, the experiment of MLflow.
+            track_video: whether an episode of the last evaluation is recorded, to `run_dir/last_evaluation.mp4` and
+                for the trackers.
 
         Raises:
-            UsageError: if the replay does not fit, `run_dir` holds another run or is written by another process, or a
-                callback raises an exception or calls this method.
-            FastsacError: if an environment fails, training diverges or the last checkpoint cannot be written.
+            UsageError: if the replay does not fit, `run_dir` holds another run or is written by another process, a
+                tracker is unknown or not installed, or a callback raises an exception or calls this method.
+            FastsacError: if a tracker cannot be started, an environment fails, training diverges or the last checkpoint
+                cannot be written.
         """
         self._refuse_in_callback("learn")
+        tracking = Tracking.of(track, track_project, track_video)
+        if run_dir is None and (track is not None or track_video):
+            raise UsageError("track and track_video need a run_dir")
         if total_steps is not None:
             self.config = dataclasses.replace(self.config, total_steps=total_steps)
             self._rollout.config = dataclasses.replace(self._rollout.config, total_steps=total_steps)
@@ -267,7 +280,7 @@ class SAC:
         self.prepare()  # before anything is written
         with (
             stop_signals() as stop,  # before anything is written
-            self.training(directory, stop, progress and self._ranks.leads, hooks) as steps,
+            self.training(directory, stop, progress and self._ranks.leads, hooks, tracking=tracking) as steps,
         ):
             for due in steps:
                 self.learner.update(self.replay, due)
@@ -280,6 +293,7 @@ class SAC:
         progress: bool = False,
         hooks: Hooks | None = None,
         name: str = "",
+        tracking: Tracking = BY_DEFAULT,
     ) -> Iterator[Iterator[int]]:
         """Take the run directory, and yield an iterator that trains a step at a time, as `learn` does.
 
@@ -291,16 +305,20 @@ class SAC:
             progress: whether a progress display goes to standard error.
             hooks: of callbacks.
             name: which messages begin with.
+            tracking: which trackers there are.
         """
         with (
             nullcontext() if directory is None else self._saver(directory) as saver,
-            Logger(directory, self.config.total_steps, self.steps, self.time_s, progress, name) as logger,
+            Logger(
+                *(directory, self.config.total_steps, self.steps, self.time_s, progress, name, tracking),
+                settings=dataclasses.asdict(self.config),
+            ) as logger,
         ):
             if saver is not None:
                 saver.warn_user = logger.warn
             self._learns = True
             try:
-                yield self._learn(logger, stop, saver, hooks)
+                yield self._learn(logger, stop, saver, hooks, directory)
             finally:
                 self._learns = False
                 if self._trial is not None:  # it goes on with the next call
@@ -310,7 +328,9 @@ class SAC:
         if self._learns:
             raise UsageError(f"agent.{method} must not be called while the agent learns: not by a callback")
 
-    def _learn(self, logger: Logger, stop: list[int], saver: Saver | None, hooks: Hooks | None) -> Iterator[int]:
+    def _learn(
+        self, logger: Logger, stop: list[int], saver: Saver | None, hooks: Hooks | None, directory: Path | None
+    ) -> Iterator[int]:
         config, total_steps, progress = self.config, self.config.total_steps, self._progress
         self._heartbeat.send(BUSY)  # environments may be brought back to their state
         self._ranks.refuse_differences(self._parameters())  # networks of the user's own may have started otherwise
@@ -352,6 +372,17 @@ class SAC:
         self._ranks.sum(0)  # what was saved is there for all of them
         if saver is not None and hooks is not None:
             hooks.checkpoints(saver.take_written())
+        if directory is not None and logger.wants_video and self.last_evaluation and not self.stopped_by_signal:
+            self._show_evaluation(logger, directory / VIDEO)
+
+    def _show_evaluation(self, logger: Logger, path: Path) -> None:
+        """Record the first episode of the last evaluation, for the trackers."""
+        try:
+            self.record_video(path, child_seed(self.config.seed, EVALUATION, self.steps))
+        except FastsacError as error:  # there may be nothing to draw with
+            logger.warn(f"no video of the last evaluation: {error}")
+            return
+        logger.video(self.steps, path)
 
     def _stops(self, stop: list[int]) -> bool:
         """Return whether a signal has reached this process, or another rank."""

@@ -18,6 +18,7 @@ from fastsac.presets import AUTO, find
 from fastsac.run_dir import CONFIG, learners_in, newest_step, read_config, refuse_if_taken
 from fastsac.signals import ENVIRONMENT_FAILED, Heartbeat
 from fastsac.supervisor import Supervisor
+from fastsac.trackers import Tracking
 
 
 def under_torchrun() -> bool:
@@ -50,6 +51,7 @@ def train(command: Train, arguments: Sequence[str]) -> None:
             f"--baseline {AS_PRINTED} has the wrong sign on purpose, for comparisons: "
             f"fastsac compare --arms score:value score:{AS_PRINTED} ..."
         )
+    Tracking.of(command.track, command.track_project, command.track_video)
     if command.num_learners < 1:
         raise UsageError(f"--num-learners must be a whole number of at least 1, got {command.num_learners}")
     if command.num_learners > 1 and under_torchrun():
@@ -111,7 +113,8 @@ def _train_here(command: Train, heartbeat: Heartbeat) -> None:
     _warn_of_no_update(command)
     several = "" if ranks.alone else f", {ranks.size} ranks"
     print(f"fastsac: {_describe(agent, command)}{several}; run directory {run_dir}", file=sys.stderr)
-    agent.learn(config.total_steps, run_dir, progress=True, callback=callbacks or None)
+    track = command.track, command.track_project, command.track_video
+    agent.learn(config.total_steps, run_dir, True, callbacks or None, *track)
     if agent.stopped_by_signal:
         print(f"interrupted at step {agent.steps:,}; go on with: fastsac train --resume {run_dir}")
         return
@@ -147,7 +150,10 @@ def _train_seeds(command: Train, heartbeat: Heartbeat) -> None:
     number = f"{len(together.learners)} learner{'s' * (len(together.learners) != 1)}, {together.how}"
     told = f"{_describe(together.learners[0].agent, command)}; {number}"
     print(f"fastsac: {told}; run directories {directory}/seed-...", file=sys.stderr)
-    together.learn(lambda: [make_callback(place) for place in command.callback], _tell, True, heartbeat.supervised)
+    tracking = Tracking.of(command.track, command.track_project, command.track_video)
+    together.learn(
+        lambda: [make_callback(place) for place in command.callback], _tell, True, heartbeat.supervised, tracking
+    )
     complete = []
     for agent, run_dir in together.learners:
         if run_dir not in together.failures and not agent.stopped_by_signal:

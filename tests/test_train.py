@@ -151,7 +151,7 @@ def test_tensorboard_shows_what_metrics_hold_also_after_going_on(tmp_path):
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     rows = [row for row in rows_of(tmp_path / "run") if "critic_loss" in row]
-    scalars = events.Scalars("critic_loss")
+    scalars = events.Scalars("train/critic_loss")
     assert [scalar.step for scalar in scalars] == [row["step"] for row in rows]
     assert [scalar.value for scalar in scalars] == pytest.approx([row["critic_loss"] for row in rows])
     assert rows[-1]["step"] == 900

@@ -1,0 +1,211 @@
+"""Where the metrics go beside metrics.jsonl: TensorBoard, Weights & Biases, Trackio or MLflow, one file each.
+
+Every tracker gets the same tags, in the groups that its users look for::
+
+    rollout/  episode_return, episode_length
+    train/    critic_loss, q, actor_loss, alpha, entropy, ...
+    time/     updates, elapsed_s, steps_per_s, updates_per_s
+    eval/     return, return_std
+
+against the environment step; the settings and a description of the machine; and, on request, a video.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from fastsac.errors import FastsacError, UsageError, did_you_mean
+from fastsac.run_dir import SEED, TRACKING, parse_json, temporary_sibling
+
+if TYPE_CHECKING:
+    from fastsac.metrics import Row
+
+#: the trackers, and the package that each needs
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
+_GROUPS = {
+    **{name: f"rollout/{name}" for name in ("episode_return", "episode_length")},
+    **{name: f"time/{name}" for name in ("updates", "steps_per_s", "updates_per_s")},
+    "time_s": "time/elapsed_s",
+    "eval_return": "eval/return",
+    "eval_return_std": "eval/return_std",
+}
+
+
+#: a step, and values by their tags
+Line = tuple[int, dict[str, float]]
+
+
+class Tracking(NamedTuple):
+    """What a user asks for."""
+
+    names: tuple[str, ...] | None = None  # None: those of the run so far, or TensorBoard
+    project: str = "fastsac"
+    video: bool = False
+
+    @classmethod
+    def of(cls, track: str | None, project: str, video: bool) -> Tracking:
+        """Read names that are separated by commas, or "none".
+
+        Raises:
+            UsageError: for an unknown name, or one whose package is not installed.
+        """
+        if track is None:
+            return cls(None, project, video)
+        names = [] if track.strip() == "none" else [name.strip() for name in track.split(",")]
+        for name in names:
+            if name not in PACKAGES:
+                known = ", ".join(PACKAGES)
+                raise UsageError(
+                    f"--track must be none, or names of {known}, separated by commas; got {name!r}"
+                    + did_you_mean(name, PACKAGES)
+                )
+        _refuse_missing(names)
+        return cls(tuple(dict.fromkeys(names)), project, video)
+
+
+def _refuse_missing(names: list[str]) -> None:
+    for name in names:
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            raise UsageError(f"--track {name} needs a package that is not installed: pip install 'fastsac[{name}]'")
+
+
+#: TensorBoard, or what the run had so far
+BY_DEFAULT = Tracking()
+
+
+class Run(NamedTuple):
+    """What a tracker is told of a run."""
+
+    directory: Path
+    project: str
+    name: str
+    settings: Mapping[str, Any]  # for JSON
+    system: Mapping[str, Any]  # for JSON
+    stored: str | None  # the tracker's own name of the run, if this is a resumed one
+
+
+class Tracker(Protocol):
+    """One tracker's run; any exception of its client is caught by `Trackers`."""
+
+    stored: str  # by which it finds the run again
+    place: str  # where a user looks at it
+
+    def log(self, lines: Sequence[Line]) -> None:
+        """Take lines that metrics.jsonl has got."""
+
+    def video(self, step: int, path: Path) -> None:
+        """Take an .mp4 file."""
+
+    def close(self, failed: bool) -> None:
+        """Finish the run."""
+
+
+def by_tag(row: Row) -> Line:
+    """Return the step of a line of metrics.jsonl, and its values by the tags that all trackers use."""
+    values = {_GROUPS.get(name, f"train/{name}"): value for name, value in row.items() if name != "step"}
+    return int(row["step"]), values
+
+
+class Trackers:
+    """The trackers of a run. One that fails is left alone from then on, and training goes on."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        tracking: Tracking,
+        settings: Mapping[str, Any],
+        warn: Callable[[str], None],
+    ) -> None:
+        """Start them.
+
+        Raises:
+            FastsacError: if one of them cannot be started.
+        """
+        self._warn = warn
+        self._trackers: dict[str, Tracker] = {}
+        self._problems: dict[str, str] = {}
+        before = _read(run_dir)
+        stored = before or {}
+        names = tracking.names if tracking.names is not None else ("tensorboard",) if before is None else tuple(before)
+        _refuse_missing([name for name in names if name in PACKAGES])
+        run_name = f"{run_dir.resolve().parent.name}-{run_dir.name}" if SEED.fullmatch(run_dir.name) else run_dir.name
+        run_name = run_name or run_dir.resolve().name
+        for name in names:
+            from fastsac.machine import describe_machine
+
+            run = Run(run_dir, tracking.project, run_name, settings, describe_machine(), stored.get(name) or None)
+            try:
+                self._trackers[name] = importlib.import_module(f"fastsac.trackers.{name}").start(run)
+            except Exception as error:
+                self.close(failed=True)
+                raise FastsacError(f"--track {name} could not be started: {_told(error)}") from error
+        self._write(run_dir, {name: stored.get(name, "") for name in names} | self._stored())
+
+    @property
+    def places(self) -> list[str]:
+        """Where a user can look at the run, for those that say so."""
+        return [f"{name}: {tracker.place}" for name, tracker in self._trackers.items() if tracker.place]
+
+    def _stored(self) -> dict[str, str]:
+        return {name: tracker.stored for name, tracker in self._trackers.items()}
+
+    def _write(self, run_dir: Path, stored: Mapping[str, str]) -> None:
+        if list(stored) == ["tensorboard"] and not (run_dir / TRACKING).exists():  # what is assumed without the file
+            return
+        temporary = temporary_sibling(run_dir / TRACKING)
+        try:
+            temporary.write_text(json.dumps(stored) + "\n")
+            temporary.replace(run_dir / TRACKING)
+        except OSError as error:
+            raise FastsacError(f"cannot write {run_dir / TRACKING}: {error.strerror}") from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+
+    def log(self, rows: Sequence[Row]) -> None:
+        """Hand lines that metrics.jsonl has got to all of them."""
+        lines = list(map(by_tag, rows))
+        if lines:
+            self._each(lambda tracker: tracker.log(lines))
+
+    def video(self, step: int, path: Path) -> None:
+        """Hand a video to all of them."""
+        self._each(lambda tracker: tracker.video(step, path))
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in self._trackers.items():
+            try:
+                call(tracker)
+                self._problems.pop(name, None)
+            except Exception as error:
+                problem = _told(error)
+                if problem != self._problems.get(name):
+                    self._warn(f"{name}: {problem}; training goes on")
+                self._problems[name] = problem
+
+    def close(self, failed: bool) -> None:
+        """Finish the run of each."""
+        self._each(lambda tracker: tracker.close(failed))
+        self._trackers.clear()
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _read(run_dir: Path) -> dict[str, str] | None:
+    """Return the trackers of the run so far, and each one's name of it; None if the directory does not say."""
+    path = run_dir / TRACKING
+    with suppress(OSError, ValueError, RecursionError):
+        if path.stat().st_size < 2**16:
+            found = parse_json(path.read_bytes())
+            return {name: stored for name, stored in found.items() if name in PACKAGES and isinstance(stored, str)}
+    return None

@@ -1,0 +1,44 @@
+"""Trackio, by its own client: TRACKIO_DIR, TRACKIO_SPACE_ID and the like are read by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from contextvars import Context
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from fastsac.trackers import Line, Run
+
+
+def start(run: Run) -> _Trackio:
+    """Begin a run, or go on with the stored one."""
+    import trackio
+
+    config = {**run.settings, "system": run.system}
+    name, resume = run.stored or run.name, "allow" if run.stored else "never"
+    with redirect_stdout(StringIO()):  # it tells what `place` tells
+        # in a context of its own: several seeds may be trained in one process, and a new run would end the one before
+        made = Context().run(lambda: trackio.init(run.project, name, config=config, resume=resume, embed=False))
+    return _Trackio(made)
+
+
+class _Trackio:
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self.stored: str = run.name
+        self.place = f'`trackio show --project "{run.project}"` shows it'
+
+    def log(self, lines: Sequence[Line]) -> None:
+        for step, values in lines:
+            self._run.log(values, step=step)
+
+    def video(self, step: int, path: Path) -> None:
+        import trackio
+
+        self._run.log({"eval/video": trackio.Video(str(path), format="mp4")}, step=step)
+
+    def close(self, failed: bool) -> None:
+        with redirect_stdout(StringIO()):
+            self._run.finish()
