@@ -221,9 +221,9 @@ def check_full(done, run_dir):
 
 def test_metrics_that_cannot_be_written_wait(tmp_path):
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
 
-    done = train(tmp_path / "run", 3000, limit)
+    done = train(tmp_path / "run", 4000, limit)
     assert done.returncode == 1
     warnings = [line for line in done.stderr.splitlines() if "metrics.jsonl" in line]
     assert len(warnings) == 1  # not for every line
