@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -69,6 +69,30 @@ class Eval:
     """Print one JSON object instead of a sentence."""
     video: Path | None = None
     """Also record one episode to this file (.mp4 or .gif)."""
+    env_id: str | None = None
+    """Evaluate on another task, whose observations and actions have the same shapes and bounds."""
+    env_kwargs: dict[str, Any] | None = None
+    """Keyword arguments of the environment, in place of those that the agent was trained with, as a JSON object."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a trained policy for use elsewhere: one file that runs without fastsac, or a directory to share."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """The run directory."""
+    to: Literal["onnx", "torch"] | None = None
+    """`onnx`: a file for ONNX Runtime and the like. `torch`: a program for `torch.export.load`. Either takes the
+    environment's observations and returns the deterministic policy's actions, in the environment's own units."""
+    policy_only: bool = False
+    """Write a directory to share: weights, settings and a model card with an evaluation. It works with `fastsac eval`
+    and `SAC.load`."""
+    out: Path | None = None
+    """Where to write. Default: `policy.onnx` or `policy.pt2` in the run directory; needed with --policy-only."""
+    best: bool = False
+    """Take the checkpoint with the highest evaluation during training instead of the newest."""
+    episodes: int = 10
+    """Episodes of the evaluation on the model card; 0 does not evaluate."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +111,7 @@ class Doctor:
     """Print one JSON object, for a report."""
 
 
-Command = Train | Eval | Presets | Doctor | Compare | Report | Lab
+Command = Train | Eval | Export | Presets | Doctor | Compare | Report | Lab
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -104,6 +128,7 @@ def parse(arguments: Sequence[str]) -> Command:
             command: Command = tyro.cli(
                 Annotated[Train, tyro.conf.subcommand("train", default=default)]
                 | Annotated[Eval, tyro.conf.subcommand("eval")]
+                | Annotated[Export, tyro.conf.subcommand("export")]
                 | Annotated[Presets, tyro.conf.subcommand("presets")]
                 | Annotated[Doctor, tyro.conf.subcommand("doctor")]
                 | Annotated[Compare, tyro.conf.subcommand("compare")]
@@ -153,7 +178,7 @@ def _registry() -> ConstructorRegistry:
 
     @registry.primitive_rule
     def json_object(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        if info.type_origin is not dict:
+        if info.type_origin is not dict and info.type != (dict[str, Any] | None):
             return None
         return PrimitiveConstructorSpec(
             nargs=1,

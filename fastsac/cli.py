@@ -1,4 +1,4 @@
-"""The command line: `fastsac train | eval | presets | doctor | compare | report | lab`."""
+"""The command line: `fastsac train | eval | export | presets | doctor | compare | report | lab`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from fastsac.arguments import Doctor, Eval, Presets, Train, parse
+from fastsac.arguments import Doctor, Eval, Export, Presets, Train, parse
+from fastsac.config import Config
 from fastsac.errors import FastsacError, UsageError
 from fastsac.lab.arguments import Compare, Cost, Gradients, Lab, Report, Toy
 from fastsac.presets import presets, table
 from fastsac.run_dir import read_config
 from fastsac.train_command import train, under_torchrun
+
+if TYPE_CHECKING:
+    from fastsac.train import SAC
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train(command, arguments)
         elif isinstance(command, Eval):
             _eval(command)
+        elif isinstance(command, Export):
+            _export(command)
         elif isinstance(command, Presets):
             _presets(command)
         elif isinstance(command, Doctor):
@@ -88,9 +95,43 @@ def _doctor(command: Doctor) -> None:
         sys.exit(1)
 
 
+def _load(run_dir: Path, config: Config, best: bool) -> SAC:
+    """Load an agent that only acts: on any device, with one thread, since small batches gain nothing by more."""
+    from fastsac.train import SAC
+
+    os.environ.pop("TORCHELASTIC_RUN_ID", None)  # it acts in one process, whoever has started it
+    plain = dataclasses.replace(config, device="auto", engine="auto", precision="fp32", num_threads=1)
+    return SAC.load(run_dir, plain, best=best)
+
+
+def _export(command: Export) -> None:
+    if (command.to is None) != command.policy_only:
+        raise UsageError("choose one of --to onnx, --to torch and --policy-only")
+    if command.episodes < 0:
+        raise UsageError(f"--episodes must be a whole number of at least 0, got {command.episodes}")
+    if command.policy_only and command.out is None:
+        raise UsageError("--policy-only writes a directory: name it with --out")
+    from fastsac.export import KINDS
+
+    config = read_config(command.run_dir)
+    agent = _load(command.run_dir, config, command.best)
+    if command.to is None:
+        assert command.out is not None
+        agent.config = config  # as it was trained
+        evaluation = agent.evaluate(command.episodes, seed=0) if command.episodes else None
+        agent.save(command.out, policy_only=True, evaluation=evaluation)
+        print(f"policy, settings and model card: {command.out}")
+        return
+    path = command.out or command.run_dir / {"onnx": "policy.onnx", "torch": "policy.pt2"}[command.to]
+    if KINDS.get(path.suffix) != command.to:
+        raise UsageError(f"--to {command.to} writes {'.onnx' if command.to == 'onnx' else '.pt2'}, not {path.name!r}")
+    exported = agent.export(path)
+    inputs = ", ".join(f"{name} {['N', *shape]}".replace("'", "") for name, shape in exported.inputs.items())
+    print(f"{exported.path}: {inputs} -> action {['N', *exported.output]}".replace("'", ""))
+
+
 def _eval(command: Eval) -> None:
     from fastsac.evaluate import check_video_path
-    from fastsac.train import SAC
 
     if command.episodes < 1:
         raise UsageError(f"--episodes must be a whole number of at least 1, got {command.episodes}")
@@ -98,11 +139,12 @@ def _eval(command: Eval) -> None:
         raise UsageError(f"--seed must be a whole number of at least 0, got {command.seed}")
     if command.video is not None:
         check_video_path(command.video)
-    os.environ.pop("TORCHELASTIC_RUN_ID", None)  # an evaluation is one process's, whoever has started it
     config = read_config(command.run_dir)
-    # where it is evaluated need not be like where it was trained, and small batches gain nothing by threads
-    plain = dataclasses.replace(config, device="auto", engine="auto", precision="fp32", num_threads=1)
-    agent = SAC.load(command.run_dir, plain, best=command.best)
+    if command.env_id is not None and command.env_id != config.env_id:  # another task has arguments of its own
+        config = dataclasses.replace(config, env_id=command.env_id, env_backend="auto", env_kwargs={})
+    if command.env_kwargs is not None:
+        config = dataclasses.replace(config, env_kwargs=command.env_kwargs)
+    agent = _load(command.run_dir, config, command.best)
     if command.video is not None:
         agent.record_video(command.video, command.seed)
         print(f"video: {command.video}", file=sys.stderr)

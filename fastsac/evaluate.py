@@ -166,9 +166,10 @@ class Evaluator:
         envs = make_envs(self._spec, num_envs, seed, render)
         if not self._spaces.same_as(envs.spaces):
             envs.close()
+            own = self._spec.own is not None
             raise UsageError(
-                f"the environments for evaluations have other observations or actions than {self._spec.env_id} had, "
-                "which this agent is trained with"
+                f"{'the environments for evaluations have' if own else f'{self._spec.env_id} has'} other "
+                "observations or actions than this agent was trained with"
             )
         return envs
 

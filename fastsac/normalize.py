@@ -84,6 +84,10 @@ class Normalizer:
         mean, inverse = self._mean.to(obs.dtype), self._inverse.to(obs.dtype)
         return ((obs - mean) * inverse).clamp_(-LARGEST, LARGEST)
 
+    def obs_normalisation(self) -> tuple[Tensor, Tensor] | None:
+        """Return the mean and the inverse standard deviation [O] that `obs` uses, or None if it changes nothing."""
+        return None if self._obs is None else (self._mean, self._inverse)
+
     def batch(self, batch: Batch) -> Batch:
         """Return the batch with normalised observations and rewards."""
         reward = batch.reward * self._scale.to(batch.reward.dtype)

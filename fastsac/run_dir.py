@@ -22,6 +22,7 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 TRACKING = "tracking.json"
 VIDEO = "last_evaluation.mp4"
+MODEL_CARD = "README.md"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 LONGEST_CONFIG = 2**20  # bytes

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from fastsac.progress import Progress
 from fastsac.ranks import Ranks, for_ranks
 from fastsac.replay import Replay
 from fastsac.rollout import EVALUATION, EXPLORATION, LEARNER, RANK, Rollout, child_seed
-from fastsac.run_dir import VIDEO, config_from_dict, newest_step
+from fastsac.run_dir import MODEL_CARD, VIDEO, config_from_dict, newest_step, refuse_if_taken
 from fastsac.saver import Contents, Ours, Saver, first_row
 from fastsac.signals import BUSY, Heartbeat, stop_signals
 from fastsac.spaces import Floats, Spaces
@@ -51,6 +51,11 @@ from fastsac.stored_state import refuse_other_state
 from fastsac.trackers import BY_DEFAULT, Tracking
 from fastsac.transfer import to_device, to_host
 
+if TYPE_CHECKING:
+    from fastsac.export import Exported
+
+#: of the learner's tensors, those that it takes to act
+POLICY = ("actor.", "normalizer.obs_")
 #: settings that the weights depend on
 KEPT = (
     *("hidden_sizes", "activation", "layer_norm", "num_critics", "critic", "num_atoms", "v_min", "v_max"),
@@ -124,9 +129,10 @@ class SAC:
         self._trial = ThreadTrial(config.num_envs, config.utd) if measures else None
         self.stopped_by_signal = False
         self.last_evaluation: Evaluation | None = None
+        self._evaluated_at = -1  # the step of the last evaluation
         self._run_dirs: dict[Path, Ours] = {}
         self._heartbeat = Heartbeat()
-        self._prepared = self._learns = False
+        self._prepared = self._learns = self._policy_only = False
 
     def _of_rank(self, config: Config) -> Config:
         """Return settings for this rank's own environments, exploration and replay buffer."""
@@ -188,6 +194,11 @@ class SAC:
         Empty before the first update. A value that is not finite ends training with the next line of metrics.jsonl.
         """
         return read_scalars({**self._progress.metrics, **self.learner.metrics()})
+
+    @property
+    def policy_only(self) -> bool:
+        """Whether it was loaded from a directory that holds a policy only: it can act, but not go on learning."""
+        return self._policy_only
 
     @property
     def actor(self) -> nn.Module:
@@ -307,6 +318,11 @@ class SAC:
             name: which messages begin with.
             tracking: which trackers there are.
         """
+        if self._policy_only:
+            raise UsageError(
+                "this directory holds a policy only, without critics, so it cannot go on learning: resume the run that "
+                "it was saved from"
+            )
         with (
             nullcontext() if directory is None else self._saver(directory) as saver,
             Logger(
@@ -470,7 +486,7 @@ class SAC:
         if due:
             logger.say("the evaluation was interrupted")
             return False
-        self.last_evaluation = evaluation
+        self.last_evaluation, self._evaluated_at = evaluation, self.steps
         mean = float(evaluation.returns.mean())
         spread = float(evaluation.returns.std())
         logger.log(self.steps, self.updates, {"eval_return": mean, "eval_return_std": spread})
@@ -540,7 +556,7 @@ class SAC:
         """Return all that a resumed run needs, but nothing that has diverged."""
         metrics = self._read_metrics(saver)
         tensors, counters = self.learner.state()
-        replay = self.replay if self.config.checkpoint_replay else None
+        replay = self.replay if self.config.checkpoint_replay and not self._policy_only else None
         state = {
             "config": dataclasses.asdict(self.config),
             "learner": counters,
@@ -554,19 +570,57 @@ class SAC:
         }
         return {"learner": tensors}, state, replay
 
-    def save(self, run_dir: str | os.PathLike[str]) -> Path:
+    def save(
+        self, run_dir: str | os.PathLike[str], policy_only: bool = False, evaluation: Evaluation | None = None
+    ) -> Path:
         """Write a checkpoint into `run_dir` (see `fastsac.checkpoint`) and return its directory.
+
+        Args:
+            run_dir: a new directory, or this agent's own.
+            policy_only: write what it takes to act and nothing else: the actor's weights, the normalisation of
+                observations and the settings. Beside them goes README.md, a model card with task, evaluation, settings
+                and versions. `load` and `fastsac eval` take such a directory; `learn` refuses it.
+            evaluation: for the model card; by default the last one, if the policy has not changed since.
 
         Raises:
             UsageError: if the directory holds another run, or another process writes it.
             FastsacError: if it cannot be written, what was saved before stays; or if training has diverged.
         """
         directory = Path(run_dir)
-        if self._ranks.leads:
+        if self._policy_only and not policy_only:
+            raise UsageError("this agent has a policy only: save it with policy_only=True")
+        if self._ranks.leads and policy_only:
+            self._save_policy(directory, evaluation)
+        elif self._ranks.leads:
             with self._saver(directory) as saver:
                 saver.finish(lambda: self._state(saver), self.steps)
         self._ranks.sum(0)  # it is there for all of them
         return checkpoint.step_directory(directory, self.steps)
+
+    def _save_policy(self, directory: Path, evaluation: Evaluation | None) -> None:
+        from fastsac.model_card import model_card
+
+        if evaluation is None and self._evaluated_at == self.steps:
+            evaluation = self.last_evaluation
+        card = model_card(self.config, self.spaces, self.steps, self.updates, evaluation)
+        refuse_if_taken(directory)
+        if os.path.lexists(directory / MODEL_CARD):
+            raise UsageError(f"{directory / MODEL_CARD} exists already: choose another directory")
+        with self._saver(directory) as saver:
+            groups, state, _ = self._state(saver)
+            kept = {name: tensor for name, tensor in groups["learner"].items() if name.startswith(POLICY)}
+            path = checkpoint.step_directory(directory, self.steps)
+            checkpoint.save_checkpoint(path, {"policy": kept}, {**state, "envs": None, "replay": None})
+            try:
+                (directory / MODEL_CARD).write_text(card)
+            except OSError as error:
+                raise FastsacError(f"cannot write {directory / MODEL_CARD}: {error.strerror}") from error
+
+    def export(self, path: str | os.PathLike[str]) -> Exported:
+        """Write the deterministic policy as one file that runs without fastsac: see `fastsac.export.export_policy`."""
+        from fastsac.export import export_policy
+
+        return export_policy(self, Path(path))
 
     @classmethod
     def load(
@@ -659,7 +713,9 @@ class SAC:
             )
         if config.alpha == "auto" and config.initial_alpha != stored.initial_alpha:
             raise UsageError("--initial-alpha is where a run begins, and this one has begun")
-        refuse_other_networks(config, *sizes, checkpoint.tensor_shapes(path, "learner"), networks)
+        policy_only = "policy" in checkpoint.groups_of(path)
+        group = "policy" if policy_only else "learner"
+        refuse_other_networks(config, *sizes, checkpoint.tensor_shapes(path, group), networks, policy_only)
         choices = precisions(config, resolve_device(config.device), networks)
         if config.precision == "auto" and state["precision"] in choices:  # another measurement could choose another one
             agent = cls(dataclasses.replace(config, precision=state["precision"]), spaces, **own)
@@ -670,8 +726,11 @@ class SAC:
         agent._progress.load_state(state, state["metrics"])
         if (config.estimator, config.baseline) != (stored.estimator, stored.baseline):
             agent._progress.metrics.clear()  # another estimator may have other ones
-        groups, _ = checkpoint.load_checkpoint(path, groups=["learner"])
-        agent.learner.load_state(groups["learner"], state["learner"])
+        stored_tensors = checkpoint.load_checkpoint(path, groups=[group])[0][group]
+        if policy_only:  # the rest is what a new agent has
+            stored_tensors = {**agent.learner.state()[0], **stored_tensors}
+        agent.learner.load_state(stored_tensors, state["learner"])
+        agent._policy_only = policy_only
         if not agent._ranks.alone:
             agent._draw_apart()
         if not config.checkpoint_replay or state["replay"] is None:

@@ -600,7 +600,10 @@ def test_a_vector_environment_in_processes_of_its_own():
         ({"envs": ONE, "eval_envs": TimeLimit(ONE, 3)}, "eval_envs must be other environments than envs"),
         ({"envs": lambda: ONE}, "<lambda> gave the same environment twice, and must make a new one each time"),
         ({"envs": lambda: TimeLimit(ONE, 3)}, "gave the same environment twice"),
-        ({"envs": Faulty, "eval_envs": Arm}, "for evaluations have other observations or actions than Faulty had"),
+        (
+            {"envs": Faulty, "eval_envs": Arm},
+            "for evaluations have other observations or actions than this agent was trained with",
+        ),
         ({"envs": Faulty()}, "evaluations would disturb the episodes under way"),
         ({"envs": SyncVectorEnv([Faulty], autoreset_mode=AutoresetMode.SAME_STEP), "eval_envs": Faulty}, "NEXT_STEP"),
         ({"envs": lambda: gymnasium.make("CartPole-v1")}, "has a Discrete action space"),

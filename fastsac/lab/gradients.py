@@ -57,6 +57,8 @@ def run(options: Gradients) -> dict[str, Any]:
     if options.out is not None:
         make_directory(options.out)  # before anything takes its time
     newest = SAC.load(options.run_dir, config)
+    if newest.policy_only:
+        raise UsageError(f"{options.run_dir} holds a policy only, without critics: name the run that it was saved from")
     obs, source = states(newest, options.num_states, options.seed)
     agents = {newest.steps: newest}
     if checkpoint.best_checkpoint(options.run_dir).exists():

@@ -340,14 +340,18 @@ def refuse_other_networks(
     action_size: int,
     shapes: Mapping[str, tuple[int, ...]],
     own: OwnNetworks = STANDARD,
+    policy_only: bool = False,
 ) -> None:
-    """Raise UsageError unless the actor and the critics of these shapes are the configuration's; takes no memory."""
+    """Raise UsageError unless the actor and the critics of these shapes are the configuration's; takes no memory.
+
+    With `policy_only` there are no critics to compare.
+    """
     with torch.device("meta"):
         actor = make_actor(config, obs_size, action_size) if own.actor is None else own.actor
         critic = make_critic(config, obs_size, action_size) if own.critic is None else OwnCritic(own.critic)
     expected = {
         f"{name}.{key}": tuple(value.shape)
-        for name, network in (("actor", actor), ("critic", critic))
+        for name, network in (("actor", actor), *([] if policy_only else [("critic", critic)]))
         for key, value in network.state_dict().items()
     }
     if any(shapes.get(name) != shape for name, shape in expected.items()):
