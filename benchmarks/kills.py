@@ -24,8 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from benchmarks.machine import describe_machine, write_json
 from fastsac.checkpoint import latest_checkpoint, load_checkpoint
 from fastsac.errors import FastsacError
-from fastsac.metrics import read_rows
-from fastsac.run_dir import newest_step
+from fastsac.run_dir import newest_step, read_rows
 
 RESULT = Path("benchmarks/results/kills.json")
 INTERVAL = 100  # steps between checkpoints

@@ -111,7 +111,34 @@ class Doctor:
     """Print one JSON object, for a report."""
 
 
-Command = Train | Eval | Export | Presets | Doctor | Compare | Report | Lab
+@dataclass(frozen=True)
+class Ls:
+    """List the runs below a directory: what each is, how far it has come, and its returns in evaluations."""
+
+    directory: tyro.conf.Positional[Path] = Path("runs")
+    """Where to look."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw learning curves of any number of runs in one picture, a panel for each environment.
+
+    Runs that differ in their random seeds only make one curve: the interquartile mean, with a 95 % bootstrap interval.
+    """
+
+    directories: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories, or directories below which runs are found."""
+    metric: str = "eval_return"
+    """What to draw: a name from metrics.jsonl, such as eval_return, episode_return or critic_loss."""
+    out: Path | None = None
+    """The picture (.png, .svg or .pdf); by default curves.png."""
+    json: bool = False
+    """Print the curves as one JSON object; a picture is then drawn only with --out."""
+
+
+Command = Train | Eval | Export | Ls | Plot | Presets | Doctor | Compare | Report | Lab
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -129,6 +156,8 @@ def parse(arguments: Sequence[str]) -> Command:
                 Annotated[Train, tyro.conf.subcommand("train", default=default)]
                 | Annotated[Eval, tyro.conf.subcommand("eval")]
                 | Annotated[Export, tyro.conf.subcommand("export")]
+                | Annotated[Ls, tyro.conf.subcommand("ls")]
+                | Annotated[Plot, tyro.conf.subcommand("plot")]
                 | Annotated[Presets, tyro.conf.subcommand("presets")]
                 | Annotated[Doctor, tyro.conf.subcommand("doctor")]
                 | Annotated[Compare, tyro.conf.subcommand("compare")]

@@ -1,4 +1,4 @@
-"""The command line: `fastsac train | eval | export | presets | doctor | compare | report | lab`."""
+"""The command line: `fastsac train | eval | export | ls | plot | presets | doctor | compare | report | lab`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from fastsac.arguments import Doctor, Eval, Export, Presets, Train, parse
+from fastsac.arguments import Doctor, Eval, Export, Ls, Plot, Presets, Train, parse
 from fastsac.config import Config
 from fastsac.errors import FastsacError, UsageError
 from fastsac.lab.arguments import Compare, Cost, Gradients, Lab, Report, Toy
@@ -34,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _eval(command)
         elif isinstance(command, Export):
             _export(command)
+        elif isinstance(command, Ls):
+            _ls(command)
+        elif isinstance(command, Plot):
+            _plot(command)
         elif isinstance(command, Presets):
             _presets(command)
         elif isinstance(command, Doctor):
@@ -64,6 +68,18 @@ def _fail(message: str, status: int = 1) -> NoReturn:
             sys.exit(status)
     print(f"fastsac: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def _ls(command: Ls) -> None:
+    from fastsac.results import ls
+
+    ls(command.directory, command.json)
+
+
+def _plot(command: Plot) -> None:
+    from fastsac.curves import plot
+
+    plot(command)
 
 
 def _presets(command: Presets) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 
 from fastsac.envs import Step
 from fastsac.errors import FastsacError
-from fastsac.metrics import MetricsFile, Row
-from fastsac.run_dir import METRICS
+from fastsac.metrics import MetricsFile
+from fastsac.run_dir import METRICS, Row
 from fastsac.trackers import BY_DEFAULT, Trackers, Tracking
 
 

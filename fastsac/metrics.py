@@ -12,10 +12,9 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from fastsac.run_dir import METRICS, temporary_sibling
+from fastsac.run_dir import METRICS, Row, read_rows, temporary_sibling
 
 Value = float | int | Tensor
-Row = dict[str, float | int]
 
 
 def read_scalars(values: Mapping[str, Value]) -> dict[str, float]:
@@ -90,16 +89,3 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
     with suppress(OSError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Return the lines of a metrics.jsonl that are whole."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_bytes().splitlines():
-        with suppress(ValueError, TypeError, RecursionError):  # cut short, or not ours
-            row = json.loads(line)
-            if isinstance(row, dict) and row.get("step", -1) >= 0 and all(abs(value) < 1e38 for value in row.values()):
-                rows.append(row)
-    return rows

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import secrets
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,15 @@ MODEL_CARD = "README.md"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 LONGEST_CONFIG = 2**20  # bytes
+#: seconds until a lock that another process has is tried again, once: `is_held` has it for a moment
+PATIENCE = 0.05
 #: a learner's run directory, within that of a run with several
 SEED = re.compile(r"seed-([0-9]{1,20})")
 #: the name of a checkpoint
 STEP = re.compile(r"step-([0-9]{1,18})")
+
+#: a line of metrics.jsonl
+Row = dict[str, float | int]
 
 
 def lock(descriptor: int) -> bool:
@@ -75,6 +81,9 @@ class RunLock:
             raise FastsacError(f"cannot write to the run directory {directory}: {error.strerror}") from error
 
     def _lock(self) -> None:
+        if lock(self._descriptor):
+            return
+        time.sleep(PATIENCE)
         if not lock(self._descriptor):
             owner = os.read(self._descriptor, 300).decode(errors="replace") or "another process"
             ours = owner == _this_process()
@@ -97,6 +106,23 @@ class RunLock:
                     (self.directory / LOCK).unlink()
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def is_held(directory: Path) -> bool:
+    """Return whether a process holds the run directory now; False where that cannot be known."""
+    try:
+        descriptor = os.open(directory / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _this_process() -> str:
@@ -210,3 +236,27 @@ def config_from_dict(values: Any) -> Config:
     if unknown:
         raise UsageError(f"the stored configuration has unknown settings: {', '.join(map(repr, sorted(unknown)))}")
     return Config(**values)
+
+
+def read_rows(path: Path, having: str = "") -> list[Row]:
+    """Return the lines of a metrics.jsonl that are whole: all of them, or those with the metric `having`.
+
+    Lines without that metric are not parsed, which is much faster.
+    """
+    key = json.dumps(having).encode() if having else b""
+    rows = [row for line in read_lines(path) if key in line and (row := parse_row(line)) is not None]
+    return [row for row in rows if having in row] if having else rows
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """Return a file's lines; none if it does not exist, or is a symbolic link or no plain file."""
+    return path.read_bytes().splitlines() if path.is_file() and not path.is_symlink() else []
+
+
+def parse_row(line: bytes) -> Row | None:
+    """Return a line of metrics.jsonl, or None if it is cut short or not ours."""
+    with suppress(ValueError, TypeError, RecursionError):
+        row = json.loads(line)
+        if isinstance(row, dict) and row.get("step", -1) >= 0 and all(abs(value) < 1e38 for value in row.values()):
+            return row
+    return None

@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastsac.lab.page import NO_NUMBER, Markup, element, ends, join, number
+from fastsac.plot import COLOURS, DASHES
 
-#: Okabe and Ito's colours, which the colour-blind can tell apart, but for the yellow, which is faint on white
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ((), (5, 1.5), (1.5, 1.5), (6, 1.5, 1.5, 1.5), (9, 2.5))
 MARKERS = "os^DvPX"
 LONGEST_LABEL = 28
 

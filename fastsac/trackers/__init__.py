@@ -18,13 +18,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from fastsac.errors import FastsacError, UsageError, did_you_mean
-from fastsac.run_dir import SEED, TRACKING, parse_json, temporary_sibling
-
-if TYPE_CHECKING:
-    from fastsac.metrics import Row
+from fastsac.run_dir import SEED, TRACKING, Row, parse_json, temporary_sibling
 
 #: the trackers, and the package that each needs
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}

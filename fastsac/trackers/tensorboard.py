@@ -14,8 +14,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from fastsac.metrics import read_rows
-from fastsac.run_dir import METRICS, TENSORBOARD
+from fastsac.run_dir import METRICS, TENSORBOARD, read_rows
 from fastsac.trackers import Line, Run, by_tag
 
 
