@@ -96,6 +96,24 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Collect:
+    """Write episodes of a trained agent as a Minari dataset, in MINARI_DATASETS_PATH or ~/.minari/datasets."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """The run directory."""
+    out: str
+    """The new dataset's id, such as pendulum/sac-v0."""
+    episodes: int = 100
+    """Episodes to play."""
+    seed: int = 0
+    """Seeds the environments and the sampled actions."""
+    best: bool = False
+    """Take the checkpoint with the highest evaluation during training instead of the newest."""
+    deterministic: bool = False
+    """Take the policy's mean action instead of a sample."""
+
+
+@dataclass(frozen=True)
 class Presets:
     """List the presets: the settings of `fastsac train --preset NAME`, and where they come from."""
 
@@ -138,7 +156,7 @@ class Plot:
     """Print the curves as one JSON object; a picture is then drawn only with --out."""
 
 
-Command = Train | Eval | Export | Ls | Plot | Presets | Doctor | Compare | Report | Lab
+Command = Train | Eval | Export | Collect | Ls | Plot | Presets | Doctor | Compare | Report | Lab
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -158,6 +176,7 @@ def parse(arguments: Sequence[str]) -> Command:
                 | Annotated[Export, tyro.conf.subcommand("export")]
                 | Annotated[Ls, tyro.conf.subcommand("ls")]
                 | Annotated[Plot, tyro.conf.subcommand("plot")]
+                | Annotated[Collect, tyro.conf.subcommand("collect")]
                 | Annotated[Presets, tyro.conf.subcommand("presets")]
                 | Annotated[Doctor, tyro.conf.subcommand("doctor")]
                 | Annotated[Compare, tyro.conf.subcommand("compare")]

@@ -1,4 +1,4 @@
-"""The command line: `fastsac train | eval | export | ls | plot | presets | doctor | compare | report | lab`."""
+"""The command line: `fastsac train`, `eval`, `export`, `collect`, `ls`, `plot`, `compare` and the rest."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from fastsac.arguments import Doctor, Eval, Export, Ls, Plot, Presets, Train, parse
+from fastsac.arguments import Collect, Doctor, Eval, Export, Ls, Plot, Presets, Train, parse
 from fastsac.config import Config
 from fastsac.errors import FastsacError, UsageError
 from fastsac.lab.arguments import Compare, Cost, Gradients, Lab, Report, Toy
@@ -38,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _ls(command)
         elif isinstance(command, Plot):
             _plot(command)
+        elif isinstance(command, Collect):
+            _collect(command)
         elif isinstance(command, Presets):
             _presets(command)
         elif isinstance(command, Doctor):
@@ -111,13 +112,32 @@ def _doctor(command: Doctor) -> None:
         sys.exit(1)
 
 
-def _load(run_dir: Path, config: Config, best: bool) -> SAC:
+def _check_play(command: Eval | Collect) -> None:
+    if command.episodes < 1:
+        raise UsageError(f"--episodes must be a whole number of at least 1, got {command.episodes}")
+    if command.seed < 0:
+        raise UsageError(f"--seed must be a whole number of at least 0, got {command.seed}")
+
+
+def _load(command: Eval | Collect | Export, config: Config) -> SAC:
     """Load an agent that only acts: on any device, with one thread, since small batches gain nothing by more."""
     from fastsac.train import SAC
 
     os.environ.pop("TORCHELASTIC_RUN_ID", None)  # it acts in one process, whoever has started it
     plain = dataclasses.replace(config, device="auto", engine="auto", precision="fp32", num_threads=1)
-    return SAC.load(run_dir, plain, best=best)
+    return SAC.load(command.run_dir, plain, best=command.best)
+
+
+def _collect(command: Collect) -> None:
+    from fastsac.collect import check_new, collect
+
+    _check_play(command)
+    check_new(command.out)
+    told = command.out, command.episodes, command.seed, command.deterministic
+    result, path = collect(_load(command, read_config(command.run_dir)), *told)
+    returns = f"return {result.returns.mean():.1f} +- {result.returns.std():.1f}"
+    print(f"{command.out}: {command.episodes:,} episodes, {result.lengths.sum():,} steps, {returns}")
+    print(f"dataset: {path}")
 
 
 def _export(command: Export) -> None:
@@ -130,7 +150,7 @@ def _export(command: Export) -> None:
     from fastsac.export import KINDS
 
     config = read_config(command.run_dir)
-    agent = _load(command.run_dir, config, command.best)
+    agent = _load(command, config)
     if command.to is None:
         assert command.out is not None
         agent.config = config  # as it was trained
@@ -149,10 +169,7 @@ def _export(command: Export) -> None:
 def _eval(command: Eval) -> None:
     from fastsac.evaluate import check_video_path
 
-    if command.episodes < 1:
-        raise UsageError(f"--episodes must be a whole number of at least 1, got {command.episodes}")
-    if command.seed < 0:
-        raise UsageError(f"--seed must be a whole number of at least 0, got {command.seed}")
+    _check_play(command)
     if command.video is not None:
         check_video_path(command.video)
     config = read_config(command.run_dir)
@@ -160,7 +177,7 @@ def _eval(command: Eval) -> None:
         config = dataclasses.replace(config, env_id=command.env_id, env_backend="auto", env_kwargs={})
     if command.env_kwargs is not None:
         config = dataclasses.replace(config, env_kwargs=command.env_kwargs)
-    agent = _load(command.run_dir, config, command.best)
+    agent = _load(command, config)
     if command.video is not None:
         agent.record_video(command.video, command.seed)
         print(f"video: {command.video}", file=sys.stderr)

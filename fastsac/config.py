@@ -52,11 +52,15 @@ class Config:
     utd_end: float | None = None
     """Let the updates per step go linearly from --utd to this over --total-steps."""
     learning_starts: int = 1000
-    """Steps with uniformly random actions before the first update."""
+    """Environment steps with uniformly random actions before the first update. With --offline, 0 updates from the first
+    step on."""
     buffer_size: int = 1_000_000
     """Transitions that the replay buffer holds."""
     batch_size: int = 256
     """Transitions per update."""
+    offline: str | None = None
+    """Minari dataset that fills the replay buffer before the first environment step: the id of a local dataset, or its
+    directory. Its transitions do not count as steps."""
 
     gamma: float = 0.99
     """Discount per step."""
@@ -148,6 +152,8 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise UsageError(f"{_flag(name)} must be a name, got {value!r}")
+        if self.offline is not None and (not isinstance(self.offline, str) or not self.offline):
+            raise UsageError(f"--offline must be the id or directory of a Minari dataset, got {self.offline!r}")
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{_flag(name)} must be true or false, got {getattr(self, name)!r}")

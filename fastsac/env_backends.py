@@ -82,6 +82,10 @@ class Backend(Protocol):
     def metadata(self) -> dict[str, Any]:
         """Of the environments."""
 
+    @property
+    def spaces(self) -> tuple[Any, Any]:
+        """Gymnasium's spaces of one environment's observations and actions."""
+
     def reset(self, seeds: Sequence[int] | None) -> Any:
         """Reset all environments, with random streams begun anew if there are seeds; return their observations."""
 
@@ -118,6 +122,10 @@ class _EnvPool:
         self._camera = camera
         self._opengl_context = opengl_context  # destroyed with its last reference, and drawing aborts without it
         self.metadata: dict[str, Any] = pool.metadata
+
+    @property
+    def spaces(self) -> tuple[Any, Any]:
+        return self._pool.observation_space, self._pool.action_space
 
     def reset(self, seeds: Sequence[int] | None) -> Any:
         with warnings.catch_warnings():  # about float64 bounds cast to float32

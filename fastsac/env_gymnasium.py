@@ -107,6 +107,11 @@ class GymnasiumEnvs:
         self._done: Bools = np.zeros(envs.num_envs, dtype=np.bool_)
         self._action: Any = None
 
+    @property
+    def spaces(self) -> tuple[Any, Any]:
+        """Return the spaces of one environment."""
+        return self._envs.single_observation_space, self._envs.single_action_space
+
     def reset(self, seeds: Sequence[int] | None) -> Any:
         """Reset all environments; without seeds their random streams go on."""
         seeds = self._seeds if seeds is None else list(seeds)
@@ -122,14 +127,14 @@ class GymnasiumEnvs:
     def rewind(self, resets: NDArray[np.int64], streams: list[Any]) -> Any:
         """Bring new environments to the beginning of their last episodes."""
         seeds, self._seeds = self._seeds or [], None
-        return _stack(self._envs.call("rewind", seeds, streams))
+        return stack(self._envs.call("rewind", seeds, streams))
 
     def step_some(self, indices: NDArray[np.int64], action: Floats) -> Any:
         """Step some of them again, after `rewind`."""
         actions = dict(zip(indices.tolist(), action.astype(self._envs.action_space.dtype), strict=True))
         obs = self._envs.call("step_again", actions)
         self._done = np.array(self._envs.call("is_over"), dtype=np.bool_)
-        return _stack([obs[index] for index in indices])
+        return stack([obs[index] for index in indices])
 
     def send(self, action: Floats) -> None:
         """Keep the actions: these environments step in `recv`."""
@@ -352,10 +357,10 @@ def _bit_generator(env: Any) -> Any:
     return generator if isinstance(generator, np.random.PCG64) else None
 
 
-def _stack(obs: Sequence[Any]) -> Any:
+def stack(obs: Sequence[Any]) -> Any:
     """Join observations, arrays or nested dicts and tuples of arrays, to a batch."""
     if isinstance(obs[0], Mapping):
-        return {key: _stack([each[key] for each in obs]) for key in obs[0]}
+        return {key: stack([each[key] for each in obs]) for key in obs[0]}
     if isinstance(obs[0], tuple):
-        return tuple(_stack(parts) for parts in zip(*obs, strict=True))
+        return tuple(stack(parts) for parts in zip(*obs, strict=True))
     return np.stack([np.asarray(each) for each in obs])

@@ -35,6 +35,14 @@ class Step(NamedTuple):
     valid: Bools  # [N]; False where the environment was reset and the action ignored
 
 
+class Raw(NamedTuple):
+    """The last step or reset in the environments' own types and units; the next one may overwrite it."""
+
+    obs: Any  # arrays, or nested dicts and tuples of them, with leading dimension N
+    action: Any = None  # [N, *S], as it was sent
+    reward: Any = None  # [N]
+
+
 class VectorEnv:
     """N environments that step together, with checks before and after every step."""
 
@@ -46,8 +54,15 @@ class VectorEnv:
         self._backend = backend
         self._steps = 0
         self._pending = False
+        self._sent: Any = None
+        self.raw = Raw(None)
         self._resets = np.zeros(num_envs, dtype=np.int64)
         self._elapsed = np.zeros(num_envs, dtype=np.int64)  # actions since each environment's last reset
+
+    @property
+    def own_spaces(self) -> tuple[Any, Any]:
+        """Gymnasium's spaces of one environment's observations and actions."""
+        return self._backend.spaces
 
     @property
     def render_fps(self) -> float:
@@ -65,7 +80,8 @@ class VectorEnv:
                 self._backend.recv()
                 self._pending = False
             seeds = None if seed is None else environment_seeds(seed, self.num_envs)
-            obs = self.spaces.flatten(self._backend.reset(seeds))
+            self.raw = Raw(self._backend.reset(seeds))
+            obs = self.spaces.flatten(self.raw.obs)
         self._resets = self._resets + 1 if seed is None else np.ones_like(self._resets)
         self._elapsed[:] = 0
         self._check_finite("observation", obs)
@@ -133,7 +149,8 @@ class VectorEnv:
         self._steps += 1
         self._check_finite("action", action)
         with self._naming_the_environment():
-            self._backend.send(self.spaces.scale(action))
+            self._sent = self.spaces.scale(action)
+            self._backend.send(self._sent)
             self._pending = True
 
     def recv(self) -> Step:
@@ -145,6 +162,7 @@ class VectorEnv:
         with self._naming_the_environment():
             self._pending = False
             obs, reward, terminated, truncated, valid = self._backend.recv()
+            self.raw = Raw(obs, self._sent, reward)
             step = Step(
                 obs=self.spaces.flatten(obs),
                 reward=np.asarray(reward, dtype=np.float32),

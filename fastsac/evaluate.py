@@ -12,13 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastsac.env_backends import EnvSpec
-from fastsac.envs import VectorEnv, make_envs
+from fastsac.envs import Step, VectorEnv, make_envs
 from fastsac.errors import FastsacError, UsageError
-from fastsac.spaces import Floats, Spaces
+from fastsac.spaces import Bools, Floats, Spaces
 
 LONGEST_EPISODE = 100_000  # steps
 #: obs [N, O] -> action [N, A] in [-1, 1]
 Policy = Callable[[Floats], Floats]
+#: the environments; their last step, or None for their reset; and which of them [N] play an episode that counts
+Watch = Callable[[VectorEnv, Step | None, Bools], None]
 
 
 class Evaluation(NamedTuple):
@@ -44,6 +46,7 @@ def evaluate(
     should_stop: Callable[[], bool] | None = None,
     seed: int | None = None,
     before_step: Callable[[], None] | None = None,
+    watch: Watch | None = None,
 ) -> Evaluation:
     """Play whole episodes from a reset on.
 
@@ -57,6 +60,7 @@ def evaluate(
         should_stop: asked before every step; if it says so, only the episodes that have ended are returned.
         seed: begins the environments' random streams anew; None goes on with them.
         before_step: called before every step, for pictures.
+        watch: called after the reset and after every step, to keep what was played.
 
     Raises:
         FastsacError: if an episode ends neither by itself nor by a time limit.
@@ -67,6 +71,8 @@ def evaluate(
     returns, lengths = [], []
     episode_return, episode_length = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=np.int64)
     obs = envs.reset(seed)
+    if watch is not None:
+        watch(envs, None, played < share)
     while (played < share).any() and not (should_stop is not None and should_stop()):
         if episode_length[played < share].max() >= LONGEST_EPISODE:
             raise FastsacError(
@@ -78,6 +84,8 @@ def evaluate(
         envs.send(policy(obs))
         step = envs.recv()
         obs = step.obs
+        if watch is not None:
+            watch(envs, step, played < share)
         episode_return += np.where(step.valid, step.reward, 0.0)
         episode_length += step.valid
         for index in np.flatnonzero((step.terminated | step.truncated) & step.valid):
@@ -128,7 +136,12 @@ class Evaluator:
         self._envs: VectorEnv | None = None
 
     def evaluate(
-        self, policy: Policy, episodes: int, seed: int, should_stop: Callable[[], bool] | None = None
+        self,
+        policy: Policy,
+        episodes: int,
+        seed: int,
+        should_stop: Callable[[], bool] | None = None,
+        watch: Watch | None = None,
     ) -> Evaluation:
         """Play episodes that depend on the policy and the seed only; see the function `evaluate`.
 
@@ -139,11 +152,11 @@ class Evaluator:
             raise UsageError(f"an evaluation needs at least 1 episode, got {episodes}")
         num_envs = min(episodes, 32)
         if self._envs is not None and num_envs == self._made_for:
-            return evaluate(policy, self._envs, episodes, should_stop, seed)
+            return evaluate(policy, self._envs, episodes, should_stop, seed, watch=watch)
         self.close()
         self._made_for = num_envs  # environments from Python have their own number
         self._envs = self._make(num_envs, seed)
-        return evaluate(policy, self._envs, episodes, should_stop)
+        return evaluate(policy, self._envs, episodes, should_stop, watch=watch)
 
     def record_video(self, policy: Policy, path: Path, seed: int) -> None:
         """Play one episode and write it; see the function `record_video`."""

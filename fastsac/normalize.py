@@ -93,25 +93,36 @@ class Normalizer:
         reward = batch.reward * self._scale.to(batch.reward.dtype)
         return batch._replace(obs=self.obs(batch.obs), next_obs=self.obs(batch.next_obs), reward=reward)
 
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing has been seen yet; waits for the device."""
+        return all(float(each.count) <= FIRST_COUNT for each in (self._obs, self._return) if each is not None)
+
     @torch.no_grad()
-    def begin(self, obs: Tensor) -> None:
-        """Take the observations [N, O] after a reset of all environments."""
+    def begin(self, obs: Tensor, present: Tensor | None = None) -> None:
+        """Take the observations [N, O] after a reset of all environments.
+
+        Args:
+            obs: [N, O].
+            present: [N]: False where there is no observation; None: there is one everywhere.
+        """
         self._returns.zero_()
         if self._obs is not None:
-            self._obs.add(obs)
+            self._obs.add(obs, None if present is None else present[:, None])
         self._refresh()
 
     @torch.no_grad()
-    def add(self, next_obs: Tensor, reward: Tensor, valid: Tensor) -> None:
+    def add(self, next_obs: Tensor, reward: Tensor, valid: Tensor, present: Tensor | None = None) -> None:
         """Take one step of all environments; nothing waits for the device.
 
         Args:
             next_obs: [N, O].
             reward: [N].
             valid: [N]: False where the environment was reset instead of stepped; its return begins at 0 again.
+            present: [N]: False where there is no observation; None: there is one everywhere.
         """
         if self._obs is not None:
-            self._obs.add(next_obs)
+            self._obs.add(next_obs, None if present is None else present[:, None])
         if self._return is not None:
             self._returns.mul_(self.gamma).add_(reward).mul_(valid)
             self._return.add(self._returns[:, None], valid[:, None])

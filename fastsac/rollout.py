@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsac.config import Config
+from fastsac.dataset import Dataset, deal, fill
 from fastsac.env_backends import EnvSpec
 from fastsac.envs import VectorEnv, make_envs
 from fastsac.errors import EnvironmentFailure, UsageError
@@ -58,6 +59,9 @@ class Rollout:
         self._cut = False  # a step or a reset that has not come to its end: the environments are in no known state
         self._obs: Tensor | None = None  # [N, O] to go on from; None while a step is made and where one was cut
         self.stored_envs: dict[str, Any] | None = None  # the environments' state in the checkpoint that was loaded
+        self._begun = False  # the environments' episodes
+        self.seen: str | None = None  # the dataset that the stored normalisation has seen
+        self.filled = ""  # what the replay was filled with, in words
         self.spaces: Spaces = spaces  # type: ignore[assignment]
         if spaces is None:
             self.spaces = self.envs.spaces
@@ -93,6 +97,44 @@ class Rollout:
             self._replay = Replay(*shape, self.device, generator, config.n_step, config.gamma)
         return self._replay
 
+    def fill(self) -> bool:
+        """Write the dataset that `offline` names into the replay, if nothing was written to it yet.
+
+        Returns:
+            Whether all of it is there, or nothing had to be done.
+
+        Raises:
+            UsageError: if it cannot be read, or does not fit.
+        """
+        name, replay, ranks = self.config.offline, self.replay, self._ranks
+        if name is None or replay.newest:
+            return True
+        dataset = Dataset(name, self.config.env_id, self.spaces)
+        if dataset.num_episodes < ranks.size:
+            raise UsageError(
+                f"the Minari dataset {name} has {dataset.num_episodes} episodes, and each of {ranks.size} ranks needs 1"
+            )
+        normalizer = self.normalizer
+        if normalizer is not None and (not normalizer.active or (self.seen == name and not normalizer.fresh)):
+            normalizer = None
+        indices, delays = dataset.arrange(replay.num_rows, replay.num_envs, ranks.rank, ranks.size)
+        rows = deal(dataset.episodes(indices), delays, self.spaces.obs_size, self.spaces.action_size)
+        before = {} if normalizer is None else {name: each.clone() for name, each in normalizer.state().items()}
+        try:
+            fill(replay, rows, normalizer)
+            if not replay.size:
+                raise UsageError(f"the Minari dataset {name} has no transitions")
+        except BaseException:  # a half of it must not count as the whole
+            self._replay = None
+            if normalizer is not None:
+                normalizer.load_state(before)
+            raise
+        kept, total = ranks.sum(replay.size), dataset.num_steps
+        number = f"the newest {kept:,} of {total:,}" if kept < total else f"{kept:,}"
+        other = f" ({dataset.env_id})" if dataset.env_id not in ("", self.config.env_id.rpartition(":")[2]) else ""
+        self.filled = f"offline data: {number} transitions of {dataset.num_episodes:,} episodes from {name}{other}"
+        return kept == total
+
     def begin(self, updates: int, logger: Logger) -> Tensor:
         """Return the observations [N, O] to go on from, on the device: of the episodes under way, or of new ones.
 
@@ -109,6 +151,7 @@ class Rollout:
         if self.stored_envs is not None:
             stored, self.stored_envs = self.stored_envs, None
             if not (problem := self._restore(stored)):
+                self._begun = True
                 return self.replay.newest_obs()
             logger.warn(f"the episodes under way cannot be resumed ({problem}): new ones are started")
             self.new_episodes()
@@ -119,7 +162,7 @@ class Rollout:
                 logger.say(f"the replay buffer is empty: {steps} steps refill it before updates go on, in new episodes")
         self._cut = True
         obs = self.replay.begin(self.envs.reset())
-        self._cut = False
+        self._cut, self._begun = False, True
         if self.normalizer is not None and self.normalizer.active:
             self.normalizer.begin(obs)
         return obs
@@ -144,7 +187,7 @@ class Rollout:
         path = (self.progress.steps, tries) if tries else (self.progress.steps,)
         self.progress.env_seed = child_seed(self.config.seed, ENVS, *path)
         self.stored_envs = self._obs = None
-        self._cut = False
+        self._cut = self._begun = False
         if self._envs is not None:
             self._envs.close()
             self._envs = None
@@ -207,4 +250,4 @@ class Rollout:
         """Return the environments' state for a checkpoint that holds the replay."""
         if self.stored_envs is not None:  # they have not been brought there yet
             return self.stored_envs
-        return None if self._envs is None or self.replay.newest == 0 else self._envs.state()  # 0: not begun yet
+        return self._envs.state() if self._envs is not None and self._begun else None

@@ -81,6 +81,12 @@ class Spaces(NamedTuple):
         scaled = self.action_low + 0.5 * (action + 1.0) * (self.action_high - self.action_low)
         return np.clip(scaled, self.action_low, self.action_high)  # rounding must not lead out of the space
 
+    def unscale(self, action: NDArray[Any]) -> Floats:
+        """Map actions [N, *S] from the environment's units to the policy's, [N, A], clipped to [-1, 1]."""
+        low, high = self.action_low.astype(np.float64), self.action_high.astype(np.float64)
+        unit = 2.0 * (action - low) / (high - low) - 1.0
+        return unit.clip(-1.0, 1.0).astype(np.float32).reshape(len(action), self.action_size)
+
     def _parts(self, obs: Any) -> dict[str, NDArray[Any]]:
         """Return the observation's parts in the order of the shapes."""
         if "" in self.obs_shapes:

@@ -25,7 +25,7 @@ from fastsac.env_backends import EnvSpec
 from fastsac.envs import OwnEnvs, VectorEnv
 from fastsac.errors import FastsacError, UsageError
 from fastsac.estimators import choose
-from fastsac.evaluate import Evaluation, Evaluator
+from fastsac.evaluate import Evaluation, Evaluator, Watch
 from fastsac.learner import (
     ThreadTrial,
     choose_engine,
@@ -171,6 +171,11 @@ class SAC:
         return self._progress.steps
 
     @property
+    def offline(self) -> str:
+        """What `prepare` has filled the replay buffer with, in words; empty if nothing."""
+        return self._rollout.filled
+
+    @property
     def finished(self) -> bool:
         """Whether the configuration's number of steps, or its target return, has been reached."""
         config, progress = self.config, self._progress
@@ -220,7 +225,9 @@ class SAC:
         return self.setup.num_threads
 
     def prepare(self, say: Callable[[str], None] | None = None) -> None:
-        """Take what training needs: the replay's memory and, on a GPU, an engine that is right there; `learn` calls it.
+        """Take what training needs: the replay's memory, what is to be in it from the start, and on a GPU an engine.
+
+        `learn` calls it.
 
         An engine for GPUs is compared with the reference engine, once for each GPU, driver and version, which may take
         minutes (see `fastsac.learner.self_check`). If they differ, `--engine auto` takes the next engine.
@@ -229,7 +236,8 @@ class SAC:
             say: tells the user; by default the logger "fastsac" does, and only what is wrong.
 
         Raises:
-            UsageError: if the replay does not fit, or the engines differ and this one was asked for.
+            UsageError: if the replay does not fit, the engines differ and this one was asked for, or the dataset that
+                `offline` names cannot be read or does not fit the environment.
         """
         if not self._prepared:
             self._heartbeat.send(BUSY)
@@ -243,7 +251,8 @@ class SAC:
                 self.engine_reason = problem
                 self.setup = self.setup._replace(precision=self.learner.config.precision)  # type: ignore[arg-type]
             self._prepared = True
-        _ = self.replay
+        if not self._rollout.fill() and say is None:
+            logging.getLogger("fastsac").warning(self.offline)
 
     def learn(
         self,
@@ -499,17 +508,26 @@ class SAC:
         return reached if hooks is None else hooks.call("on_evaluation", evaluation) or reached
 
     def evaluate(
-        self, episodes: int, seed: int | None = None, should_stop: Callable[[], bool] | None = None
+        self,
+        episodes: int,
+        seed: int | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        *,
+        deterministic: bool = True,
+        watch: Watch | None = None,
     ) -> Evaluation:
-        """Play episodes with the deterministic policy on environments of their own (see `fastsac.evaluate`).
+        """Play episodes on environments of their own (see `fastsac.evaluate`).
 
         Args:
             episodes: how many.
             seed: of their environments; by default it follows from the run's seed and the number of steps.
             should_stop: asked before every step; if it says so, only the episodes that have ended are returned.
+            deterministic: the squashed mean, or a sample, which takes the agent's own random numbers.
+            watch: sees every step.
         """
         seed = child_seed(self.config.seed, EVALUATION, self.steps) if seed is None else seed
-        return self._evaluator.evaluate(self._deterministic, episodes, seed, should_stop)
+        policy = self._deterministic if deterministic else self._sampling
+        return self._evaluator.evaluate(policy, episodes, seed, should_stop, watch)
 
     def record_video(self, path: str | os.PathLike[str], seed: int = 0) -> None:
         """Play one episode with the deterministic policy and write it as .mp4 or .gif (see `fastsac.evaluate`)."""
@@ -523,6 +541,9 @@ class SAC:
 
     def _deterministic(self, obs: Floats) -> Floats:
         return to_host(self.learner.act(to_device([obs], self.device)[0], deterministic=True))
+
+    def _sampling(self, obs: Floats) -> Floats:
+        return to_host(self.learner.act(to_device([obs], self.device)[0]))
 
     def predict(self, obs: Any, deterministic: bool = True) -> NDArray[np.float32]:
         """Return actions in the environment's own units.
@@ -713,6 +734,11 @@ class SAC:
             )
         if config.alpha == "auto" and config.initial_alpha != stored.initial_alpha:
             raise UsageError("--initial-alpha is where a run begins, and this one has begun")
+        holds_replay = config.checkpoint_replay and state["replay"] is not None
+        if holds_replay and state["replay"]["newest"] and config.offline not in (None, stored.offline):
+            raise UsageError(
+                "--offline fills an empty replay buffer, and the checkpoint holds one: --no-checkpoint-replay drops it"
+            )
         policy_only = "policy" in checkpoint.groups_of(path)
         group = "policy" if policy_only else "learner"
         refuse_other_networks(config, *sizes, checkpoint.tensor_shapes(path, group), networks, policy_only)
@@ -724,6 +750,7 @@ class SAC:
         else:
             agent = cls(config, spaces, **own)
         agent._progress.load_state(state, state["metrics"])
+        agent._rollout.seen = stored.offline
         if (config.estimator, config.baseline) != (stored.estimator, stored.baseline):
             agent._progress.metrics.clear()  # another estimator may have other ones
         stored_tensors = checkpoint.load_checkpoint(path, groups=[group])[0][group]
@@ -733,7 +760,7 @@ class SAC:
         agent._policy_only = policy_only
         if not agent._ranks.alone:
             agent._draw_apart()
-        if not config.checkpoint_replay or state["replay"] is None:
+        if not holds_replay:
             agent.new_episodes()
             return agent
         for name in state["replay"]["blocks"]:
