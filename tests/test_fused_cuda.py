@@ -389,7 +389,7 @@ def parameters(learner: Learner) -> Tensor:
 
 
 @pytest.mark.parametrize("settings", [{}, pytest.param({"estimator": "score"}, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize(("updates", "gap"), [(40, 1.0), pytest.param(300, 0.2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("updates", "gap"), [(20, 1.0), pytest.param(300, 0.2, marks=pytest.mark.slow)])
 def test_it_learns_as_the_cpus_engine_does(settings: dict[str, Any], updates: int, gap: float) -> None:
     """Their weights drift apart as those of two orders of the same sums do, and both find the action."""
     rates = dict.fromkeys(("actor_lr", "critic_lr", "alpha_lr"), 0.003)

@@ -158,6 +158,7 @@ def test_without_a_cluster_it_says_so(address, message):
         pass
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_its_node_is_lost(tmp_path):
     from ray.cluster_utils import Cluster
 
