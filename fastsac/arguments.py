@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from fastsac.completion import complete
 from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.lab.arguments import Compare, Lab, Report
@@ -164,33 +166,39 @@ def parse(arguments: Sequence[str]) -> Command:
 
     Raises:
         UsageError: if something is unknown, missing or out of its range.
-        SystemExit: with status 0, after --help.
+        SystemExit: with status 0, after --help or a script for completion.
     """
+    if complete(arguments, lambda words: _cli(words, Train(config=Config()))):
+        sys.exit()
     default = Train(config=_config_before_options(arguments))
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):
-            command: Command = tyro.cli(
-                Annotated[Train, tyro.conf.subcommand("train", default=default)]
-                | Annotated[Eval, tyro.conf.subcommand("eval")]
-                | Annotated[Export, tyro.conf.subcommand("export")]
-                | Annotated[Ls, tyro.conf.subcommand("ls")]
-                | Annotated[Plot, tyro.conf.subcommand("plot")]
-                | Annotated[Collect, tyro.conf.subcommand("collect")]
-                | Annotated[Presets, tyro.conf.subcommand("presets")]
-                | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-                | Annotated[Compare, tyro.conf.subcommand("compare")]
-                | Annotated[Report, tyro.conf.subcommand("report")]
-                | Annotated[Lab, tyro.conf.subcommand("lab")],
-                args=arguments,
-                prog="fastsac",
-                description="Soft Actor-Critic at speed, with the actor's gradient estimator as a choice.",
-                registry=_registry(),
-            )
+            return _cli(arguments, default)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        raise UsageError(_unframe(refusal.getvalue())) from None
+        raise UsageError(_unframe(refusal.getvalue(), " ".join(["fastsac", *arguments]))) from None
+
+
+def _cli(arguments: Sequence[str], default: Train) -> Command:
+    command: Command = tyro.cli(
+        Annotated[Train, tyro.conf.subcommand("train", default=default)]
+        | Annotated[Eval, tyro.conf.subcommand("eval")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Collect, tyro.conf.subcommand("collect")]
+        | Annotated[Ls, tyro.conf.subcommand("ls")]
+        | Annotated[Plot, tyro.conf.subcommand("plot")]
+        | Annotated[Presets, tyro.conf.subcommand("presets")]
+        | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Lab, tyro.conf.subcommand("lab")],
+        args=arguments,
+        prog="fastsac",
+        description="Soft Actor-Critic at speed, with the actor's gradient estimator as a choice.",
+        registry=_registry(),
+    )
     return command
 
 
@@ -246,8 +254,8 @@ def _from_json(text: str) -> Any:
         return text  # which the configuration refuses, saying what it should be
 
 
-def _unframe(box: str) -> str:
-    """Return the message of tyro's framed error on one line, with the nearest option if it suggests any."""
+def _unframe(box: str, typed: str) -> str:
+    """Return the message of tyro's framed error on one line, with the nearest option that the subcommand has."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     paragraphs: list[list[str]] = [[]]
     for line in text.splitlines()[1:]:  # the first is a title
@@ -255,14 +263,26 @@ def _unframe(box: str) -> str:
             paragraphs.append([])
         else:
             paragraphs[-1].append(line.strip(" │|"))
-    message, *others = [" ".join(lines).rstrip(".") for lines in paragraphs if lines] or [text.strip()]
+    message = next((" ".join(lines).rstrip(".") for lines in paragraphs if lines), text.strip())
     message = message.replace("invalid literal for int() with base 10:", "it must be a whole number, got")
     message = message.replace("could not convert string to float:", "it must be a number, got")
     message = re.sub(r"no type matching (\S+) could be instantiated from \[(.*?)\]\. .*", _other_types, message)
     message = message.replace("Could not find valid parse for arguments:", "they must be whole numbers, got")
     message = re.sub(r"Could not parse arguments (\[.*\]) into tuple type .*", r"they must be numbers, got \1", message)
-    near = [match[0] for other in others if other.startswith("Perhaps") and (match := re.search(r"--[\w-]+", other))]
-    return f"{message}; did you mean {near[0]}?" if near else f"{message}; see fastsac --help"
+    message = re.sub(r" \(applied to .*?\)|or misplaced | Arguments are applied to .*", "", message).rstrip()
+    near = _near(text, typed)
+    return f"{message}; did you mean {near}?" if near else f"{message}; see fastsac --help"
+
+
+def _near(text: str, typed: str) -> str:
+    """Return the first option that tyro suggests and the subcommand typed has."""
+    option = ""
+    for line in text.splitlines():
+        if match := re.match(r"[│| ] {5}(--[\w-]+)", line):
+            option = match[1]
+        elif (match := re.fullmatch(r"in (fastsac .*) --help", line.strip(" │|"))) and typed.startswith(f"{match[1]} "):
+            return option
+    return ""
 
 
 def _other_types(match: re.Match[str]) -> str:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fastsac.errors import FastsacError
 from fastsac.run_dir import CHECKPOINTS, STEP, parse_json, temporary_sibling
+from fastsac.system import WINDOWS
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -306,6 +307,8 @@ def _swap_in(temporary: Path, target: Path) -> None:
     try:
         if replaces:
             os.rename(target, old)
+        elif WINDOWS and target.exists():  # and empty: elsewhere it is replaced at once
+            target.rmdir()
         os.rename(temporary, target)
         _fsync(target.parent)
     except BaseException:
@@ -320,7 +323,9 @@ def _swap_in(temporary: Path, target: Path) -> None:
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if WINDOWS and path.is_dir():  # which it does not open
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

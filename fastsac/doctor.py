@@ -129,8 +129,8 @@ def _environments(report: Report) -> dict[str, Any]:
 
         tasks = len(envpool.list_all_envs())
     except Exception as error:  # whatever a broken installation raises
-        report.problem(f"EnvPool cannot be imported: {error}", "pip install --force-reinstall envpool", True)
-        return {"envpool_tasks": 0, "stepped_with": None}
+        fix = "pip install --force-reinstall envpool; until then Gymnasium's environments are used, which are slower"
+        report.problem(f"EnvPool cannot be imported: {error}", fix)
     backend, wrong = _child("Pendulum-v1", "step")
     if wrong:
         report.problem(f"no environment can be stepped: {wrong}", "pip install envpool gymnasium", stops_training=True)
@@ -206,7 +206,7 @@ def describe(report: Report) -> str:
         "fastsac": f"{versions['fastsac']}, Python {facts['python']}, {facts['system']}",
         "PyTorch": f"{versions['torch']}, {cuda}; Triton {versions['triton'] or 'is missing'}",
         "GPU": _gpu_row(gpu),
-        "CPU": f"{cpu['model']}, {cpu['cores_allowed']} of {cpu['cores']} cores, {cpu['memory_gib']} GiB, "
+        "CPU": f"{cpu['model']}, {cpu['cores_allowed']} of {cpu['cores']} cores, {cpu['memory_gib'] or 'unknown'} GiB, "
         f"{products} bfloat16 products",
         "Environments": f"EnvPool {tasks}; Gymnasium {versions['gymnasium']}, MuJoCo {versions['mujoco']}; {drawn}",
         "Engine": f"{engine['name']} ({engine['reason']})",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 from fastsac.config import Config
 from fastsac.errors import FastsacError, UsageError
 from fastsac.spaces import Bools, Floats, Spaces, read_spaces
+from fastsac.system import allowed_cores
 
 #: keyword arguments that are not the user's to give
 RESERVED = {
@@ -172,11 +176,34 @@ def _put(batch: Any, indices: NDArray[np.int64], some: Any) -> None:
         batch[indices] = some
 
 
+def envpool_tasks(needed: bool) -> list[str]:
+    """Return the ids of EnvPool's environments; none where it cannot be imported, which is told once.
+
+    Raises:
+        UsageError: if it is needed and cannot be imported.
+    """
+    try:
+        import envpool
+    except (ImportError, OSError) as error:
+        obstacle = f"EnvPool cannot be imported ({one_line(error)})"
+        if needed:
+            advice = "pip install envpool, or use --env-backend auto"
+            raise UsageError(f"--env-backend envpool: {obstacle}: {advice}") from error
+        _warn_once(f"{obstacle}: Gymnasium's environments are used instead")
+        return []
+    return list(envpool.list_all_envs())
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logging.getLogger("fastsac").warning(message)
+
+
 def make_envpool(spec: EnvSpec, num_envs: int, seeds: list[int], render_mode: str | None) -> tuple[Spaces, Backend]:
     """Create EnvPool's environments; FastsacError if that fails."""
     import envpool
 
-    threads = min(num_envs, len(os.sched_getaffinity(0)))  # fewer gain at most 4 % (LOG.md)
+    threads = min(num_envs, allowed_cores())  # fewer gain at most 4 % (LOG.md)
     options = dict(spec.kwargs)
     if spec.max_episode_steps is not None:
         options["max_episode_steps"] = spec.max_episode_steps
@@ -206,7 +233,7 @@ def make_envpool(spec: EnvSpec, num_envs: int, seeds: list[int], render_mode: st
 
 def draw_off_screen() -> None:
     """Tell MuJoCo and pygame that there may be no screen, unless the user has told them otherwise."""
-    if not os.environ.get("DISPLAY"):
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastsac.config import Config
-from fastsac.env_backends import Backend, EnvSpec, make_envpool, one_line
+from fastsac.env_backends import Backend, EnvSpec, envpool_tasks, make_envpool, one_line
 from fastsac.errors import EnvironmentFailure, EnvironmentMisfit, OtherShape, UsageError, WorkerError, did_you_mean
 from fastsac.spaces import Bools, Floats, Spaces
 
@@ -284,9 +284,7 @@ def make_envs(spec: EnvSpec, num_envs: int, seed: int, render: bool = False) -> 
     render_mode = "rgb_array" if render else None
     known: list[str] = []
     if spec.backend in ("auto", "envpool"):
-        import envpool
-
-        known = envpool.list_all_envs()
+        known = envpool_tasks(needed=spec.backend == "envpool")
     with warnings.catch_warnings():
         # about float64 bounds cast to float32, and ids with a newer version: nothing that a user could change
         warnings.simplefilter("ignore")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -45,6 +43,8 @@ class UsageError(FastsacError):
 
 def told(error: Exception, *ours: str) -> str:
     """Return an error of the user's code on one line, with the first place in its traceback outside `ours`."""
+    import traceback
+
     ours = (*ours, importlib.__file__)
     frames = [each for each in traceback.extract_tb(error.__traceback__) if each.filename not in ours]
     first = next((each for each in frames if not each.filename.startswith("<frozen importlib")), None)
@@ -54,6 +54,8 @@ def told(error: Exception, *ours: str) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean A, B or C?"``, or an empty string if nothing known is near `name`."""
+    import difflib
+
     by_lower = {candidate.lower(): candidate for candidate in known}
     near = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)]
     if not near:

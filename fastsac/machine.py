@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastsac.system import allowed_cores
+
 PACKAGES = ("torch", "numpy", "triton", "gymnasium", "envpool", "fastsac")
 NOT_RESULTS = ":(top,exclude)benchmarks/results"  # what a benchmark writes is no change of the code
 # The instruction sets that decide how fast a small fp32 or bf16 matrix product is.
@@ -76,20 +78,18 @@ def describe_cpu() -> dict[str, Any]:
     """Return the model, the cores, and which instruction sets of interest there are."""
     fields = _first_fields(Path("/proc/cpuinfo"))
     present = set(fields.get("flags", fields.get("Features", "")).split())
-    # A container may be allowed fewer cores than the machine has.
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "model": fields.get("model name") or platform.processor() or platform.machine(),
         "family_and_model": [fields[key] for key in ("cpu family", "model") if key in fields],
         "cores": os.cpu_count(),
-        "cores_allowed": allowed,
+        "cores_allowed": allowed_cores(),
         "flags": [flag for flag in CPU_FLAGS if flag in present],
     }
 
 
 def memory_gib() -> float | None:
     """Return the machine's memory."""
-    total = _first_fields(Path("/proc/meminfo")).get("MemTotal")
+    total = _first_fields(Path("/proc/meminfo")).get("MemTotal")  # macOS and Windows have no such file
     return round(int(total.split()[0]) / 2**20, 1) if total else None
 
 

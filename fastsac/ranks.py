@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastsac.config import Config
 from fastsac.errors import FastsacError, UsageError
+from fastsac.system import allowed_cores
 
 T = TypeVar("T")
 #: an evaluation may take long; that a rank has ended shows at once, since its connections close
@@ -166,7 +167,7 @@ def for_ranks(config: Config, ranks: Ranks, device: torch.device) -> Config:
     for why, asked in refused.items():
         if asked:
             raise UsageError(f"{why}, and torchrun has started {ranks.size}: leave it out")
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks.on_this_machine)
+    threads = max(1, allowed_cores() // ranks.on_this_machine)
     return dataclasses.replace(
         config,
         engine="reference" if device.type == "cuda" else config.engine,

@@ -13,6 +13,7 @@ last one before a `begin`. So the device, too, has to know which rows hold a tra
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -336,6 +337,8 @@ def available_bytes(device: torch.device) -> int:
     """Return the memory that can still be taken: the GPU's, or the machine's within its control group's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    if not Path("/proc/meminfo").exists():  # macOS and Windows do not say it in a file: nothing is refused
+        return sys.maxsize
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")

@@ -21,6 +21,8 @@ from fastsac.run_dir import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
+    NO_LINK,
+    NO_WAIT,
     TENSORBOARD,
     is_held,
     newest_step,
@@ -149,7 +151,7 @@ def _read_state(run_dir: Path, step: int) -> dict[str, Any]:
     path = run_dir / CHECKPOINTS / place / "state.json"
     if path.parent.is_symlink():
         raise ValueError("it is a symbolic link")
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    descriptor = os.open(path, os.O_RDONLY | NO_LINK | NO_WAIT)
     with os.fdopen(descriptor, "rb") as file:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_size > LONGEST_STATE:

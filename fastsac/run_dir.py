@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -17,6 +15,7 @@ from typing import Any
 
 from fastsac.config import Config
 from fastsac.errors import FastsacError, UsageError
+from fastsac.system import WINDOWS, lock
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -26,6 +25,7 @@ VIDEO = "last_evaluation.mp4"
 MODEL_CARD = "README.md"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
+NO_LINK, NO_WAIT = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK"))  # which Windows lacks
 LONGEST_CONFIG = 2**20  # bytes
 #: seconds until a lock that another process has is tried again, once: `is_held` has it for a moment
 PATIENCE = 0.05
@@ -36,18 +36,6 @@ STEP = re.compile(r"step-([0-9]{1,18})")
 
 #: a line of metrics.jsonl
 Row = dict[str, float | int]
-
-
-def lock(descriptor: int) -> bool:
-    """Lock an open file for this process; return False if another one has it. Some file systems have no locks: True."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
-            raise
-    return True
 
 
 class RunLock:
@@ -72,7 +60,7 @@ class RunLock:
             directory.mkdir(parents=True, exist_ok=True)
             while not self.holds():  # whoever had it before removes the file
                 self.release()
-                self._descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+                self._descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
                 self._lock()
             os.ftruncate(self._descriptor, 0)
             os.write(self._descriptor, _this_process().encode())
@@ -94,6 +82,8 @@ class RunLock:
 
     def holds(self) -> bool:
         """Whether the directory is still there, and ours."""
+        if WINDOWS:  # removes no open file
+            return self._descriptor >= 0
         with suppress(OSError):
             return os.path.samestat(os.fstat(self._descriptor), os.stat(self.directory / LOCK))
         return False
@@ -101,28 +91,28 @@ class RunLock:
     def release(self) -> None:
         """Let go of it."""
         if self._descriptor >= 0:
-            if self.holds():
+            if not WINDOWS and self.holds():
                 with suppress(OSError):
                     (self.directory / LOCK).unlink()
             os.close(self._descriptor)
             self._descriptor = -1
+            if WINDOWS:
+                with suppress(OSError):  # another process has opened it since
+                    (self.directory / LOCK).unlink()
 
 
 def is_held(directory: Path) -> bool:
     """Return whether a process holds the run directory now; False where that cannot be known."""
     try:
-        descriptor = os.open(directory / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(directory / LOCK, os.O_RDONLY | NO_LINK | NO_WAIT)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
+        return not lock(descriptor, shared=True)
+    except OSError:
         return False
     finally:
         os.close(descriptor)
-    return False
 
 
 def _this_process() -> str:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from fastsac.run_dir import CONFIG, learners_in, newest_step
 from fastsac.signals import BUSY, ENVIRONMENT_FAILED, SUPERVISOR
+from fastsac.system import kill_group
 
 #: how a process ends that knows why: success, a failed run, invalid arguments
 _TOLD = (0, 1, 2)
@@ -121,8 +122,7 @@ class Supervisor:
 
     def _kill(self) -> None:
         if self._child is not None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._child.pid, signal.SIGKILL)
+            kill_group(self._child)
 
     def _forward(self, number: int, frame: Any) -> None:
         """Hand a signal on; the second one acts at once, whatever the child is busy with."""

@@ -18,6 +18,7 @@ from fastsac.presets import AUTO, find
 from fastsac.run_dir import CONFIG, learners_in, newest_step, read_config, refuse_if_taken
 from fastsac.signals import ENVIRONMENT_FAILED, Heartbeat
 from fastsac.supervisor import Supervisor
+from fastsac.system import WINDOWS
 from fastsac.trackers import Tracking
 
 
@@ -58,6 +59,8 @@ def train(command: Train, arguments: Sequence[str]) -> None:
         raise UsageError("--num-learners trains in one process: leave it out, or train without torchrun")
     if command.restarts and under_torchrun():
         raise UsageError("--restarts supervises one process: torchrun has --max-restarts, and --resume goes on")
+    if command.restarts and WINDOWS:
+        raise UsageError("--restarts needs Linux or macOS: leave it out, and go on with --resume after a crash")
     if command.restarts < 0:
         raise UsageError(f"--restarts must be a whole number of at least 0, got {command.restarts}")
     if command.step_timeout is not None and not 0.0 <= command.step_timeout <= 1e9:

@@ -205,6 +205,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("eval run --eval-episodes 3", "Unrecognized options: --eval-episodes 3; did you mean --episodes?"),
+        ("eval run --no-jsn", "Unrecognized options: --no-jsn; did you mean --json?"),
+        ("train --best", "Unrecognized options: --best; see fastsac --help"),
+        ("lab toy --num-states 3", "Unrecognized options: --num-states 3; did you mean --num-samples?"),
+        ("lab --num-samples 3", "Unrecognized options: --num-samples 3; see fastsac --help"),
+        ("--episodes 3", "Unrecognized options: --episodes 3; see fastsac --help"),
+    ],
+)
+def test_only_options_of_the_subcommand_are_suggested(capsys, line, message):
+    assert run(*line.split()) == 2
+    assert capsys.readouterr().err == f"fastsac: {message}\n"
+
+
 def test_cuda_where_there_is_none(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run("train", *TINY, "--device", "cuda") == 2

@@ -111,10 +111,10 @@ def test_a_gpu_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_without_envpool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "envpool", None)
     status, out = told(capsys)
-    assert status == 1
+    assert status == 0
     assert "EnvPool cannot be imported" in out
-    assert out.count("training") == 1
-    assert "EGL" not in out
+    assert "(training works)" in out
+    assert "until then Gymnasium's environments are used" in out
 
 
 @pytest.mark.usefixtures("_quick")

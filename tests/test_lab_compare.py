@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import json
 import math
 import os
@@ -450,7 +451,7 @@ def test_two_at_once_are_refused(tmp_path, in_process, monkeypatch):
 
 
 def test_a_file_system_without_locks(tmp_path, in_process, monkeypatch):
-    monkeypatch.setattr(run_dir.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "no locks")))
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "no locks")))
     assert compare(options(tmp_path, arms=("pathwise",), seeds="0"))["runs"]
 
 

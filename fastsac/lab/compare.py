@@ -24,8 +24,9 @@ from fastsac.lab.record import Record, command_of, refuse_other_run
 from fastsac.lab.results import OTHER_OUT, make_directory
 from fastsac.lab.watch import Watch
 from fastsac.lab.worker import log_file, train_here
-from fastsac.run_dir import CONFIG, lock
+from fastsac.run_dir import CONFIG
 from fastsac.signals import stop_signals
+from fastsac.system import lock
 
 
 class Stopped(FastsacError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from fastsac.config import AS_PRINTED, Config
 from fastsac.errors import UsageError, did_you_mean
 from fastsac.lab.arguments import Compare
 from fastsac.lab.arms import Arm, parse_arms
+from fastsac.system import allowed_cores
 
 #: settings that the command has options of its own for, and one with which runs would end at different steps
 OWN = {
@@ -115,7 +115,7 @@ def defaults(options: Compare) -> dict[str, Any]:
 
 def cores() -> int:
     """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return allowed_cores()
 
 
 def jobs(options: Compare) -> int:

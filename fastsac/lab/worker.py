@@ -29,8 +29,9 @@ from fastsac.lab.arguments import Compare
 from fastsac.lab.plan import Run, in_groups, jobs
 from fastsac.lab.watch import Outcome, Watch
 from fastsac.machine import describe_machine, write_json
-from fastsac.run_dir import CONFIG, LOCK, config_from_dict, lock
+from fastsac.run_dir import CONFIG, LOCK, config_from_dict
 from fastsac.seeds import Seeds
+from fastsac.system import kill_group, lock
 from fastsac.train import SAC
 
 #: statuses of a run that can go on, and of one that has diverged
@@ -162,7 +163,7 @@ def train_here(options: Compare, runs: list[Run], done: Done, watch: Watch, stop
             while waiting:
                 complete, _ = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 if stop:
-                    processes.end(signal.SIGTERM)
+                    processes.stop()
                 for future in complete:
                     group, status = waiting.pop(future), future.result()
                     if status is None:
@@ -174,7 +175,7 @@ def train_here(options: Compare, runs: list[Run], done: Done, watch: Watch, stop
                         watch.end(run, told)
                 watch.show()
         finally:
-            processes.end(signal.SIGKILL)
+            processes.kill()
     return failed
 
 
@@ -210,16 +211,20 @@ class _Processes:
             self._under_way.remove(process)
         return status
 
-    def end(self, number: int) -> None:
-        """Begin no more, and send a signal to those under way, once; SIGKILL also to what they have started."""
+    def stop(self) -> None:
+        """Begin no more, and send SIGTERM to those under way, once."""
         with self._lock:
-            for process in self._under_way:
+            for process in self._under_way if not self._ended else ():
                 with suppress(ProcessLookupError, PermissionError):
-                    if number == signal.SIGKILL:
-                        os.killpg(process.pid, number)
-                    elif not self._ended:
-                        process.send_signal(number)
+                    process.terminate()
             self._ended = True
+
+    def kill(self) -> None:
+        """Begin no more, and kill those under way with all that they have started."""
+        with self._lock:
+            self._ended = True
+            for process in self._under_way:
+                kill_group(process)
 
 
 def _outcome(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -16,6 +15,7 @@ from fastsac.config import Config
 from fastsac.errors import UsageError
 from fastsac.learner.engines import choose_engine, make_learner
 from fastsac.own_networks import STANDARD, OwnNetworks
+from fastsac.system import allowed_cores
 from fastsac.types import Batch
 from fastsac_kernels import PhiloxState
 from fastsac_kernels.launch import Backend
@@ -129,7 +129,7 @@ def set_products(in_tf32: bool) -> None:
 
 def thread_counts() -> list[int]:
     """Return 1, 2, 4, ... and the number of cores."""
-    cores = len(os.sched_getaffinity(0))
+    cores = allowed_cores()
     return sorted({min(1 << power, cores) for power in range(cores.bit_length() + 1)})
 
 

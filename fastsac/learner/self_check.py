@@ -33,6 +33,7 @@ from fastsac.learner.engines import CUDA_ENGINES, make_learner
 from fastsac.learner.reference import Learner
 from fastsac.machine import nvidia_driver
 from fastsac.own_networks import STANDARD, OwnNetworks
+from fastsac.system import kill_group
 
 #: settings that decide which kernels run, with which shapes
 SETTINGS = (
@@ -164,8 +165,7 @@ def ask_child(request: dict[str, Any], timeout: float = TIMEOUT) -> tuple[str, b
     except subprocess.TimeoutExpired:
         return f"the check did not end within {timeout:g} s", True
     finally:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, signal.SIGKILL)  # compilers that it has started, too
+        kill_group(child)  # compilers that it has started, too
         child.wait()
         for pipe in filter(None, (child.stdout, child.stderr)):
             pipe.close()

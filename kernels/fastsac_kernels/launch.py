@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "reference", "triton"]
+#: macOS and Windows have none of its wheels
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+NO_TRITON = "Triton is not installed, which these kernels need: pip install triton (on Linux), or backend='reference'"
 
 #: tickets of a device: one for each stream, and one for each call that a CUDA graph has captured
 TICKETS = 4096
@@ -28,14 +32,17 @@ TICKET_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def use_triton(backend: Backend, tensor: Tensor) -> bool:
-    """Whether the Triton kernel serves the call: "auto" follows the tensor's device.
+    """Whether the Triton kernel serves the call: "auto" takes it on CUDA, if there is Triton.
 
     Raises:
         ValueError: for another name.
+        RuntimeError: if Triton is asked for by name and is not installed.
     """
     if backend not in ("auto", "reference", "triton"):
         raise ValueError(f"backend must be 'auto', 'reference' or 'triton', got {backend!r}")
-    return backend == "triton" or (backend == "auto" and tensor.is_cuda)
+    if backend == "triton" and not HAS_TRITON:
+        raise RuntimeError(NO_TRITON)
+    return backend == "triton" or (backend == "auto" and tensor.is_cuda and HAS_TRITON)
 
 
 def launch(

@@ -25,6 +25,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsac_kernels.launch import HAS_TRITON, NO_TRITON
+
 NEXT_VALUE, CRITICS, CRITICS_STEP, SAMPLED_Q, ACTOR, ACTOR_STEP = STAGES = range(6)
 #: places of the rates and of the counts of Adam's steps
 CRITIC_ADAM, ACTOR_ADAM, ALPHA_ADAM, VALUE_ADAM = range(4)
@@ -153,7 +155,12 @@ def run_stage(stage: int, state: State, scratch: Scratch, plan: Plan, last: bool
         scratch: of `make_scratch`.
         plan: of the update.
         last: whether no stage of this update follows CRITICS_STEP: it is not the actor's turn.
+
+    Raises:
+        RuntimeError: if Triton is not installed.
     """
+    if not HAS_TRITON:
+        raise RuntimeError(NO_TRITON)
     tensors = [*state[: len(state) - 4], *state.actor, *state.critic, *state.target, *state.value, *scratch]
     _stage(tensors, stage, last, _as_text(plan))
 

@@ -1,0 +1,62 @@
+"""Completion in the shell: the script that tyro writes, with two mistakes of its own mended."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastsac.errors import UsageError
+
+SHELLS = ("bash", "zsh", "fish")
+#: tyro's options, and what each takes
+OPTIONS = {"--tyro-print-completion": ("SHELL",), "--tyro-write-completion": ("SHELL", "FILE")}
+
+#: where tyro has nothing to offer, bash completes names of files: `fastsac eval runs/...`
+BASH_FILES = """
+_fastsac() {
+  _tyro_fastsac
+  [[ -n "${COMPREPLY[*]}" ]] || COMPREPLY=()
+}
+complete -o default -F _fastsac fastsac
+"""
+
+
+def complete(arguments: Sequence[str], cli: Callable[[Sequence[str]], Any]) -> bool:
+    """Print or write the script if the arguments ask for it, and return whether they do.
+
+    Args:
+        arguments: of the command line.
+        cli: tyro's, which prints the script.
+
+    Raises:
+        UsageError: if it is not said for which shell, or where to.
+    """
+    option = arguments[0].replace("_", "-") if arguments else ""
+    if option not in OPTIONS:
+        return False
+    if len(arguments) != 1 + len(OPTIONS[option]) or arguments[1] not in SHELLS:
+        raise UsageError(
+            f"{option} takes {' '.join(OPTIONS[option])}, where SHELL is {', '.join(SHELLS[:-1])} or {SHELLS[-1]}"
+        )
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        cli(["--tyro-print-completion", arguments[1]])
+    script = _mend(printed.getvalue())
+    if arguments[1] == "bash":
+        script += BASH_FILES
+    if len(arguments) == 3 and arguments[2] != "-":
+        Path(arguments[2]).write_text(script, encoding="utf-8")
+    else:
+        print(script, end="")
+    return True
+
+
+def _mend(script: str) -> str:
+    """Let each description be one line, since each line is offered, and offer files where nothing else fits."""
+    script = re.sub("^.*COMPLETION_SPEC = .*$", lambda line: re.sub(r"\\+n", " ", line[0]), script, flags=re.MULTILINE)
+    end = "    return completions\n\n\ndef main"
+    return script.replace(end, end.replace("completions", "completions or ['__TYRO_COMPLETE_FILES__']"))
