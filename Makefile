@@ -24,7 +24,7 @@ define make_venv
 @$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1)
 endef
 
-.PHONY: help install train test test-slow bench bench-peers learning clean
+.PHONY: help install train docs test test-slow bench bench-peers learning clean
 
 help: ## list the targets
 	@echo 'usage: make TARGET [ARGS="more arguments for the command"]'
@@ -42,12 +42,17 @@ train: install ## train a policy on Pendulum-v1 to a return of -180
 	$(BIN)/fastsac train --env-id Pendulum-v1 --total-steps 30000 --num-envs 4 --target-return -180 \
 	  --eval-every 2000 --eval-episodes 20 $(ARGS)
 
-test: install ## style, types, import floors, kernels compiled for six chips (if they have changed), and tests
+docs: install ## the documentation as a site: site/index.html, readable without a network
+	@PYTHONPATH=.:kernels NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo 'documentation: site/index.html'
+
+test: install ## style, types, import floors, kernels compiled for six chips (if they have changed), documentation, and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m benchmarks.compile_kernels --if-changed
+	@$(MAKE) --no-print-directory docs
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-slow: install ## the longer checks
@@ -71,5 +76,5 @@ learning: install ## measure learning curves over seeds
 	$(BIN)/python -m benchmarks.learning $(ARGS)
 
 clean: ## remove the virtual environments, build outputs and caches (runs/ stays)
-	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(PEERS) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	find fastsac kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

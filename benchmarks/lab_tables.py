@@ -1,4 +1,4 @@
-"""Tables of docs/estimators.md, from what `fastsac compare` and `fastsac lab` left under `benchmarks/results/`."""
+"""Tables of docs/explanation/measured.md, from what `fastsac compare` and `lab` left under `benchmarks/results/`."""
 
 from __future__ import annotations
 

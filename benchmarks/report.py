@@ -22,10 +22,10 @@ from benchmarks.bench_table import draw, table
 
 README = Path("README.md")
 KERNELS_README = Path("kernels/README.md")
-PERFORMANCE = Path("docs/performance.md")
-RELIABILITY = Path("docs/reliability.md")
-GUIDE = Path("docs/guide.md")
-ESTIMATORS = Path("docs/estimators.md")
+PERFORMANCE = Path("docs/explanation/performance.md")
+RELIABILITY = Path("docs/explanation/reliability.md")
+PRESETS = Path("docs/how-to/presets.md")
+MEASURED = Path("docs/explanation/measured.md")
 RESULTS = Path("benchmarks/results")
 PEERS = {
     "sb3": "Stable-Baselines3",
@@ -168,11 +168,9 @@ def flips_text() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {
+PERFORMANCE_TABLES: dict[str, Callable[[], str]] = {
     "learning": lambda: learning_table("halfcheetah", "pendulum", "hopper", "walker"),
     "peers": peers_table,
-}
-PERFORMANCE_TABLES: dict[str, Callable[[], str]] = {
     "step_time": lambda: step_time.table(read("step_time.json")),
     "update_sizes": lambda: update_sizes.table(read("update_sizes.json")),
     "equivalence": equivalence.table,
@@ -202,7 +200,7 @@ RELIABILITY_TABLES: dict[str, Callable[[], str]] = {
     "faults": faults_table,
     "flips": flips_text,
 }
-ESTIMATORS_TABLES: dict[str, Callable[[], str]] = {
+MEASURED_TABLES: dict[str, Callable[[], str]] = {
     "lab_toy": lab_tables.toy,
     "lab_ripples": lab_tables.ripples,
     "lab_pendulum": lambda: lab_tables.comparison("estimators_pendulum"),
@@ -219,12 +217,12 @@ ESTIMATORS_TABLES: dict[str, Callable[[], str]] = {
 }
 PRESET_SUITES = ("presets_halfcheetah", "presets_humanoid", "presets_humanoid_longer")
 PAGES = {
-    README: TABLES,
+    README: {"peers": peers_table},
     KERNELS_README: KERNELS_TABLES,
     PERFORMANCE: PERFORMANCE_TABLES,
     RELIABILITY: RELIABILITY_TABLES,
-    ESTIMATORS: ESTIMATORS_TABLES,
-    GUIDE: {"presets": lambda: learning_table(*PRESET_SUITES, what="preset")},
+    MEASURED: MEASURED_TABLES,
+    PRESETS: {"presets": lambda: learning_table(*PRESET_SUITES, what="preset")},
 }
 
 

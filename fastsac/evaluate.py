@@ -27,7 +27,9 @@ class Evaluation(NamedTuple):
     """Undiscounted returns and lengths in steps, one entry per episode."""
 
     returns: NDArray[np.float64]
+    """In the environment's own rewards."""
     lengths: NDArray[np.int64]
+    """In steps."""
 
     def summary(self) -> dict[str, Any]:
         """Return what `fastsac eval --json` prints."""

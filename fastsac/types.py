@@ -21,14 +21,20 @@ QFunction = Callable[[Tensor], Tensor]
 class Batch(NamedTuple):
     """Transitions drawn from replay, on the learner's device."""
 
-    obs: Tensor  # [B, O] float32
-    action: Tensor  # [B, A] float32, in the policy's [-1, 1] units
-    reward: Tensor  # [B] float32
-    next_obs: Tensor  # [B, O] float32; at an episode's end the true last observation
-    terminated: Tensor  # [B] bool
-    #: [B] float32, of the value at next_obs; None: gamma. With n-step returns `reward` is the discounted sum of up to n
-    #: rewards, next_obs the observation after the last of them, and `terminated` says whether the episode ended there
+    obs: Tensor
+    """[B, O] float32."""
+    action: Tensor
+    """[B, A] float32, in the policy's [-1, 1] units."""
+    reward: Tensor
+    """[B] float32."""
+    next_obs: Tensor
+    """[B, O] float32; at an episode's end the true last observation."""
+    terminated: Tensor
+    """[B] bool."""
     discount: Tensor | None = None
+    """[B] float32, of the value at `next_obs`; None: gamma. With n-step returns `reward` is the discounted sum of up to
+    n rewards, `next_obs` the observation after the last of them, and `terminated` says whether the episode ended there.
+    """
 
 
 class Sampler(Protocol):
@@ -58,9 +64,12 @@ class Draw(NamedTuple):
 class Estimate(NamedTuple):
     """What an estimator of the actor's gradient returns."""
 
-    loss: Tensor  # scalar; differentiable in mean and log_std
-    log_prob: Tensor  # [K, B], detached
-    q: Tensor  # [K, E, B], detached: the critics at the sampled actions
+    loss: Tensor
+    """Scalar; differentiable in mean and log_std."""
+    log_prob: Tensor
+    """[K, B], detached."""
+    q: Tensor
+    """[K, E, B], detached: the critics at the sampled actions."""
 
     @classmethod
     def of_gradient(

@@ -388,7 +388,7 @@ def test_choose_resolves_the_defaults(settings: dict[str, object], resolved: tup
 
 
 def test_an_estimator_from_outside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As docs/estimators.md describes it: one file, one line, and what is special about it in a test."""
+    """As docs/how-to/estimators.md describes it: one file, one line, and what is special about it in a test."""
     name = "tests.toy_estimator:normalized"
     assert len(Path("tests/toy_estimator.py").read_text().splitlines()) < 60
     command = [*("train", "--env-id", "Pendulum-v1", "--estimator", name, "--total-steps", "300"), "--num-envs", "2"]

@@ -1,4 +1,4 @@
-"""An estimator from outside the package, as docs/estimators.md describes it: the score function, centred and scaled.
+"""An estimator from outside the package, as docs/how-to/estimators.md has it: the score function, scaled.
 
 It is `score` with the advantages f - b divided by their standard deviation over the batch, as policy gradients for
 discrete actions often do; which is biased, since each sample is in the number that it is divided by.
