@@ -161,11 +161,23 @@ class GymnasiumEnvs:
             self._envs.close()
 
 
+class _Processes(AsyncVectorEnv):
+    """Gymnasium's, which end with `_Async` once that has them: which of both is collected first is not known."""
+
+    taken = False
+
+    def __del__(self) -> None:
+        """End the processes as Gymnasium does, if nobody else will."""
+        if not self.taken:
+            super().__del__()
+
+
 class _Async(GymnasiumEnvs):
     """Each environment in a process of its own; they step while the learner updates."""
 
     def __init__(self, envs: Any, seeds: Sequence[int]) -> None:
         super().__init__(envs, seeds)
+        envs.taken = True
         self._process = os.getpid()
         # `multiprocessing` waits at the interpreter's end for processes that it has sent SIGTERM, which ours ignore
         close = weakref.WeakMethod(self.close)
@@ -283,7 +295,7 @@ def make_gymnasium(
         make = functools.partial(_make_one, spec, render_mode, wrappers)
         if spec.backend == "gymnasium-async":
             makers = [functools.partial(Isolated.of, make, spec.env_id, index) for index in range(num_envs)]
-            envs: Any = AsyncVectorEnv(makers, context="spawn", worker=_worker, copy=False)
+            envs: Any = _Processes(makers, context="spawn", worker=_worker, copy=False)
         else:
             envs = SyncVectorEnv(
                 [functools.partial(Resumable.of, make, spec.env_id, index) for index in range(num_envs)]

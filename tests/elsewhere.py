@@ -19,7 +19,7 @@ LACKS = {
     "macos": (("triton",), ("sched_getaffinity",), ()),
     "windows": (
         ("triton", "envpool", "fcntl", "resource", "pwd", "grp", "termios"),
-        ("sched_getaffinity", "killpg", "getloadavg", "O_NOFOLLOW", "O_DIRECTORY", "sysconf", "getpgid", "setsid"),
+        ("sched_getaffinity", "killpg", "getloadavg", "O_NOFOLLOW", "O_DIRECTORY", "getpgid", "setsid"),
         ("SIGKILL", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT"),
     ),
 }
