@@ -74,7 +74,9 @@ def test_the_wheel_holds_both_packages_and_nothing_else(built):
     found, info = names(built["wheel"]), f"fastsac-{fastsac.__version__}.dist-info"
     files = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")}
     modules = {name.removeprefix("kernels/") for name in sources("fastsac", "kernels/fastsac_kernels")}
-    assert found == files | modules
+    assert files | modules <= found
+    assert {name.partition("/")[0] for name in found} == {"fastsac", "fastsac_kernels", info}
+    assert not [name for name in found if "__pycache__" in name]
     assert {"fastsac/py.typed", "fastsac_kernels/py.typed", "fastsac/presets.toml"} <= found
     metadata = zipfile.ZipFile(built["wheel"]).read(f"{info}/METADATA").decode()
     assert f"\nVersion: {fastsac.__version__}\n" in metadata
@@ -86,7 +88,10 @@ def test_the_wheel_holds_both_packages_and_nothing_else(built):
 
 def test_the_sdist_holds_what_building_and_testing_take(built):
     needed = {name for name in sources(*FOLDERS) if not name.startswith("benchmarks/results/")}
-    assert names(built["sdist"]) == needed - {"tests/test_readme.py"} | {*FILES, "PKG-INFO"}
+    found = names(built["sdist"])
+    assert needed - {"tests/test_readme.py"} | {*FILES, "PKG-INFO"} <= found
+    assert {name.partition("/")[0] for name in found} == {*FOLDERS, *FILES, "PKG-INFO"}
+    assert not [name for name in found if "__pycache__" in name or name.startswith("benchmarks/results/")]
 
 
 def environment(where: Path, *arguments: str, with_ours: bool) -> Path:
