@@ -8,6 +8,7 @@ import importlib
 import os
 import signal
 import time
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -218,6 +219,7 @@ class _Async(GymnasiumEnvs):
         try:
             yield
         except (EOFError, ConnectionError) as error:
+            traceback.clear_frames(error.__traceback__)  # else Python 3.12.0 and 3.12.1 may crash: gh-111049
             time.sleep(0.1)  # until the system knows how it ended
             ended = {index: process.exitcode for index, process in enumerate(self._envs.processes)}
             told = [
