@@ -89,7 +89,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(built):
 def test_the_sdist_holds_what_building_and_testing_take(built):
     needed = {name for name in sources(*FOLDERS) if not name.startswith("benchmarks/results/")}
     found = names(built["sdist"])
-    assert needed - {"tests/test_readme.py"} | {*FILES, "PKG-INFO"} <= found
+    assert needed - {"tests/test_docs.py"} | {*FILES, "PKG-INFO"} <= found
     assert {name.partition("/")[0] for name in found} == {*FOLDERS, *FILES, "PKG-INFO"}
     assert not [name for name in found if "__pycache__" in name or name.startswith("benchmarks/results/")]
 
