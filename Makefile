@@ -6,6 +6,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 ARGS ?=
+# one more than there are cores, since tests that wait for processes leave theirs idle
+WORKERS ?= $(shell echo $$(( $$(nproc 2>/dev/null || echo 2) < 4 ? $$(nproc 2>/dev/null || echo 2) + 1 : 4 )))
 RESULTS := benchmarks/results
 BENCH_JSON ?= $(RESULTS)/bench_cpu.json
 PEERS_JSON ?= $(RESULTS)/peers_cpu.json
@@ -53,7 +55,7 @@ test: install ## style, types, import floors, kernels compiled for six chips (if
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m benchmarks.compile_kernels --if-changed
 	@$(MAKE) --no-print-directory docs
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: install ## the longer checks
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)

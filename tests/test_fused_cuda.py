@@ -50,7 +50,9 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.usefixtures("quick_gpu")
-@pytest.mark.parametrize("settings", [{"actor_every": 2}, {**VALUE, "lr_schedule": "linear"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"actor_every": 2}, pytest.param({**VALUE, "lr_schedule": "linear"}, marks=pytest.mark.slow)], ids=str
+)
 def test_replayed_graphs_make_the_same_updates(settings: dict[str, Any]) -> None:
     config = Config(**{**SMALL, **settings})
     learners = [kind(config, O, A, "cuda", 0) for kind in (FusedCudaLearner, Eager)]
@@ -217,6 +219,7 @@ def test_the_check_of_the_engine_passes(monkeypatch: pytest.MonkeyPatch) -> None
     assert compare_rounded(FusedCudaLearner, Config(**{**SMALL, "precision": "tf32"}), O, A, CUDA) == ""
 
 
+@pytest.mark.slow
 def test_the_check_notices_learners_that_are_not_what_each_would_be_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     class Late(Eager):
         """The others make one update more than are due."""
@@ -321,6 +324,7 @@ def test_a_replay_is_what_it_draws_from() -> None:
     learner.update(filled(O, A))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_gpu")
 def test_the_check_notices_copies_that_are_not_rounded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     as_tensor_cores(monkeypatch)

@@ -75,7 +75,7 @@ def _no_training(tmp_path_factory):
         yield
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.sampled_from(["train", "eval", "presets", "tra"]), arguments)
 def test_any_command_line_is_understood_or_refused_in_one_line(command, rest):
     if "--help" in rest or "-h" in rest:

@@ -110,7 +110,7 @@ def work(rank: int, size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_ranks_are_one_process_with_the_joined_batch(size: int, tmp_path: Path) -> None:
     mp.spawn(work, (size, str(tmp_path)), size)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]

@@ -94,6 +94,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> Non
         assert_as_alone(tmp_path, UNEVEN, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_gpu")
 def test_on_a_gpu_one_launch_serves_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(

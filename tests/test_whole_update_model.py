@@ -46,7 +46,11 @@ def test_what_moves_is_at_least_what_an_update_cannot_do_without() -> None:
     assert 0.9 * needed_bytes(plan) < memory < sum(stage.bytes for stage in stages)
 
 
-@pytest.mark.parametrize("changes", [small(batch_size=192), small(batch_size=192, num_action_samples=2)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [small(batch_size=192), pytest.param(small(batch_size=192, num_action_samples=2), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_counts_of_large_batches_follow_from_small_ones(changes: dict[str, Any]) -> None:
     whole, scaled_up = count(make_plan(**changes))[0], scaled(changes)
     for found, wanted in zip(scaled_up, whole, strict=True):
@@ -122,6 +126,7 @@ def test_a_row_has_its_prediction_and_its_floor() -> None:
     assert {name: engines_gpu.chip_of(name) for name in names} == names
 
 
+@pytest.mark.slow
 def test_engines_can_be_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     few = [engines_gpu.Case("fused", "tf32", "pathwise", 16, 64), engines_gpu.Case("fused", "tf32", "score", 16, 99)]
     few.append(engines_gpu.Case("fused", "tf32", "pathwise", 16, 64, 2))
