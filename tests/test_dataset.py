@@ -126,6 +126,15 @@ def test_a_small_buffer_keeps_the_newest(tmp_path, num_envs):
     np.testing.assert_allclose(sorted(kept), sorted(rewards.astype(np.float32)[-len(kept) :]))
 
 
+def test_columns_of_unequal_lengths_end_together(tmp_path):
+    """If they began together, a ring that is too small would lose the newest episode of the shorter column."""
+    path = write(tmp_path / "data", lengths=[30, 3, 3])
+    rewards = np.concatenate([episode.rewards for episode in minari.MinariDataset(path / "data")]).astype(np.float32)
+    kept = filled(path, 20, 2).transitions().reward.tolist()
+    assert set(rewards[-6:].tolist()) <= set(kept)
+    assert len(kept) > 6
+
+
 def test_what_is_done_in_mid_episode_ends_it(tmp_path):
     flags = np.array([False, True, False, False])
     path = write(tmp_path / "data", lengths=[4], terminations=flags, truncations=flags[::-1])
@@ -235,7 +244,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, swings, monke
     assert state_of(resumed) == state_of(whole)
 
 
-def test_saved_before_the_first_step(tmp_path, swings):
+def test_saved_before_the_first_step(tmp_path, swings, caplog):
     config = dataclasses.replace(SMALL, offline=swings, checkpoint_replay=True, normalize_obs=True, total_steps=40)
     whole = SAC(config)
     whole.learn()
@@ -247,6 +256,7 @@ def test_saved_before_the_first_step(tmp_path, swings):
         loaded = SAC.load(tmp_path / str(number))
         loaded.learn()
         assert state_of(loaded) == state_of(whole)
+        assert not caplog.records  # there were no episodes that could not be resumed
 
 
 def test_without_the_stored_replay_it_is_filled_again(tmp_path, swings, capsys):
