@@ -1,4 +1,4 @@
-# fastsac: `make help` lists the targets. Another interpreter: make install PYTHON=python3.12
+# fastsac: `make help` lists the targets. To use another Python: make install PYTHON=python3.12
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 # -qq keeps errors and drops pip's progress and warnings.
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
-# $(call make_venv,DIR): a virtual environment in DIR, unless a working one is there.
+# $(call make_venv,DIR): create a virtual environment in DIR, unless there is a working one.
 define make_venv
 @command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON): install Python 3.11 or newer, or name it: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) is too old: fastsac needs 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
@@ -32,7 +32,7 @@ help: ## list the targets
 	@echo 'usage: make TARGET [ARGS="more arguments for the command"]'
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
 
-install: $(VENV)/.installed ## make .venv with fastsac and the developers' tools, at the versions in constraints.txt
+install: $(VENV)/.installed ## create .venv with fastsac and the development tools, at the versions in constraints.txt
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call make_venv,$(VENV))
@@ -44,11 +44,11 @@ train: install ## train a policy on Pendulum-v1 to a return of -180
 	$(BIN)/fastsac train --env-id Pendulum-v1 --total-steps 30000 --num-envs 4 --target-return -180 \
 	  --eval-every 2000 --eval-episodes 20 $(ARGS)
 
-docs: install ## the documentation as a site: site/index.html, readable without a network
+docs: install ## build the documentation as a site: site/index.html, readable offline
 	@PYTHONPATH=.:kernels NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo 'documentation: site/index.html'
 
-test: install ## style, types, import floors, kernels compiled for six chips (if they have changed), documentation, and tests
+test: install ## check style, types and import layers, compile kernels for six chips (if they have changed), build documentation, run tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -57,7 +57,7 @@ test: install ## style, types, import floors, kernels compiled for six chips (if
 	@$(MAKE) --no-print-directory docs
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-slow: install ## the longer checks
+test-slow: install ## run the slow tests
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
 
 bench: install ## time kernels, actor steps and updates by estimator and backend (BENCH_JSON names the file)
@@ -65,7 +65,7 @@ bench: install ## time kernels, actor steps and updates by estimator and backend
 	$(BIN)/python -m pytest benchmarks/ -q --benchmark-only --benchmark-quiet --bench-json=$(BENCH_JSON) $(ARGS)
 	$(BIN)/python -m benchmarks.report --bench $(BENCH_JSON)
 
-bench-peers: install $(PEERS)/.installed ## time fastsac beside Stable-Baselines3 and SBX (PEERS_JSON names the file)
+bench-peers: install $(PEERS)/.installed ## compare the speed with Stable-Baselines3 and SBX (PEERS_JSON names the file)
 	$(BIN)/python -m benchmarks.peers --peer-python $(PEERS)/bin/python --out $(PEERS_JSON) $(ARGS)
 
 $(PEERS)/.installed: benchmarks/peers-constraints.txt
