@@ -32,7 +32,7 @@ help: ## list the targets
 	@echo 'usage: make TARGET [ARGS="more arguments for the command"]'
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
 
-install: $(VENV)/.installed ## create .venv with fastsac and the development tools, at the versions in constraints.txt
+install: $(VENV)/.installed ## set up .venv with fastsac and the developer tools, at the versions in constraints.txt
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call make_venv,$(VENV))
@@ -48,7 +48,7 @@ docs: install ## build the documentation as a site: site/index.html, readable of
 	@PYTHONPATH=.:kernels NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo 'documentation: site/index.html'
 
-test: install ## check style, types and import layers, compile kernels for six chips (if they have changed), build documentation, run tests
+test: install ## check style, types and import layers; compile kernels for six chips (if changed); build the documentation; run the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -65,7 +65,7 @@ bench: install ## time kernels, actor steps and updates by estimator and backend
 	$(BIN)/python -m pytest benchmarks/ -q --benchmark-only --benchmark-quiet --bench-json=$(BENCH_JSON) $(ARGS)
 	$(BIN)/python -m benchmarks.report --bench $(BENCH_JSON)
 
-bench-peers: install $(PEERS)/.installed ## compare the speed with Stable-Baselines3 and SBX (PEERS_JSON names the file)
+bench-peers: install $(PEERS)/.installed ## time fastsac against Stable-Baselines3 and SBX (PEERS_JSON names the file)
 	$(BIN)/python -m benchmarks.peers --peer-python $(PEERS)/bin/python --out $(PEERS_JSON) $(ARGS)
 
 $(PEERS)/.installed: benchmarks/peers-constraints.txt

@@ -1,4 +1,4 @@
-"""Every operation of `fastsac_kernels` beside PyTorch's eager mode and torch.compile.
+"""Times every operation of `fastsac_kernels` against PyTorch's eager mode and torch.compile.
 
 make bench ARGS="-k 'bench_ops and B4096-A6'"
 """

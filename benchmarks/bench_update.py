@@ -1,4 +1,4 @@
-"""What each estimator costs: the actor's step alone, and a whole update (hidden layers 256 and 256, O = 17).
+"""Times each estimator: the actor's step alone, and a whole update (hidden layers 256 and 256, O = 17).
 
     make bench ARGS="-k 'bench_update and B256-A6'"
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.checkpoint_pause [--out FILE] [--label NAME]
 
-The buffer is filled with random transitions, then training goes on with a checkpoint every 50,000 steps. The pause is
-the time that the training thread spends in saving. Few updates are made in between, so that the steps take little time.
-Runs under other labels in FILE stay.
+The buffer is filled with random transitions, then training continues with a checkpoint every 50,000 steps. The pause is
+the time that the training thread spends on saving. Few updates are made in between, so that the steps are fast. Runs
+under other labels in FILE are kept.
 """
 
 from __future__ import annotations

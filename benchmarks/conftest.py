@@ -2,8 +2,8 @@
 
     pytest benchmarks/ --benchmark-only --bench-json FILE [--bench-budget SECONDS]
 
-The file is kept up to date while they run: what is measured when a run breaks off is not lost. Cases that are not
-measured are listed by the reason.
+The file is updated while they run, so an interrupted run loses no measurements. Cases that are not measured are listed
+with the reason.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Counts an update launch by launch, while an engine's code runs on a CPU: FLOPs, bytes and the memory it works in."""
+"""Counts an update launch by launch while an engine's code runs on a CPU: FLOPs, bytes and working memory."""
 
 from __future__ import annotations
 

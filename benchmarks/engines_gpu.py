@@ -1,11 +1,11 @@
-"""Updates a second of every engine on a GPU, and of several learners in the launches of one.
+"""Updates per second of every engine on a GPU, and of several learners that share launches.
 
     python -m benchmarks.engines_gpu --out FILE [--budget SECONDS]
 
 For batches of 256 to 8192 and hidden layers of 256 and 512: the reference engine, `graphed` in float32 and TF32,
-`fused` in float32, TF32 and bfloat16, with the pathwise and the score-function estimator. Each row has what
-`whole_update.json` predicts, if it does, and the share of the time that the update cannot do without: its products at
-the chip's peak, or its launches at 1 us each. Cases that the budget does not reach are named. Needs a GPU;
+`fused` in float32, TF32 and bfloat16, with the pathwise and the score-function estimator. Each row has the prediction
+of `whole_update.json`, if any, and the share of the time that no update can avoid: its products at the chip's peak, or
+its launches at 1 us each. Cases that do not fit the budget are listed. Needs a GPU;
 `python -m benchmarks.gpu --engines` runs it.
 """
 

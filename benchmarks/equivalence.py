@@ -2,10 +2,10 @@
 
     python -m benchmarks.equivalence
 
-Stated before any of these runs was made: an engine is equivalent to the reference engine if its mean final return
-over seeds is within 10 % of the reference's mean, by two one-sided Welch tests (Schuirmann 1987), which is to say that
-the confidence interval of the difference lies within that margin. Not finding a difference would be no proof: with few
-seeds nothing is found. LOG.md says when the second measure and the level for HalfCheetah-v5 were settled, and why.
+Stated before any of these runs: an engine is equivalent to the reference engine if its mean final return
+over seeds is within 10 % of the reference's mean, by two one-sided Welch tests (Schuirmann 1987), that is, the
+confidence interval of the difference lies within that margin. Not finding a difference would prove nothing: with few
+seeds, nothing is found. LOG.md says when and why the second measure and the level for HalfCheetah-v5 were chosen.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What training runs survive, and what checkpoints do not let pass, counted.
+"""Counts which faults training runs survive, and which damage checkpoints detect.
 
     python -m benchmarks.faults [--out FILE]
 
-An environment fails in nine ways in mid-run under `fastsac train --restarts 2`, and the result is compared with a run
-in which nothing failed. And every byte of a small checkpoint, replay buffer included, is changed in turn.
+An environment fails in nine ways during `fastsac train --restarts 2`, and the result is compared with a run without
+failures. Then every byte of a small checkpoint, replay buffer included, is changed in turn.
 """
 
 from __future__ import annotations

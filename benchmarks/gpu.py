@@ -1,17 +1,17 @@
-"""Everything that waits for a GPU, in two commands of under nine minutes each.
+"""Everything that needs a GPU, in two commands of under nine minutes each.
 
     python -m benchmarks.gpu --out DIR
     python -m benchmarks.gpu --out DIR --engines
 
-Runs the GPU tests (what is to be measured is compiled meanwhile), times the operations and the updates, trains for most
-of a minute if EnvPool is there, and writes DIR/gpu.json: all rows, what is missing and why, the machine, and a verdict
-on each target. With --engines it times every engine, and several learners in the launches of one, in place of
-operations and updates (see `engines_gpu.py`), and writes DIR/gpu_engines.json. Needs torch, triton, numpy, pytest and
-pytest-benchmark; nothing is installed, it runs from a checkout.
-Each part is a process of its own: what one breaks, the others still measure.
+Runs the GPU tests (while compiling what will be measured), times the operations and the updates, trains for most of a
+minute if EnvPool is installed, and writes DIR/gpu.json: all rows, what is missing and why, the machine, and a verdict
+on each target. With --engines it times every engine, and several learners that share launches, instead of operations
+and updates (see `engines_gpu.py`), and writes DIR/gpu_engines.json. Needs torch, triton, numpy, pytest and
+pytest-benchmark; it runs from a checkout and installs nothing. Each part runs in its own process, so a part that fails
+does not affect the others.
 
-Exit status: 0 if the tests are green and every part ran, 1 if not, 2 without a GPU. A missed target is no failure of
-the run: it is printed. So are speedups where tests failed, marked as being in doubt.
+Exit status: 0 if the tests pass and every part ran, 1 if not, 2 without a GPU. A missed target is printed, but is not a
+failure of the run. Speedups are printed even if tests failed, but marked as doubtful.
 """
 
 from __future__ import annotations

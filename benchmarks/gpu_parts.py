@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.gpu`, each in processes of its own, each with an end."""
+"""The parts of `benchmarks.gpu`, each in its own processes, each with a time limit."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Kills training runs with SIGKILL at random moments, resumes them, and compares what comes out with a run left alone.
+"""Kills training runs with SIGKILL at random moments, resumes them, and compares the results with an undisturbed run.
 
     python -m benchmarks.kills [--kills 60] [--out FILE]
 
 Most kills come at a random moment between two steps that are spread over the run, with a checkpoint every 100 steps, so
-many of them hit a checkpoint that is being written; every fifth comes while the process starts.
+many of them hit a checkpoint being written; every fifth comes during startup.
 """
 
 from __future__ import annotations

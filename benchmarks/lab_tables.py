@@ -1,4 +1,4 @@
-"""Tables of docs/explanation/measured.md, from what `fastsac compare` and `lab` left under `benchmarks/results/`."""
+"""Tables of docs/explanation/measured.md, from the results of `fastsac compare` and `lab` in `benchmarks/results/`."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def ripples() -> str:
         [each["height"], "nowhere up to 100" if each["from"] is None else f"{each['from']:.3g}"]
         for each in read("estimators/toy.json")["ripple"]
     ]
-    return table(["height eta of the ripple", "pathwise is the noisier one from omega ="], rows)
+    return table(["height eta of the ripple", "pathwise is noisier from omega ="], rows)
 
 
 def published() -> str:

@@ -2,9 +2,10 @@
 
     python -m benchmarks.launches
 
-Triton: launches, and bytes of loads and stores that are not masked out, as the interpreter carries them out. Eager:
-calls of PyTorch that would each be a kernel on a GPU (no views, no allocations), and the bytes of their inputs and
-outputs. Writes benchmarks/results/launches.json. What torch.compile makes of the reference is counted on a GPU only.
+Triton: launches, and bytes of loads and stores that are not masked out, as the interpreter executes them. Eager:
+PyTorch calls that would each be a kernel on a GPU (no views, no allocations), and the bytes of their inputs and
+outputs. Writes benchmarks/results/launches.json. What torch.compile makes of the reference can only be counted on a
+GPU.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Learning curves: trains every run of a suite through the command line and keeps the outcomes as JSON and PNG.
+"""Learning curves: trains every run of a suite through the command line and saves the results as JSON and PNG.
 
     python -m benchmarks.learning pendulum halfcheetah hopper walker [--jobs 2]
 
 Every finished run is added to `benchmarks/results/learning_<suite>.json` at once, with the machine and the commit that
-it ran on, and is not repeated: an interrupted suite goes on where it was. A run's final return is that of
+it ran on, and is not repeated: an interrupted suite continues where it stopped. A run's final return is from
 `fastsac eval` with the deterministic policy over 20 episodes.
 """
 

@@ -1,4 +1,4 @@
-"""What the benchmarks need to know of the machine; see `fastsac.machine`."""
+"""What the benchmarks need to know about the machine; see `fastsac.machine`."""
 
 from __future__ import annotations
 

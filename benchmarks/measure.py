@@ -1,7 +1,7 @@
 """How the benchmarks measure: wall-clock time, time on the device, cold caches, copy bandwidth, launches.
 
-On CUDA the wall-clock time ends with a synchronisation, so it contains the host's share: Python, dispatch, launches.
-The device's own time is that of CUDA graphs, which hold the same kernels and none of it.
+On CUDA the wall-clock time ends with a synchronisation, so it includes the host's share: Python, dispatch, launches.
+The device time is measured with CUDA graphs, which have the same kernels without the host's share.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def compile_obstacle(device: torch.device) -> str | None:
     """Return why torch.compile cannot run here, None if it can."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
-        return f"torch.compile needs a C++ compiler, and there is no {compiler}"
+        return f"torch.compile needs a C++ compiler, but there is no {compiler}"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "torch.compile needs Python's header files (Debian and Ubuntu: apt install python3-dev)"
     return None

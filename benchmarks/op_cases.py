@@ -1,9 +1,9 @@
 """The operations that are timed, each as PyTorch in eager mode, as torch.compile makes it, and as a Triton kernel.
 
-What is compared is what a user would write. Without our kernels, noise comes from `torch.randn` and indices from
+The comparison is with what a user would write. Without our kernels, noise comes from `torch.randn` and indices from
 `torch.randint`, within the compiled function too; a loss whose kernel draws its noise again takes it as a tensor then.
-(Philox spelled out in eager PyTorch, the kernels' oracle, is some hundred small operations and nobody's choice.)
-`PhiloxState.advance`, one small launch in an update whatever the number of operations, is in none of them.
+(Philox spelled out in eager PyTorch, the kernels' oracle, is about a hundred small operations, which nobody would
+choose.) `PhiloxState.advance`, one small launch per update for any number of operations, is in none of them.
 """
 
 from __future__ import annotations

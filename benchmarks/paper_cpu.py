@@ -1,4 +1,4 @@
-"""The paper model on a CPU: what products, copies and calls take here, and the measured updates held against it.
+"""The paper model on a CPU: what products, copies and calls take here, compared with the measured updates.
 
 A call is expected to take call + max(F / peak, M / bandwidth) for F FLOPs and M bytes, since nothing overlaps on a CPU.
 `python -m benchmarks.paper_model` runs it.

@@ -1,6 +1,6 @@
-"""One contender of `benchmarks.peers` in a process of its own: a JSON request a line in, a JSON reply a line out.
+"""One contender of `benchmarks.peers` in its own process: one JSON request per line in, one JSON reply per line out.
 
-Runs under the peers' Python as well as under ours, so the standard library is all it imports until it is told which
+Runs under the peers' Python as well as under ours, so it imports only the standard library until it is told which
 contender it is. Between requests it blocks on stdin.
 
 Requests: {"do": "start", "contender", "env_id", "seed"}, {"do": "update", "updates", "per_call"},

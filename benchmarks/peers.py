@@ -1,11 +1,11 @@
-"""fastsac beside Stable-Baselines3 and SBX on this machine, in one interleaved run.
+"""Times fastsac against Stable-Baselines3 and SBX on this machine, in one interleaved run.
 
     python -m benchmarks.peers --peer-python PYTHON --out FILE.json
 
-PYTHON is the interpreter of an environment that holds stable-baselines3 and sbx-rl; fastsac runs under this one. Every
-contender is a process of its own (`benchmarks.peer_worker`); they take turns, block by block, and only one is busy at a
-time, so that a noisy machine hits all of them alike. Ratios are taken within a round, then their median.
-Exit status: 0, 1 when a contender failed (the file is written all the same), 2 on a usage error.
+PYTHON is the interpreter of an environment with stable-baselines3 and sbx-rl; fastsac runs under the current one. Every
+contender has its own process (`benchmarks.peer_worker`); they take turns, block by block, and only one is busy at a
+time, so that a noisy machine affects all of them equally. Ratios are taken within a round, then their median. Exit
+status: 0, 1 if a contender failed (the file is still written), 2 on a usage error.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     TORCHINDUCTOR_CACHE_DIR=DIR TRITON_CACHE_DIR=DIR python -m benchmarks.precompile INDEX NUMBER
 
-Takes every NUMBER-th piece of work from INDEX on: torch.compile's versions of the operations, the Triton kernels, and
-those of whole updates. All of it would be compiled where it is measured, too, which costs that part its time.
+Compiles every NUMBER-th item from INDEX on: torch.compile's versions of the operations, the Triton kernels, and
+those of whole updates. Otherwise, all of it would be compiled where it is measured, at the expense of that part's time.
 """
 
 from __future__ import annotations

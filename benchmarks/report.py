@@ -112,7 +112,7 @@ def bench_results() -> list[dict[str, Any]]:
 def pauses_table() -> str:
     """Return one row per way of writing checkpoints: how long training stops for each."""
     lines = [
-        "| | first checkpoint | later ones, median | later ones, most | writing beside the training, median |",
+        "| | first checkpoint | later ones, median | later ones, most | writing in the background, median |",
         "|---|---|---|---|---|",
     ]
     for label, run in read("checkpoint_pause.json").items():

@@ -4,9 +4,9 @@
 
 `training` is `fastsac train`: four seeds with `--num-learners 4`, against four processes, as many at a time as there
 are cores. `updates` is an update of each of L learners: by one process, whose learners take turns; by as many processes
-as there are cores, which share the learners out; and the least that stacked products of the reference engine could
-take. That is one reference learner with 2 L critics, whose products are those of L learners, without L actors.
-Writes benchmarks/results/seeds.json.
+as there are cores, which divide the learners among them; and the least time that stacked products of the reference
+engine could take. That is one reference learner with 2 L critics, whose products are those of L learners, without L
+actors. Writes benchmarks/results/seeds.json.
 """
 
 from __future__ import annotations

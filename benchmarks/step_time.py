@@ -2,9 +2,9 @@
 
     python -m benchmarks.step_time [--out benchmarks/results/step_time.json]
 
-HalfCheetah-v5 at the default settings (one update a step, batch 256, two hidden layers of 256), the reference engine
-beside the fused one. Agents take turns, block by block. The time of each part is the host's while it waits for that
-part: environments that step in the background while the learner updates cost it nothing but what they slow down.
+HalfCheetah-v5 with the default settings (one update per step, batch 256, two hidden layers of 256), for the reference
+and the fused engine. Agents take turns, block by block. The time of each part is the host's while it waits for that
+part: environments that step in the background while the learner updates only cost it what they slow down.
 """
 
 from __future__ import annotations

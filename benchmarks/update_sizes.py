@@ -3,7 +3,7 @@
     python -m benchmarks.update_sizes [--out benchmarks/results/update_sizes.json]
 
 HalfCheetah-v5's shapes (O = 17, A = 6) and Humanoid-v5's (O = 348, A = 17), pathwise, two hidden layers. Engines and
-numbers of threads take turns, block by block; an engine's time is that with the number of threads that suits it best.
+numbers of threads take turns, block by block; an engine's time is the one with its best number of threads.
 """
 
 from __future__ import annotations

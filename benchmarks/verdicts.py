@@ -1,7 +1,7 @@
-"""What a run on a GPU says about the targets, each with its numbers; pure functions of its JSON.
+"""Verdicts on the targets from a run on a GPU, each with its numbers; pure functions of its JSON.
 
-Ratios are of medians and rounded to two decimals before they are compared. What is wrong may be fast: where the GPU
-tests are not green each verdict says so, and what is made of kernels whose own tests failed is marked.
+Ratios are of medians and rounded to two decimals before they are compared. Wrong kernels may be fast: if GPU tests
+failed, each verdict says so, and results of kernels whose own tests failed are marked.
 """
 
 from __future__ import annotations

@@ -227,7 +227,7 @@ def test_cuda_where_there_is_none(tmp_path, monkeypatch, capsys):
     assert "PyTorch sees no CUDA GPU" in capsys.readouterr().err
     assert run("train", *TINY, "--engine", "graphed") == 2
     assert capsys.readouterr().err.startswith(
-        "fastsac: --engine graphed records CUDA graphs, which needs a GPU, and this"
+        "fastsac: --engine graphed records CUDA graphs, which needs a GPU, but this"
     )
     assert not list(tmp_path.iterdir())
 

@@ -40,11 +40,11 @@ def has_products(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     [
         ("auto", CPU, ("fused", "no CUDA GPU")),
         ("auto", CUDA, ("fused", "a CUDA GPU")),
-        ("reference", CUDA, ("reference", "asked for")),
-        ("reference", CPU, ("reference", "asked for")),
-        ("graphed", CUDA, ("graphed", "asked for")),
-        ("fused", CPU, ("fused", "asked for")),
-        ("fused", CUDA, ("fused", "asked for")),
+        ("reference", CUDA, ("reference", "requested")),
+        ("reference", CPU, ("reference", "requested")),
+        ("graphed", CUDA, ("graphed", "requested")),
+        ("fused", CPU, ("fused", "requested")),
+        ("fused", CUDA, ("fused", "requested")),
     ],
 )
 def test_the_engine_is_chosen(
@@ -100,9 +100,9 @@ def _known_anew() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("capability", "it needs a GPU of compute capability 8.0 or more, and a GPU has 7.5"),
+        ("capability", "it needs a GPU of compute capability 8.0 or more, but a GPU has 7.5"),
         ("triton", "it needs Triton, which cannot be imported"),
-        ("compiler", "Triton needs a C compiler, and there is no gcc or clang: install gcc"),
+        ("compiler", "Triton needs a C compiler, but there is no gcc or clang: install gcc"),
         ("headers", "Triton needs Python's header files: install them"),
     ],
 )
@@ -119,7 +119,7 @@ def test_what_the_graphed_engine_needs_is_looked_for(what: str, reason: str, mon
     for engine in ("graphed", "fused"):
         with pytest.raises(UsageError, match=f"--engine {engine}: {re.escape(reason)}"):
             choose_engine(Config(engine=engine), CUDA)  # type: ignore[arg-type]
-    assert choose_engine(Config(engine="reference"), CUDA) == ("reference", "asked for")
+    assert choose_engine(Config(engine="reference"), CUDA) == ("reference", "requested")
 
 
 @pytest.mark.usefixtures("_known_anew")
@@ -128,7 +128,7 @@ def test_a_compiler_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for compiler in ("my-cc", ""):  # Triton takes an empty name, too
         monkeypatch.setenv("CC", compiler)
         engines.graphed_obstacle.cache_clear()
-        assert "Triton needs a C compiler, and there is no" in choose_engine(Config(), CUDA)[1]
+        assert "Triton needs a C compiler, but there is no" in choose_engine(Config(), CUDA)[1]
 
 
 @pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16", "bf16"])
@@ -153,12 +153,12 @@ def test_bfloat16_where_a_cpu_has_it(capability: str, monkeypatch: pytest.Monkey
         (
             {"precision": "bf16", "engine": "reference"},
             CPU,
-            "--precision bf16 needs --engine fused, and this run has ref",
+            "--precision bf16 needs --engine fused, but this run uses ref",
         ),
         (
             {"precision": "bf16", "n_step": 2},
             CUDA,
-            "--precision bf16 needs --engine fused, and this run has graphed",
+            "--precision bf16 needs --engine fused, but this run uses graphed",
         ),
         ({"precision": "tf32"}, CPU, "--precision tf32 needs a CUDA GPU"),
     ],
@@ -189,13 +189,13 @@ def test_the_faster_precision_is_taken_if_it_pays(
     pairs = [("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]
     monkeypatch.setattr(device, "measure_updates", lambda *_, **__: dict(zip(pairs, times, strict=True)))
     precision, reason, threads = expected
-    assert set_up_torch(Config(), CPU, 3, 1) == Setup(precision, f"{reason} ms an update", threads)
+    assert set_up_torch(Config(), CPU, 3, 1) == Setup(precision, f"{reason} ms per update", threads)
     assert torch.get_num_threads() == threads
 
 
 def test_what_is_given_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "measure_updates", lambda *_, **__: pytest.fail("measured"))
-    assert set_up_torch(Config(precision="fp32", num_threads=1), CPU, 3, 1) == Setup("fp32", "asked for", 1)
+    assert set_up_torch(Config(precision="fp32", num_threads=1), CPU, 3, 1) == Setup("fp32", "requested", 1)
 
 
 def test_no_batch_is_made_while_updates_are_timed() -> None:

@@ -401,7 +401,7 @@ def test_an_estimator_from_outside_the_package(tmp_path: Path, monkeypatch: pyte
         assert agent.updates > 150
         assert "no written-out gradient" in agent.engine_reason
         assert parse_arm(f"{name}:4") == (name, "auto", 4)
-        with pytest.raises(ValueError, match="there is an estimator 'normalized' already"):
+        with pytest.raises(ValueError, match="there is already an estimator 'normalized'"):
             register("normalized", Entry(ESTIMATORS["score"].estimator))
         # what is special about it: the gradient does not depend on the critics' scale
         gradients = []
@@ -451,14 +451,14 @@ def test_what_an_own_estimator_returns_need_not_be_detached(monkeypatch: pytest.
     [
         (lambda e: 1 // 0, r"estimator own failed: ZeroDivisionError: .*\(test_estimators.py, line \d+\)"),
         (lambda e: e.loss, "estimator own returned a Tensor, not a fastsac.types.Estimate"),
-        (lambda e: e._replace(loss=e.q.mean((0, 1))), "returned a loss that is no scalar tensor"),
-        (lambda e: e._replace(loss=e.loss.detach()), "returned a loss that is no scalar tensor"),
+        (lambda e: e._replace(loss=e.q.mean((0, 1))), "returned a loss that is not a scalar tensor"),
+        (lambda e: e._replace(loss=e.loss.detach()), "returned a loss that is not a scalar tensor"),
         (
             lambda e: e._replace(log_prob=e.log_prob[0]),
-            r"log_prob that is no tensor of the shape \[K, B\], here \[2, 9\]",
+            r"log_prob that is not a tensor of shape \[K, B\], here \[2, 9\]",
         ),
-        (lambda e: e._replace(q=e.q[..., 1:]), r"a q that is no tensor of the shape \[K, E, B\], here \[2, E, 9\]"),
-        (lambda e: e._replace(q=e.q[:, 0]), r"a q that is no tensor of the shape \[K, E, B\], here \[2, E, 9\]"),
+        (lambda e: e._replace(q=e.q[..., 1:]), r"a q that is not a tensor of shape \[K, E, B\], here \[2, E, 9\]"),
+        (lambda e: e._replace(q=e.q[:, 0]), r"a q that is not a tensor of shape \[K, E, B\], here \[2, E, 9\]"),
     ],
 )
 def test_what_an_own_estimator_does_wrong_is_told_in_one_line(found: Any, message: str) -> None:

@@ -130,7 +130,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_it_serves_it_is_chosen_for(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     trust_engines(monkeypatch)
     assert choose_engine(Config(**settings), CUDA) == ("fused", "a CUDA GPU")
-    assert choose_engine(Config(**settings, engine="fused"), CUDA) == ("fused", "asked for")
+    assert choose_engine(Config(**settings, engine="fused"), CUDA) == ("fused", "requested")
 
 
 @pytest.mark.parametrize(("settings", "why"), REFUSED, ids=str)
@@ -166,7 +166,7 @@ def test_tf32_is_the_default_precision(asked: Any, resolved: str) -> None:
     torch.set_float32_matmul_precision("highest")
     graphed = dataclasses.replace(config, hidden_sizes=(32,))
     if asked == "bf16":
-        with pytest.raises(UsageError, match="--precision bf16 needs --engine fused, and this run has graphed"):
+        with pytest.raises(UsageError, match="--precision bf16 needs --engine fused, but this run uses graphed"):
             precisions(graphed, CUDA)
     else:
         assert precisions(graphed, CUDA) == ["fp32"]
@@ -232,7 +232,7 @@ def test_the_check_notices_learners_that_are_not_what_each_would_be_alone(monkey
     cpu = torch.device("cpu")
     assert compare_together(Eager, Config(**SMALL), O, A, cpu) == ""
     told = compare_together(Late, Config(**SMALL), O, A, cpu)
-    assert told.endswith("of one of several learners is not what it is alone")
+    assert told.endswith("of a learner that shares launches differs from the same learner alone")
 
 
 @pytest.mark.usefixtures("quick_gpu")
@@ -273,7 +273,7 @@ def test_nothing_is_recorded_that_has_not_run_before() -> None:
     assert [learner.updates for learner in learners] == [7, 12]
     for with_actor in (True, False):
         assert calls.index(("run", with_actor)) < calls.index(("record", with_actor))
-    with pytest.raises(RuntimeError, match="this learner goes together with others"):
+    with pytest.raises(RuntimeError, match="this learner shares launches with others"):
         learners[1].update(filled(O, A))
 
 
@@ -317,7 +317,7 @@ def test_a_replay_is_what_it_draws_from() -> None:
         if isinstance(other, Replay):
             other.size = 1
         for _ in range(2):
-            with pytest.raises(TypeError, match="draws single steps from a Replay"):
+            with pytest.raises(TypeError, match="needs a Replay of single steps"):
                 learner.update(other)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the replay is empty"):
         learner.update(Replay(10, 1, O, A))
@@ -343,7 +343,7 @@ def test_the_check_notices_copies_that_are_not_rounded_anew(monkeypatch: pytest.
     assert compare_rounded(FusedCudaLearner, config, O, A, CUDA) == ""
     assert (
         compare_rounded(Stale, config, O, A, CUDA)
-        == "the rounded copy of the target_critic is not that of its parameters"
+        == "the rounded copy of the target_critic does not match its parameters"
     )
 
 

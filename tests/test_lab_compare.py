@@ -152,7 +152,7 @@ def test_a_failing_run_is_named_and_the_others_finish(tmp_path, capsys, monkeypa
         return process
 
     monkeypatch.setattr(worker.subprocess, "Popen", started)
-    with pytest.raises(FailedRuns, match="1 of 2 runs failed; the same command tries them again") as failed:
+    with pytest.raises(FailedRuns, match="1 of 2 runs failed; run the same command again to retry them") as failed:
         run(asked)
     assert failed.value.exit_status == 1
     assert groups == [(True, True)] * 2  # `nice` holds, and Ctrl-C reaches the comparison only
@@ -227,7 +227,7 @@ def test_a_process_that_dies_without_a_word_is_told_of(tmp_path, monkeypatch, ca
     worker.outcome_file(run_dir).write_text(json.dumps({"status": 0, "reason": ""}))  # of an earlier time
     with pytest.raises(FailedRuns, match="2 of 2 runs failed"):
         compare(asked)
-    assert capsys.readouterr().err.count("failed: its process was ended by SIGKILL") == 2
+    assert capsys.readouterr().err.count("failed: its process was killed by SIGKILL") == 2
 
 
 def test_a_process_stops_when_the_comparison_has_died(tmp_path):
@@ -254,9 +254,7 @@ def test_runs_are_not_repeated_and_more_may_be_added(tmp_path, in_process, capsy
     in_process |= dict.fromkeys(("pathwise", "score:none"), True)
     again = compare(options(tmp_path, arms=("pathwise", "score:none:1"), seeds="0"))
     assert again["runs"] == first["runs"]
-    assert (
-        f"{tmp_path} has earlier runs, too, and what follows includes them: random seeds 1" in capsys.readouterr().err
-    )
+    assert f"{tmp_path} also has earlier runs, and the results include them: random seeds 1" in capsys.readouterr().err
     del in_process["score:none"]
     compare(options(tmp_path, arms=("score:none", "pathwise"), seeds="1,0"))
     last = options(tmp_path, arms=("score:none",), seeds="0:3")
@@ -377,7 +375,7 @@ def test_an_environment_that_fails_at_random_has_no_random_return(tmp_path, in_p
     in_process |= {"pathwise": False, "score:none": False}
     with pytest.raises(FailedRuns):
         compare(asked)
-    assert "no return of a random policy" in capsys.readouterr().err
+    assert "the return of a random policy could not be measured" in capsys.readouterr().err
     monkeypatch.setenv("FAULT", "")
     in_process.clear()
     result = compare(asked)
@@ -424,7 +422,7 @@ def test_the_directory_is_refused_if_it_is_something_else(tmp_path, monkeypatch)
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
         compare(options(tmp_path / "file"))
-    with pytest.raises(UsageError, match=r"file/below cannot be made \(Not a directory\): choose another --out"):
+    with pytest.raises(UsageError, match=r"file/below cannot be created \(Not a directory\): choose another --out"):
         compare(options(tmp_path / "file" / "below"))
     with monkeypatch.context() as patched:  # root may write everywhere
         patched.setattr(results.os, "access", lambda *_: False)
@@ -504,7 +502,7 @@ def test_the_command_can_be_given_again(tmp_path):
 def test_the_last_line_of_a_log_says_what_happened(tmp_path):
     log = tmp_path / "log"
     assert last_line(log, 1) == "exit status 1"
-    assert last_line(log, -9) == "its process was ended by SIGKILL"
+    assert last_line(log, -9) == "its process was killed by SIGKILL"
     log.write_text("warning: one\nthe environment broke\n\n")
     assert last_line(log, 1) == "the environment broke"
     assert last_line(log, -11) == "its process was ended by SIGSEGV: the environment broke"

@@ -97,7 +97,7 @@ class Ray:
         ((0, ""), 1, None, None),
         ((1, "an environment broke"), 0, "an environment broke", False),
         ((DIVERGED, "training diverged"), 0, "training diverged", True),
-        ((STOPPED, ""), 0, "its process was stopped by a signal; it can go on", False),
+        ((STOPPED, ""), 0, "its process was stopped by a signal; it can be continued", False),
         (RayError("long\n\n  no node is left\n"), 0, "no node is left", False),
     ],
 )
@@ -127,9 +127,9 @@ def test_tasks_are_cancelled_the_waiting_ones_first():
 def test_what_no_node_has_is_told():
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 1.0}}]
     assert on_ray.lacking(nodes, 8, 0.0) == ""
-    assert on_ray.lacking(nodes, 16, 0.0) == "a run takes 16 CPU, and no node of the cluster has more than 8"
-    assert on_ray.lacking(nodes, 1, 0.5) == "a run takes 0.5 GPU, and no node of the cluster has more than 0"
-    assert on_ray.lacking([], 1, 0.0) == "a run takes 1 CPU, and no node of the cluster has more than 0"
+    assert on_ray.lacking(nodes, 16, 0.0) == "a run needs 16 CPU, but no node of the cluster has more than 8"
+    assert on_ray.lacking(nodes, 1, 0.5) == "a run needs 0.5 GPU, but no node of the cluster has more than 0"
+    assert on_ray.lacking([], 1, 0.0) == "a run needs 1 CPU, but no node of the cluster has more than 0"
 
 
 def test_without_ray_it_says_how_to_get_it(tmp_path, monkeypatch):

@@ -201,7 +201,7 @@ def test_everything_is_on_the_page(page: Page) -> None:
     words += ["2,400 [2,280,\N{NO-BREAK SPACE}2,520]", "batch_size", "a loss is not <finite>", "13.5 min"]
     words += [
         "random seed",
-        "No significant difference is not equality",
+        "No significant difference does not mean equal",
         "7 of 28 runs failed",
         "0 to 3 of 3 random seeds",
     ]
@@ -276,7 +276,7 @@ def test_each_file_makes_a_page_of_its_own(name: str, tmp_path: Path) -> None:
     results["comparison"]["settings"]["env_ids"] = ENV_IDS[:1]
     page = Page(write_report(fill(tmp_path, **{name: results[name]})))
     assert page.open == []
-    assert ("What the words mean" in page.text) == (name == "comparison")
+    assert ("Glossary" in page.text) == (name == "comparison")
 
 
 def test_arms_with_different_engines_are_beside_one_another(tmp_path: Path) -> None:
@@ -337,8 +337,8 @@ def test_of_a_varied_setting_the_best_is_tested_and_the_others_are_shown(tmp_pat
     result |= {"summary": {env_id: found}, "best": {env_id: {ARMS[0]: first, ARMS[1]: other}}}
     page = Page(write_report(fill(tmp_path, comparison=result)))
     text = page.text
-    assert any(f"Difference in final return to {first} on" in (image["alt"] or "") for image in page.all("img"))
-    assert f"difference to {first.replace(' ', chr(10))}, normalised" in text
+    assert any(f"Difference in final return from {first} on" in (image["alt"] or "") for image in page.all("img"))
+    assert f"difference from {first.replace(' ', chr(10))}, normalised" in text
     assert f"{other}." in text[text.index("Equivalent") : text.index("Different:")]
     assert "chosen on the same seeds" in text
     assert text.count("not its best settings") == 2
@@ -358,10 +358,10 @@ BAD_RUN = {**run("Hopper-v5", "pathwise", 0), "seed": "one\ntwo"}
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b'{"format": 1', "no JSON"),
-        (b"\xff\xfe\x00", "no JSON"),
-        (b"[" * 100_000, "no JSON"),
-        (b"[]", "no object"),
+        (b'{"format": 1', "not JSON"),
+        (b"\xff\xfe\x00", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[]", "not hold an object"),
         (damaged(format=2), "format 2"),
         (damaged(runs=[BAD_RUN]), r"comparison\['runs'\]\[0\]\['seed'\]"),
         (damaged(settings={"env_ids": []}), "env_ids"),

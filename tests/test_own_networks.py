@@ -124,7 +124,7 @@ def test_they_are_trained_saved_and_loaded(tmp_path):
         other.learn(600)
     assert parameters(loaded).keys() == parameters(agent).keys()
     assert all(torch.equal(value, parameters(agent)[name]) for name, value in parameters(loaded).items())
-    with pytest.raises(UsageError, match=r"hand them to SAC\.load\(\.\.\., actor=\.\.\., critic=\.\.\.\)"):
+    with pytest.raises(UsageError, match=r"pass them to SAC\.load\(\.\.\., actor=\.\.\., critic=\.\.\.\)"):
         SAC.load(tmp_path / "run")
     with pytest.raises(UsageError, match="do not fit this configuration"):
         SAC.load(tmp_path / "run", actor=MyActor())

@@ -42,7 +42,7 @@ def check_runs(system: str, where: Path, *more: list[str]) -> tuple[list[int], s
     assert "the replay buffer is empty" not in errors
     assert sorted(path.name for path in (where / "run" / "checkpoints").glob("step-*"))[-1].endswith("140")
     assert not (where / "run" / ".lock").exists()
-    assert triton.startswith("Triton is not installed, which these kernels need: pip install triton")
+    assert triton.startswith("these kernels need Triton, which is not installed: pip install triton")
     return statuses[3:], errors
 
 

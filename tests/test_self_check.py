@@ -311,7 +311,7 @@ def test_a_run_whose_engine_is_wrong_takes_the_reference_engine(
     assert len(caplog.messages) == 1
     for words in (
         "could not be checked on this GPU: the check was ended by SIGABRT;",
-        "the reference engine is used",
+        "using the reference engine instead",
         "`fastsac doctor --json`",
     ):
         assert words in caplog.text

@@ -21,23 +21,23 @@ from fastsac.types import Estimator, Gradient
 
 
 class Entry(NamedTuple):
-    """An estimator, and what may be chosen with it."""
+    """An estimator and its options."""
 
     estimator: Estimator
-    baselines: tuple[str, ...] = ()  # the default one first; none at all if empty
-    gradient: Gradient | None = None  # written out, for the engine `fused`; without it other engines serve
-    #: the default of `--entropy-split`, which both functions take as a keyword of this default; None: they take none
+    baselines: tuple[str, ...] = ()  # the default first; empty if it takes none
+    gradient: Gradient | None = None  # written out, for the engine `fused`; without it, other engines are used
+    #: the default of `--entropy-split`, a keyword of both functions with this default; None: they have no such keyword
     entropy_split: float | None = None
-    least_samples: int = 1  # action samples per state (K) that it needs; the default, too
-    pairs: bool = False  # whether samples come in pairs, from one normal vector each
-    normals: int = 1  # normal vectors that each sample, or pair, is made of
+    least_samples: int = 1  # the smallest number of action samples per state (K), and the default
+    pairs: bool = False  # whether samples come in pairs, each from one normal vector
+    normals: int = 1  # normal vectors per sample or pair
 
     def least(self, baseline: str) -> int:
-        """Return the least K for a baseline: `loo` compares what was drawn independently."""
+        """Return the smallest K for a baseline: `loo` compares independent draws."""
         return max(self.least_samples, (4 if self.pairs else 2) if baseline == "loo" else 1)
 
     def num_noise(self, num_action_samples: int) -> int:
-        """Return how many normal vectors [B, A] there are in `Draw.rng` for K samples."""
+        """Return the number of normal vectors [B, A] in `Draw.rng` for K samples."""
         return self.normals * (num_action_samples // 2 if self.pairs else num_action_samples)
 
 
@@ -56,33 +56,33 @@ ESTIMATORS: dict[str, Entry] = {
 
 
 def register(name: str, entry: Entry) -> None:
-    """Add an estimator under a name; what it raises and returns is looked at, as `Own` says.
+    """Add an estimator under a name; its errors and results are checked (see `Own`).
 
     Raises:
-        ValueError: if the name is taken, or has a colon or white space in it.
+        ValueError: if the name is taken, or contains a colon or white space.
     """
     if not name or ":" in name or any(map(str.isspace, name)):
-        raise ValueError(f"an estimator's name has no colon and no white space, got {name!r}")
+        raise ValueError(f"an estimator's name must not contain a colon or white space, got {name!r}")
     entry = entry._replace(estimator=Own(name, entry.estimator))
     if ESTIMATORS.setdefault(name, entry) != entry:
-        raise ValueError(f"there is an estimator {name!r} already")
+        raise ValueError(f"there is already an estimator {name!r}")
 
 
 class Choice(NamedTuple):
-    """What a configuration comes to: the estimator, its baseline ("none" where it takes none), K, its gradient."""
+    """What a configuration resolves to: the estimator, its baseline ("none" where it takes none), K, its gradient."""
 
     estimator: Estimator
     baseline: str
     num_action_samples: int
     gradient: Gradient | None
-    num_noise: int  # normal vectors that the samples are made of
+    num_noise: int  # normal vectors for the samples
     entropy_split: float | None
     takes_baseline: bool
     least_samples: int
 
     @property
     def value_sign(self) -> float:
-        """b(s) is so many times V(s); 0 where the baseline is no learned soft value."""
+        """The factor of V(s) in b(s); 0 if the baseline is not a learned soft value."""
         return {"value": -1.0, AS_PRINTED: 1.0}.get(self.baseline, 0.0)
 
 
@@ -90,7 +90,7 @@ def find(name: str) -> Entry:
     """Return an estimator's entry; for `module:name` the module is imported first.
 
     Raises:
-        UsageError: if there is none of this name.
+        UsageError: if there is no estimator of this name.
     """
     module, colon, own = name.partition(":")
     if colon:
@@ -115,7 +115,7 @@ def choose(config: Config) -> Choice:
     """Resolve the configuration's estimator, baseline, number of action samples and entropy split.
 
     Raises:
-        UsageError: for an unknown name, or what does not go together.
+        UsageError: for an unknown name, or settings that cannot be combined.
     """
     entry, flag = find(config.estimator), f"--estimator {config.estimator}"
     baseline = config.baseline

@@ -1,7 +1,8 @@
 """Antithetic pairs: K / 2 noise vectors eps and their negatives, for both families.
 
-What is odd in eps cancels within a pair. The pathwise gradient of a quadratic critic in the mean becomes exact; the
-score function's loses whatever the baseline left over, since (f - b) eps / sigma keeps only the odd part of f.
+Terms that are odd in eps cancel within a pair. For a quadratic critic, the pathwise gradient for the mean becomes
+exact; the score function's loses whatever the baseline left over, since (f - b) eps / sigma keeps only the odd part of
+f.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def score_antithetic(
 ) -> Estimate:
     """Return the score-function estimate from pairs (see `fastsac.types.Estimator`).
 
-    With "loo" the baseline is the mean of f over the other pairs: a sample's own mirror image is no other sample, and
-    with it the mean's gradient would come out twice as large.
+    With "loo" the baseline is the mean of f over the other pairs. A sample's own mirror image does not count as another
+    sample: it would make the mean's gradient twice as large.
     """
     pairs = mirrored(draw, mean)
     if isinstance(baseline, Tensor) or baseline != "loo":

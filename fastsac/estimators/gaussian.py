@@ -1,4 +1,4 @@
-"""What estimators share: the Gaussian's log-density and entropy, its share in the advantage, and the mean action."""
+"""What estimators share: the Gaussian's log-density and entropy, its part in the advantage, and the mean action."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def entropy(log_std: Tensor) -> Tensor:
 
 
 def shifted(baseline: str | Tensor, log_std: Tensor, alpha: Tensor, entropy_split: float) -> str | Tensor:
-    """Return b(s) [B] for an advantage in which a share of log N is left out: its expectation leaves b, too."""
+    """Return b(s) [B] for an advantage without a share of log N: b then lacks that share's expectation, too."""
     if not isinstance(baseline, Tensor) or entropy_split == 1.0:
         return baseline
     return baseline + alpha * (1.0 - entropy_split) * entropy(log_std)

@@ -1,14 +1,14 @@
 """Measure-valued derivatives (arXiv 2107.09359; Mohamed et al. 2020, arXiv 1906.10652, section 6).
 
-The derivative of a Gaussian in one coordinate's parameters is a difference of two densities, so the gradient of E[f] is
-a difference of two expectations, with the other coordinates as they are. With eps, and in coordinate j in its place
-+-W (W Rayleigh) or M (double-sided Maxwell)::
+The derivative of a Gaussian with respect to one coordinate's parameters is a difference of two densities, so the
+gradient of E[f] is a difference of two expectations, with the other coordinates unchanged. With eps, and its coordinate
+j replaced by +-W (W Rayleigh) or M (double-sided Maxwell)::
 
     d/d mean_j    = (f(eps_j = W) - f(eps_j = -W)) / (sigma_j sqrt(2 pi))
     d/d log_std_j = f(eps_j = M) - f(eps)
 
-Three normal numbers e1, e2, e3 make all of them: eps = e3, W^2 = e1^2 + e2^2, M = sign(e3) |e|, a coupling in which
-f(M) and f(eps) move together. No gradient of the critic is needed, but 3 A + 1 evaluations of it.
+All of them come from three normal numbers e1, e2, e3: eps = e3, W^2 = e1^2 + e2^2, M = sign(e3) |e|, a coupling in
+which f(M) and f(eps) move together. This takes 3 A + 1 evaluations of the critic, but not its gradient.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     gradient = w * score + (1 - w) * pathwise,  w = Var[pathwise] / (Var[score] + Var[pathwise])
 
-for each coordinate of mean and log_std. The variances are those over a state's K samples, averaged over the *other*
-half of the states: weights made from the samples that they weigh would be correlated with them, and biased. So the
-weights, and with them the noise, depend on the batch; the expectation does not.
+for each coordinate of mean and log_std. The variances are taken over a state's K samples and averaged over the *other*
+half of the states: weights computed from the samples that they weight would be correlated with them, and biased. So the
+weights, and the noise with them, depend on the batch; the expectation does not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def mix(
     baseline: str | Tensor,
     entropy_split: float = 0.0,
 ) -> Estimate:
-    """Return the mix; it needs two states and two samples of each at least (see `fastsac.types.Estimator`)."""
+    """Return the mix; it needs at least two states and two samples of each (see `fastsac.types.Estimator`)."""
     return from_gradient(mix_gradient, mean, log_std, draw, q_function, alpha, baseline, entropy_split)
 
 

@@ -12,7 +12,7 @@ from fastsac.types import Draw, Estimate, Estimator, QFunction
 
 
 class Own(NamedTuple):
-    """An estimator of the user's own: what it raises is told in one line, and what it returns is looked at."""
+    """A user's own estimator: its errors are reported in one line, and its results are checked."""
 
     name: str
     estimator: Estimator
@@ -30,7 +30,7 @@ class Own(NamedTuple):
         """Return its estimate, with `log_prob` and `q` detached.
 
         Raises:
-            UsageError: if it raises anything, or returns something else.
+            UsageError: if it raises an exception, or returns anything else.
         """
         try:
             found = self.estimator(mean, log_std, draw, q_function, alpha, baseline, **choices)
@@ -42,11 +42,11 @@ class Own(NamedTuple):
         if not isinstance(found, Estimate):
             wrong = f"a {type(found).__name__}, not a fastsac.types.Estimate"
         elif not isinstance(found.loss, Tensor) or found.loss.ndim or not found.loss.requires_grad:
-            wrong = "a loss that is no scalar tensor which is differentiable in mean and log_std"
+            wrong = "a loss that is not a scalar tensor differentiable in mean and log_std"
         elif not isinstance(found.log_prob, Tensor) or found.log_prob.shape != shape:
-            wrong = f"a log_prob that is no tensor of the shape [K, B], here {list(shape)}"
+            wrong = f"a log_prob that is not a tensor of shape [K, B], here {list(shape)}"
         elif not isinstance(found.q, Tensor) or found.q.ndim != 3 or found.q.shape[::2] != shape:
-            wrong = f"a q that is no tensor of the shape [K, E, B], here [{shape[0]}, E, {shape[1]}]"
+            wrong = f"a q that is not a tensor of shape [K, E, B], here [{shape[0]}, E, {shape[1]}]"
         if wrong:
             raise UsageError(f"estimator {self.name} returned {wrong}")
         return Estimate(found.loss, found.log_prob.detach(), found.q.detach())

@@ -33,7 +33,7 @@ def score(
     entropy_split: float = 1.0,
 ) -> Estimate:
     """Return the score-function estimate (see `fastsac.types.Estimator`)."""
-    with torch.no_grad():  # a sample that kept its graph would cancel the mean's gradient without a word
+    with torch.no_grad():  # a sample that kept its graph would silently cancel the mean's gradient
         action, log_prob = draw.sample(mean, log_std)
         q = q_function(action)
         if isinstance(baseline, str) and baseline == "mean-action":
@@ -55,7 +55,7 @@ def score_gradient(
     baseline: str | Tensor,
     entropy_split: float = 1.0,
 ) -> ActorGradient:
-    """Return the same, written out (see `fastsac.types.Gradient`); the critics are not gone back through."""
+    """Return the same, written out (see `fastsac.types.Gradient`); no backward pass through the critics."""
     exact = alpha * (1.0 - entropy_split)
     if entropy_split != 1.0:
         f = f - exact * log_normal(sample.noise, sample.log_std)

@@ -1,4 +1,4 @@
-"""An estimator from its gradient: what the fused engine takes, for every other engine."""
+"""Turns the gradient that the fused engine uses into an estimator for every other engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def from_gradient(
     baseline: str | Tensor,
     entropy_split: float,
 ) -> Estimate:
-    """Return the estimate whose gradient `gradient` writes out; its loss has the value of mean f."""
+    """Return the estimate with the gradient that `gradient` computes; its loss has the value of mean f."""
     with torch.no_grad():
         action, log_prob = draw.sample(mean, log_std)
         noise = draw.noise(mean)

@@ -11,7 +11,7 @@ from fastsac.estimators import ESTIMATORS, Choice, choose
 
 
 class Arm(NamedTuple):
-    """An estimator with its baseline and its number of action samples; what is left out takes its default."""
+    """An estimator with its baseline and its number of action samples; omitted parts have their defaults."""
 
     estimator: str
     baseline: str = "auto"
@@ -23,7 +23,7 @@ class Arm(NamedTuple):
 
     @property
     def choice(self) -> Choice:
-        """What it comes to (see `fastsac.estimators.choose`)."""
+        """What the arm resolves to (see `fastsac.estimators.choose`)."""
         return choose(self.config(Config()))
 
     @property
@@ -39,7 +39,7 @@ def parse_arm(text: str) -> Arm:
     """Return the arm that `text` stands for.
 
     Raises:
-        UsageError: if it is not written so, or its parts do not go together.
+        UsageError: if it has another form, or its parts cannot be combined.
     """
     estimator, *rest = text.split(":")
     if rest and estimator not in ESTIMATORS:  # module:name

@@ -1,7 +1,7 @@
-"""`fastsac compare`: trains every arm on every environment with every seed, and says what came out.
+"""`fastsac compare`: trains every arm on every environment with every seed, and reports the results.
 
-Each run is an ordinary run directory below `DIR/runs`. `DIR/comparison.json` has every finished run's learning curve,
-and is all that tables, tests and the report are made of: the run directories may be removed.
+Each run is an ordinary run directory below `DIR/runs`. `DIR/comparison.json` has every finished run's learning curve.
+Tables, tests and the report need nothing else, so the run directories may be deleted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastsac.system import lock
 
 
 class Stopped(FastsacError):
-    """A signal has ended the comparison, which can go on; the exit status is the shell's for that signal."""
+    """A signal has stopped the comparison, which can be continued; the exit status is the shell's for that signal."""
 
 
 class FailedRuns(FastsacError):
@@ -42,10 +42,10 @@ class FailedRuns(FastsacError):
 
 
 def run(options: Compare) -> None:
-    """Carry out the command: make the runs that are missing, print the outcome and write the report.
+    """Run the command: make the missing runs, print the results and write the report.
 
     Raises:
-        UsageError, Stopped, FailedRuns: as `compare` does; in the last case when all the rest is done.
+        UsageError, Stopped, FailedRuns: as `compare` does; the last one after everything else is done.
     """
     from fastsac.lab.report import write_report
 
@@ -61,12 +61,12 @@ def run(options: Compare) -> None:
 
 
 def compare(options: Compare) -> dict[str, Any]:
-    """Make the runs that are missing; return what comparison.json has.
+    """Make the missing runs; return the content of comparison.json.
 
     Raises:
         UsageError: if the options do not fit together, or the directory holds another comparison.
         Stopped: after SIGINT or SIGTERM.
-        FailedRuns: if runs have failed, each of which has been told of on stderr; the others are complete.
+        FailedRuns: if runs have failed, each with a line on stderr; the others are complete.
     """
     plan = make_plan(options)
     _refuse_misfits(plan, options)
@@ -76,7 +76,7 @@ def compare(options: Compare) -> dict[str, Any]:
         missing = [each for each in plan.runs if not record.has(each)]
         if more := record.more():
             print(
-                f"fastsac: {options.out} has earlier runs, too, and what follows includes them: {more}", file=sys.stderr
+                f"fastsac: {options.out} also has earlier runs, and the results include them: {more}", file=sys.stderr
             )
         for each in missing:
             refuse_other_run(options.out / each.run_dir, each)
@@ -108,7 +108,7 @@ def compare(options: Compare) -> dict[str, Any]:
             stopped.exit_status = 128 + stop[0]
             raise stopped
         if failed:
-            told = f"{len(failed)} of {len(plan.runs)} runs failed; the same command tries them again"
+            told = f"{len(failed)} of {len(plan.runs)} runs failed; run the same command again to retry them"
             raise FailedRuns(told, record.result)
         return record.result
 
@@ -133,6 +133,6 @@ def _refuse_misfits(plan: Plan, options: Compare) -> None:
         if not each.config.eval_every:
             raise UsageError("--set eval_every=0 leaves nothing to compare: it must be at least 1")
     if len({each.run_dir for each in plan.runs}) < len(plan.runs):
-        raise UsageError("two arms or environments have the same name once it is a directory's: compare them apart")
+        raise UsageError("two arms or environments would have the same directory name: compare them separately")
     for config in {each.config.env_id: each.config for each in plan.runs}.values():
         make_envs(EnvSpec.of(config), 1, 0).close()

@@ -1,4 +1,4 @@
-"""`fastsac lab cost`: what the actor's step and a whole update cost with each arm, interleaved in one run."""
+"""`fastsac lab cost`: times the actor's step and a whole update with each arm, interleaved in one run."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ SEED = 0
 def run(options: Cost) -> dict[str, Any]:
     """Measure every arm; write cost.json if a directory is given.
 
-    Each arm runs on the engine that `--engine auto` takes for it, and on the reference engine, where all are alike; the
-    actor's step by itself is the reference engine's.
+    Each arm runs on the engine that `--engine auto` chooses for it, and on the reference engine, which is the same for
+    all; the actor's step alone is the reference engine's.
 
     Raises:
         UsageError: if an arm is wrong, or a number is too small.
@@ -48,7 +48,7 @@ def run(options: Cost) -> dict[str, Any]:
     arms = every_arm() if options.arms is None else parse_arms(options.arms)
     device = resolve_device("auto")
     if options.out is not None:
-        make_directory(options.out)  # before anything takes its time
+        make_directory(options.out)  # before anything slow
     plain = Config(batch_size=options.batch_size, precision="fp32", num_threads=1)
     set_up_torch(plain, device, OBS_SIZE, ACTION_SIZE)  # as for training
     replay = random_replay(OBS_SIZE, ACTION_SIZE, device)
@@ -118,7 +118,7 @@ def _quartiles(values: Any) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the outcome for people to read."""
+    """Return the results as a table in plain text."""
     rows = [["arm", "K", "actor's step", "update, reference", "update", "engine"]]
     for row in result["rows"]:
         cells = [
@@ -128,5 +128,5 @@ def table(result: dict[str, Any]) -> str:
         rows.append([row["arm"], str(row["K"]), *cells, row["engine"]])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.append(f"medians; x: of {result['rows'][0]['arm']}'s in the same round; batch size {result['batch_size']}")
+    lines.append(f"medians; x: against {result['rows'][0]['arm']} in the same round; batch size {result['batch_size']}")
     return "\n".join(lines)

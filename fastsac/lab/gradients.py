@@ -1,9 +1,9 @@
 """`fastsac lab gradients`: the estimators' noise and bias on the networks of a trained run.
 
-The networks are frozen, all arms see the same states, and they take turns, estimate by estimate. The gradient that they
-are held against is the mean of many pathwise samples, whose own error is taken into account. The loss depends on the
-actor's parameters through mean and log_std only, so a gradient at the policy head goes back through the actor to all of
-its parameters.
+The networks are frozen, all arms see the same states, and they take turns, estimate by estimate. They are compared with
+the mean of many pathwise samples, whose own error is taken into account. The loss depends on the actor's parameters
+only through mean and log_std, so a gradient at the policy head is backpropagated through the actor to all of its
+parameters.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ EXACT = " (exact)"
 
 
 def run(options: Gradients) -> dict[str, Any]:
-    """Measure every arm at the newest checkpoint and the best one; write gradients.json and a picture if asked to.
+    """Measure every arm at the newest checkpoint and the best one; write gradients.json and a picture if `out` is set.
 
     Raises:
         UsageError: if there is no run, or a number is too small.
@@ -49,13 +49,13 @@ def run(options: Gradients) -> dict[str, Any]:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} must be a whole number of at least {least}, got {getattr(options, name)}")
     chosen = every_arm() if options.arms is None else parse_arms(options.arms)
-    # the others are held against it
+    # the others are compared with it
     arms = [parse_arm("pathwise"), *(arm for arm in chosen if arm.label != "pathwise")]
     config = _plain(options.run_dir)
     if newest_step(options.run_dir) is None:
         raise UsageError(f"{options.run_dir} has no checkpoint yet: train it for longer, or name another run")
     if options.out is not None:
-        make_directory(options.out)  # before anything takes its time
+        make_directory(options.out)  # before anything slow
     newest = SAC.load(options.run_dir, config)
     if newest.policy_only:
         raise UsageError(f"{options.run_dir} holds a policy only, without critics: name the run that it was saved from")
@@ -86,7 +86,7 @@ def run(options: Gradients) -> dict[str, Any]:
 
 
 def states(agent: SAC, number: int, seed: int) -> tuple[Tensor, str]:
-    """Return observations [B, O] of the replay buffer, or of the policy's own episodes where it was not stored."""
+    """Return observations [B, O] from the replay buffer, or from the policy's own episodes if it was not saved."""
     rng, source = np.random.default_rng(seed), "the replay buffer"
     if agent.config.checkpoint_replay and len(agent.replay):
         obs = agent.replay.transitions().obs
@@ -105,10 +105,10 @@ def states(agent: SAC, number: int, seed: int) -> tuple[Tensor, str]:
 
 
 class Trial:
-    """One arm's estimates: what they took, and where they lie."""
+    """One arm's estimates: their cost and their statistics."""
 
     def __init__(self, label: str, choice: Choice, baseline: str | Tensor, truth: dict[str, Oracle]) -> None:
-        """Begin with none."""
+        """Start without estimates."""
         self.label, self._choice, self._baseline = label, choice, baseline
         self._evaluations, self._times = 0, list[float]()
         self._moments = {name: Moments(oracle) for name, oracle in truth.items()}
@@ -126,7 +126,7 @@ class Trial:
             moments.add(head.at(name, estimate).unsqueeze(0))
 
     def row(self) -> dict[str, Any]:
-        """Return what was found."""
+        """Return the statistics."""
         number = len(self._times)
         return {
             **{"arm": self.label, "K": self._choice.num_action_samples, "evaluations": self._evaluations / number},
@@ -138,7 +138,7 @@ class Trial:
 def measure(
     agent: SAC, obs: Tensor, arms: Sequence[Arm], options: Gradients, skipped: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """Return a row for each arm; what cannot be measured is told in `skipped`."""
+    """Return a row for each arm; `skipped` gets the reason for each one that cannot be measured."""
     head = Head(agent, obs, options.seed)
     truth = oracles(head, options.oracle_samples, options.seed)
     trials = [
@@ -164,7 +164,7 @@ def _wait_for(tensor: Tensor) -> None:
 
 
 def _baselines(head: Head, arm: Arm, skipped: dict[str, str]) -> list[tuple[str, str | Tensor]]:
-    """Return labels and baselines of an arm: a learned V is the run's own, and beside it one without lag."""
+    """Return an arm's labels and baselines: for a learned V, the run's own one and one without lag."""
     sign = arm.choice.value_sign
     if not sign:
         return [(arm.label, arm.choice.baseline)]
@@ -183,7 +183,7 @@ def _plain(run_dir: Path) -> Config:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the outcome for people to read, in the actor's parameters."""
+    """Return the results for the actor's parameters as a table in plain text."""
     names = ["checkpoint", "arm", "K", "evaluations", "ms", "noise at the head", "in the parameters", "cosine"]
     rows = [[*names, "bias, sigmas", "in a random direction", "at equal evaluations", "at equal time"]]
     for row in result["rows"]:
@@ -206,7 +206,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "noise: trace of the covariance over the squared norm of the gradient; at equal ...: relative to pathwise's",
         f"bias: along the gradient, and in a random direction; states from {result['states']}",
-        "a biased estimator's noise says little: one that makes its gradient too small makes less noise, too",
+        "a biased estimator's noise says little: if its gradient is too small, its noise is smaller, too",
     ]
     lines += [f"{arm} was left out: {reason}" for arm, reason in result["skipped"].items()]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Gradients of an agent's actor loss at the policy head, the one that they are held against, and where they lie."""
+"""Gradients of an agent's actor loss at the policy head, the reference for them, and their statistics."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fastsac.estimators import Choice, choose
 from fastsac.train import SAC
 from fastsac.types import Draw
 
-#: action samples per state, and over all states, in one pass through the critics
+#: the most action samples per state, and over all states, in one pass through the critics
 CHUNK, ROWS = 100, 2**14
-#: parts of the oracle, whose spread says how certain it is
+#: parts of the oracle; their spread gives its standard error
 PARTS = 100
 #: action samples per state for the value without lag
 VALUE_SAMPLES = 1000
-#: in place of a zero that is divided by
+#: replaces a zero divisor
 TINY = 1e-200
 
 
@@ -74,11 +74,11 @@ class Head:
         return torch.cat([each.flatten() for each in found if each is not None])
 
     def at(self, name: str, head: Tensor) -> Tensor:
-        """Return a gradient at the head, or what becomes of it in the parameters, flat."""
+        """Return a gradient at the head, or its counterpart in the parameters, flat."""
         return head.flatten() if name == "head" else self.through(head)
 
     def chunks(self, samples: int) -> list[int]:
-        """Return numbers of samples that add up, each of which fits into one pass."""
+        """Split a number of samples into parts that fit into one pass each."""
         chunk = max(1, min(CHUNK, ROWS // len(self.obs)))
         return [chunk] * (samples // chunk) + [samples % chunk] * (samples % chunk > 0)
 
@@ -93,7 +93,7 @@ class Head:
 
 
 class Oracle(NamedTuple):
-    """A gradient, and how certain it is along its own direction and a random one."""
+    """A gradient, and its standard errors along its own direction and a random one."""
 
     gradient: Tensor  # [n], float64
     directions: Tensor  # [2, n], of length 1
@@ -101,7 +101,7 @@ class Oracle(NamedTuple):
 
 
 def oracles(head: Head, samples: int, seed: int = 0) -> dict[str, Oracle]:
-    """Return the pathwise gradient from so many samples per state or a few more, at the head and in the parameters."""
+    """Return the pathwise gradient from at least this many samples per state, at the head and in the parameters."""
     choice, per_part, parts = choose(Config()), math.ceil(samples / PARTS), list[Tensor]()
     for _ in range(PARTS):
         part = torch.zeros(2, *head.mean.shape, dtype=torch.float64, device=head.mean.device)
@@ -120,10 +120,10 @@ def oracles(head: Head, samples: int, seed: int = 0) -> dict[str, Oracle]:
 
 
 class Moments:
-    """Where an arm's estimates lie around the oracle's gradient; they are not kept."""
+    """Statistics of an arm's estimates around the oracle's gradient; the estimates are not kept."""
 
     def __init__(self, truth: Oracle) -> None:
-        """Begin with none."""
+        """Start without estimates."""
         self._truth, self._off = truth, torch.zeros_like(truth.gradient)
         self._squares, self._along, self._cosines = list[Tensor](), list[Tensor](), list[Tensor]()
 
@@ -137,11 +137,11 @@ class Moments:
         self._cosines.append(estimates @ self._truth.directions[0] / estimates.norm(dim=1).clamp_min(TINY))
 
     def statistics(self) -> dict[str, float]:
-        """Return what they come to.
+        """Return the statistics of the estimates.
 
         `variance` is the trace of their covariance over the gradient's squared norm, `cosine` the mean over estimates.
-        `signal_to_noise` is the norm of their mean over the root of the trace; of the squared norm, what noise adds to
-        it is taken off, and 0 means that no signal was found. `bias_sigmas` and `bias_random_sigmas` are the mean's
+        `signal_to_noise` is the norm of their mean over the root of the trace; what noise adds to the squared norm is
+        subtracted first, and 0 means that no signal was found. `bias_sigmas` and `bias_random_sigmas` are the mean's
         distance from the gradient, along it and along a random direction, in standard errors of both.
         """
         along, squares = torch.cat(self._along), torch.cat(self._squares)

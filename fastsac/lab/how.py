@@ -11,20 +11,20 @@ Json = dict[str, Any]
 NONE = "–"
 WORDS = {
     "IQM": "The interquartile mean: the mean of the middle half of the runs. A lucky or a broken run hardly moves it.",
-    "Interval, band": "95 % stratified bootstrap: the runs are drawn again with replacement many times, and 95 % "
-    "of the results lie inside. With few seeds such intervals are too narrow rather than too wide.",
-    "Equivalence margin": "The largest difference that does not matter. It should be chosen before the runs: "
+    "Interval, band": "95 % stratified bootstrap: the runs are resampled with replacement many times, and 95 % "
+    "of the results lie inside. With few seeds, such intervals tend to be too narrow.",
+    "Equivalence margin": "The largest difference that does not matter. Choose it before the runs: "
     "margins that were tried before this one are in the settings above, as earlier_margins.",
     "Verdicts": "Equivalent: two one-sided paired t-tests at 5 % each show that the means differ by less than the "
     "margin; that is, the 90 % interval lies within it. Different: they do not, and a two-sided test finds a "
-    "difference at 5 %. Inconclusive: neither, so these runs leave it open. Pairs are runs of the same "
-    "seed, whose evaluations begin in the same states: where those decide the return, the difference is known better "
+    "difference at 5 %. Inconclusive: neither, so these runs leave it open. Pairs are runs with the same "
+    "seed, whose evaluations start in the same states: where these decide the return, the difference is known better "
     "than either return.",
     "Normalised return": "0 is the mean return of random actions, 1 the first arm's mean final "
     "return, in each environment.",
-    "Area under the curve": "The mean return over the whole run: it is higher where learning is faster.",
+    "Area under the curve": "The mean return over the whole run: it is higher if learning is faster.",
     "Arm": "An estimator of the actor's gradient, its baseline and its number of action samples, written "
-    "estimator:baseline:samples; what is left out has its default.",
+    "estimator:baseline:samples; omitted parts have their defaults.",
 }
 
 
@@ -40,7 +40,7 @@ def how_section(results: Mapping[str, Json]) -> Markup:
         configs = [config for run in runs if isinstance(config := run.get("config"), dict)]
         if configs:
             same = [[n, in_words(v)] for n, v in configs[0].items() if all(c.get(n, ...) == v for c in configs)]
-            parts.append(folded("What all runs have in common", table(["option", "value"], same, "Options", "words")))
+            parts.append(folded("Options that all runs share", table(["option", "value"], same, "Options", "words")))
         failed = [
             element(
                 "li", join([each["env_id"], " ", arm_text(each["arm"]), f", seed {each['seed']}: {each['error']}"], "")
@@ -68,7 +68,7 @@ def run_text(run: Json) -> Markup:
 
 
 def machines_table(results: Mapping[str, Json]) -> Markup:
-    """Return what was run on what: a column for each machine, set of versions and commit."""
+    """Return what ran where: a column for each combination of machine, versions and commit."""
     columns: dict[tuple[tuple[str, str], ...], dict[str, list[Any]]] = {}
     for name, result in results.items():
         for entry in [*result.get("runs", []), result] if name == "comparison" else [result]:
@@ -80,7 +80,7 @@ def machines_table(results: Mapping[str, Json]) -> Markup:
                 load = machine.get("load_average")
                 seen["load"] += load[:1] if isinstance(load, list) else []
     if not columns:
-        return element("p", "Nothing is recorded of the machine.", class_="note")
+        return element("p", "No machine was recorded.", class_="note")
     facts, all_seen = [dict(column) for column in columns], columns.values()
     rows = [
         [name, *(column.get(name, NONE) for column in facts)] for name in dict.fromkeys(n for f in facts for n in f)
@@ -101,7 +101,7 @@ def uses(what: list[str]) -> str:
 
 
 def machine_facts(machine: Json) -> dict[str, str]:
-    """Return what makes two machines different."""
+    """Return the facts that tell machines apart."""
     cpu, gpu, git = (part(machine, name) for name in ("cpu", "gpu", "git"))
     facts = {
         "CPU": f"{part(cpu, 'model')}, {in_words(part(cpu, 'cores_allowed') or part(cpu, 'cores'))} cores",
@@ -115,5 +115,5 @@ def machine_facts(machine: Json) -> dict[str, str]:
     }
     if isinstance(versions := machine.get("versions"), dict):
         facts |= {str(name): in_words(version) for name, version in versions.items()}
-    facts["commit"] = str(part(git, "commit")) + ", with changes that are not in it" * bool(part(git, "dirty"))
+    facts["commit"] = str(part(git, "commit")) + ", with uncommitted changes" * bool(part(git, "dirty"))
     return facts

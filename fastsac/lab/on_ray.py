@@ -1,8 +1,8 @@
-"""The runs of a comparison on a Ray cluster, whose nodes share no disk.
+"""Trains the runs of a comparison on a Ray cluster, whose nodes share no disk.
 
 Each run is a task. It trains in a temporary directory of its node, and ships the run directory's files to an actor on
-the driver's node, the store, whenever a checkpoint has been written. Ray starts a task again when its node is lost; it
-then asks the store for what there is, and goes on from that.
+the driver's node, the store, whenever a checkpoint has been written. Ray restarts a task when its node is lost; the
+task then gets the files from the store, and continues from them.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from fastsac.lab.watch import Watch
 from fastsac.lab.worker import DIVERGED, POLL_SECONDS, STOPPED, Done, Failure, train
 from fastsac.run_dir import CHECKPOINTS, config_from_dict, newest_step
 
-#: how often a run is started again after its node or its process was lost
+#: how often a run is restarted after its node or its process was lost
 RETRIES = 5
 REPORT_SECONDS, CONNECT_SECONDS = 1.0, 10.0
-#: for tasks that have been cancelled to ship a last checkpoint
+#: time for cancelled tasks to ship a last checkpoint
 PATIENCE_SECONDS = 60.0
 
 
@@ -42,7 +42,7 @@ class Ship(Callback):
     """Sends checkpoints and steps to the store, and ends the run when another attempt has taken its place."""
 
     def __init__(self, ray: Any, store: Any, name: str, attempt: int) -> None:
-        """Say whose they are."""
+        """Remember the run and the attempt."""
         self._ray, self._store, self._name, self._attempt = ray, store, name, attempt
         self._told = 0.0
         self.current = True
@@ -60,12 +60,12 @@ class Ship(Callback):
         return self.current
 
     def ship(self, files: Files) -> None:
-        """Hand the files over, and wait until they are in their place."""
+        """Send the files, and wait until they are in place."""
         self.current = self._ray.get(self._store.put.remote(self._name, self._attempt, files))
 
 
 def train_there(store: Any, name: str, settings: dict[str, Any]) -> tuple[int, str]:
-    """Train a run on this node: the task. Return an exit status as `fastsac.lab.worker` has it, and what went wrong."""
+    """The task: train a run on this node. Return an exit status as in `fastsac.lab.worker`, and what went wrong."""
     import ray
 
     if not ray.get_gpu_ids():
@@ -102,7 +102,7 @@ def train_all(options: Compare, runs: list[Run], done: Done, watch: Watch, stop:
         task = ray.remote(train_there)
         num_cpus = max((run.config.num_threads for run in runs), default=1)
         if told := lacking(ray.nodes(), num_cpus, options.gpus_per_run):
-            print(f"fastsac: {told}; the runs wait for one", file=sys.stderr)
+            print(f"fastsac: {told}; the runs wait for such a node", file=sys.stderr)
         waiting: dict[Any, Run] = {}
         for run in runs:
             settings = dataclasses.asdict(run.config)
@@ -127,16 +127,16 @@ def train_all(options: Compare, runs: list[Run], done: Done, watch: Watch, stop:
 
 
 def lacking(nodes: list[dict[str, Any]], num_cpus: int, num_gpus: float) -> str:
-    """Return what a run takes that no node of the cluster has, in words; a cluster may grow."""
+    """Return in words what a run needs and no node of the cluster has; a cluster may grow."""
     for what, needed in (("CPU", num_cpus), ("GPU", num_gpus)):
         most = max((node["Resources"].get(what, 0) for node in nodes if node["Alive"]), default=0)
         if most < needed:
-            return f"a run takes {needed:g} {what}, and no node of the cluster has more than {most:g}"
+            return f"a run needs {needed:g} {what}, but no node of the cluster has more than {most:g}"
     return ""
 
 
 def _outcome(ray: Any, run: Run, task: Any, done: Done) -> Failure | None:
-    """Tell of a complete run, or return its failure."""
+    """Report a complete run, or return its failure."""
     try:
         status, reason = ray.get(task)
         if status == 0:
@@ -147,11 +147,11 @@ def _outcome(ray: Any, run: Run, task: Any, done: Done) -> Failure | None:
     except ray.exceptions.RayError as error:  # what no run should raise, or no node is left
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         status, reason = 1, lines[-1] if lines else type(error).__name__
-    return Failure(run, reason or "its process was stopped by a signal; it can go on", status == DIVERGED)
+    return Failure(run, reason or "its process was stopped by a signal; it can be continued", status == DIVERGED)
 
 
 def _cancel(ray: Any, tasks: list[Any]) -> None:
-    """Let the tasks end as by a signal, which saves and ships a checkpoint, and wait for that."""
+    """Stop the tasks as a signal would, which saves and ships a checkpoint, and wait for that."""
     for task in reversed(tasks):  # those that wait first, or they would begin
         ray.cancel(task)
     with suppress(ray.exceptions.RayError):
@@ -159,7 +159,7 @@ def _cancel(ray: Any, tasks: list[Any]) -> None:
 
 
 def _refuse_unreachable(address: str) -> None:
-    """Raise UsageError at once for what Ray would try for minutes, or what would leave the files on another machine."""
+    """Raise UsageError at once if Ray would retry for minutes, or would leave the files on another machine."""
     if address.startswith("ray://"):
         raise UsageError("--ray takes host:port or auto, on a machine that belongs to the cluster, not ray://")
     host, colon, port = address.rpartition(":")
@@ -185,13 +185,13 @@ def connected(address: str) -> Iterator[Any]:
     _refuse_unreachable(address)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with warnings.catch_warnings():  # of what Ray is going to change about GPUs, on which nothing here relies
+        with warnings.catch_warnings():  # about GPUs in future versions of Ray, on which nothing here relies
             warnings.simplefilter("ignore", FutureWarning)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(f"no Ray cluster at {address}: {' '.join(str(error).split())[:300]}") from error
     try:
-        for number, handler in before.items():  # Ray has put its own in their place
+        for number, handler in before.items():  # Ray has replaced them
             with suppress(ValueError):
                 signal.signal(number, handler)
         yield ray

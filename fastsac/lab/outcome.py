@@ -1,4 +1,4 @@
-"""What came out of a comparison: curves, final returns, areas under the curve and tests, from its runs."""
+"""The results of a comparison: curves, final returns, areas under the curve and tests, from its runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastsac.lab.statistics import Numbers, area, bootstrap, equivalence, untest
 
 Runs = list[dict[str, Any]]
 NONE = "-"
-DIVERGED = "runs of the arm or of the first one have diverged, and those that are left would flatter it"
+DIVERGED = "runs of the arm or of the first arm have diverged, and the remaining ones would flatter it"
 
 
 def summarize(
@@ -19,16 +19,16 @@ def summarize(
 ) -> dict[str, dict[str, Any]]:
     """Return `summary`, `best` and `overall` of comparison.json.
 
-    A return is normalised to 0 for uniformly random actions and 1 for the mean final return of the reference arm. Where
-    a setting is varied, an arm's best value of it is what is tested: the one with the largest area under the curve
-    among those with the most complete runs. It is chosen on the runs that are tested, in every arm alike. An arm with
-    runs that have diverged is not tested: those that are left would flatter it.
+    A return is normalised to 0 for uniformly random actions and 1 for the mean final return of the reference arm. If a
+    setting varies, each arm is tested with its best value: the one with the largest area under the curve among those
+    with the most complete runs. It is chosen on the runs that are tested, in the same way for every arm. An arm with
+    diverged runs is not tested: the remaining runs would flatter it.
 
     Args:
         runs: of comparison.json.
-        failed: likewise.
+        failed: of comparison.json.
         random_return: for each environment.
-        reference: label of the arm that the others are held against.
+        reference: label of the arm that the others are compared with.
         settings: of comparison.json.
     """
     summary, best, normalised = dict[str, Any](), dict[str, dict[str, str]](), dict[str, list[dict[str, Numbers]]]()
@@ -75,7 +75,7 @@ def summarize(
 
 
 def common_curve(runs: Runs) -> tuple[Numbers, Numbers]:
-    """Return steps [S] and returns [runs, S]; evaluations pass a multiple of their interval by a few steps."""
+    """Return steps [S] and returns [runs, S]; evaluations come a few steps after multiples of their interval."""
     steps = np.array(max((run["steps"] for run in runs), key=len), dtype=np.float64)
     returns = [np.array(run["eval_return"], dtype=np.float64) for run in runs]
     return steps, np.stack([np.interp(steps, run["steps"], each) for run, each in zip(runs, returns, strict=True)])
@@ -94,7 +94,7 @@ def _of_arm(runs: Runs) -> dict[str, Any]:
 
 
 def _best(of_env: dict[str, Any]) -> dict[str, str]:
-    """Return for each arm the label of its best settings; there is one label for each where nothing is varied."""
+    """Return the label of each arm's best settings; an arm has only one label if nothing is varied."""
     best: dict[str, str] = {}
 
     def merit(label: str) -> tuple[int, float]:
@@ -112,7 +112,7 @@ def _place(label: str, arms: list[str]) -> tuple[int, str]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the outcome for people to read."""
+    """Return the results as a table in plain text."""
     rows = [["task", "arm", "seeds", "final return (95 %)", "area (95 %)", "difference of means", "verdict", "time"]]
     for env_id, arms in result["summary"].items():
         for label, arm in arms.items():
@@ -133,9 +133,9 @@ def table(result: dict[str, Any]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     margin = result["settings"]["margin"]
     lines.append(
-        f"interquartile means; differences to the first arm as shares of its gain over random actions, with 90 % "
-        f"intervals; equivalent: within {100.0 * margin:g} % by two one-sided tests; inconclusive: neither that nor a "
-        "difference"
+        f"interquartile means; differences from the first arm as shares of its gain over random actions, with 90 % "
+        f"intervals; equivalent: within {100.0 * margin:g} % by two one-sided tests; inconclusive: neither equivalent "
+        "nor different"
     )
     lines += [f"not tested: {reason}" for reason in untested(result["summary"])]
     if any(" " in label for arms in result["summary"].values() for label in arms):
@@ -147,7 +147,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def untested(summary: dict[str, Any]) -> list[str]:
-    """Return the reasons for which arms were not tested, each once."""
+    """Return the reasons why arms were not tested, each once."""
     tests = [arm.get("equivalence") or {} for arms in summary.values() for arm in arms.values()]
     return list(dict.fromkeys(test["reason"] for test in tests if test.get("reason")))
 

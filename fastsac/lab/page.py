@@ -1,4 +1,4 @@
-"""The report's page: its frame and style, text that cannot become markup, tables, and pictures."""
+"""The report's page: its frame and style, escaped text, tables and pictures."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ dt { font-weight: 600; margin-top: .8rem; } dd { margin: 0; }
 
 
 class Markup(str):
-    """HTML as it is; any other text is escaped before it comes to the page."""
+    """HTML that is used as it is; any other text is escaped."""
 
 
 def markup(value: object) -> Markup:
@@ -99,7 +99,7 @@ def element(tag: str, content: object, **attributes: object) -> Markup:
 
 
 def number(value: object) -> str:
-    """Return a number to be read: thousands are separated, and small ones have three digits that count."""
+    """Return a readable number, with thousands separators; small ones have three significant digits."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return NO_NUMBER
     if isinstance(value, int) or abs(value) >= 1e15:
@@ -112,7 +112,7 @@ def number(value: object) -> str:
 
 
 def ends(values: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """Return the middle and both ends of an interval, None for what is not there."""
+    """Return the middle and both ends of an interval, with None for what is missing."""
     middle = next((values[key] for key in ("iqm", "difference", "median", "mean") if key in values), None)
     return middle, values.get("low"), values.get("high")
 
@@ -125,14 +125,14 @@ def interval(values: object) -> str:
     middle, low, high = map(number, parts)
     if NO_NUMBER in (low, high):
         return middle
-    if middle != NO_NUMBER and 0.0 < (largest := max(map(abs, parts))) < 100.0:  # to the same place after the point
+    if middle != NO_NUMBER and 0.0 < (largest := max(map(abs, parts))) < 100.0:  # to the same decimal place
         places = min(8, 2 - math.floor(math.log10(largest)))
         middle, low, high = (f"{part:.{places}f}".replace("-", "\N{MINUS SIGN}") for part in parts)
     return f"{middle} [{low},\N{NO-BREAK SPACE}{high}]"
 
 
 def table(headers: Sequence[object], rows: Iterable[Sequence[object]], label: str, class_: str = "") -> Markup:
-    """Return a table in a box of its own, which scrolls where the page is narrow; the first column names the rows."""
+    """Return a table in a box that scrolls if the page is narrow; the first column names the rows."""
     head = element("tr", join((element("th", header, scope="col") for header in headers), ""))
     body = []
     for first, *rest in rows:
@@ -144,7 +144,7 @@ def table(headers: Sequence[object], rows: Iterable[Sequence[object]], label: st
 
 
 def figure(png: bytes, alt: str, caption: object = "") -> Markup:
-    """Return a figure with the picture in it; one of many pixels scrolls where the page is narrow."""
+    """Return a figure with the picture; a wide one scrolls if the page is narrow."""
     wide = int.from_bytes(png[16:20], "big") > WIDE
     image = Markup(f'<img alt="{markup(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">')
     parts = [image, element("figcaption", caption)] if caption else [image]
@@ -163,7 +163,7 @@ def page(title: str, body: Iterable[Markup]) -> str:
 
 
 def part(value: object, *keys: str) -> Any:
-    """Return what lies under the keys, or None."""
+    """Return the value under nested keys, or None."""
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
@@ -180,7 +180,7 @@ def plural(count: int, word: str) -> str:
 
 
 def duration(seconds: object) -> str:
-    """Return a time in a unit that suits it."""
+    """Return a time in a suitable unit."""
     if not isinstance(seconds, int | float) or number(seconds) == NO_NUMBER:
         return NO_NUMBER
     units = (("s", 1, 120), ("min", 60, 7200), ("h", 3600, math.inf))
@@ -198,5 +198,5 @@ def in_words(value: object) -> str:
 
 
 def folded(heading: str, content: Markup) -> Markup:
-    """Return what a click opens, and print shows."""
+    """Return content that a click opens, and that is open in print."""
     return element("details", join([element("summary", heading), content]))

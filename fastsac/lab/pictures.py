@@ -26,12 +26,12 @@ class Look(NamedTuple):
 
     @classmethod
     def of(cls, label: str) -> Look:
-        """A name that is not drawn."""
+        """Return a look for a name that is not drawn."""
         return cls(label, "", (), "")
 
     @property
     def short(self) -> str:
-        """The label for a picture: a line for the arm and one for each setting that varies, each with both its ends."""
+        """The label for a picture: a line for the arm and one for each varied setting; long lines lose their middle."""
         text = "".join(character if character.isprintable() else "?" for character in self.label)
         return "\n".join(
             word if len(word) <= LONGEST_LABEL else f"{word[: LONGEST_LABEL - 13]}…{word[-12:]}"
@@ -101,7 +101,7 @@ def draw(
 
 
 def finite(values: object) -> np.ndarray[Any, Any]:
-    """Return an array of floats; what is no number (null, infinity) is NaN."""
+    """Return an array of floats; what is not a number (null, infinity) is NaN."""
     array = np.array(values, dtype=float)
     return np.where(np.isfinite(array), array, np.nan)
 

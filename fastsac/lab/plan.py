@@ -17,22 +17,22 @@ from fastsac.lab.arguments import Compare
 from fastsac.lab.arms import Arm, parse_arms
 from fastsac.system import allowed_cores
 
-#: settings that the command has options of its own for, and one with which runs would end at different steps
+#: settings with their own options of this command, and one with which runs would end at different steps
 OWN = {
-    **{"env_id": "--env-ids", "seed": "--seeds", "total_steps": "--total-steps"},
-    **dict.fromkeys(("estimator", "baseline", "num_action_samples"), "--arms"),
-    "target_return": "nothing: runs of different lengths cannot be compared",
+    **{"env_id": "--env-ids sets it", "seed": "--seeds sets it", "total_steps": "--total-steps sets it"},
+    **dict.fromkeys(("estimator", "baseline", "num_action_samples"), "--arms sets it"),
+    "target_return": "runs of different lengths cannot be compared",
 }
-#: settings that decide what a return is: where these differ, returns cannot be compared
+#: settings that define the return: where they differ, returns cannot be compared
 TASK = ("max_episode_steps", "env_backend", "env_kwargs", "env_wrappers", "eval_every", "eval_episodes")
-#: settings that change how fast a run is, and not what comes out
+#: settings that change a run's speed, but not its results
 IGNORED = ("num_threads",)
 
 
 class Run(NamedTuple):
     """One run of a comparison."""
 
-    label: str  # the arm's, and what of the settings varies
+    label: str  # the arm's, with the settings that vary
     arm: Arm
     varied: dict[str, Any]
     config: Config
@@ -40,7 +40,7 @@ class Run(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """What tells it from the others."""
+        """What distinguishes it from the others."""
         return self.config.env_id, self.label, self.config.seed
 
     def name(self) -> str:
@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All runs, and what they have in common."""
+    """All runs, and the settings that they share."""
 
     runs: list[Run]
     settings: dict[str, Any]  # for comparison.json
@@ -59,7 +59,7 @@ def make_plan(options: Compare) -> Plan:
     """Return the runs that a command asks for.
 
     Raises:
-        UsageError: if something is unknown, out of its range, or does not go together.
+        UsageError: if something is unknown, out of range, or cannot be combined.
     """
     arms, seeds = parse_arms(options.arms), parse_seeds(options.seeds)
     env_ids = list(dict.fromkeys(options.env_ids))
@@ -72,7 +72,7 @@ def make_plan(options: Compare) -> Plan:
     if options.num_learners < 1:
         raise UsageError(f"--num-learners must be a whole number of at least 1, got {options.num_learners}")
     if options.num_learners > 1 and options.ray is not None:
-        raise UsageError("--num-learners is for runs on this machine: with --ray, each run is a task of its own")
+        raise UsageError("--num-learners is for runs on this machine: with --ray, each run is its own task")
     if not 0.0 <= options.gpus_per_run <= 1.0:
         raise UsageError(f"--gpus-per-run must be from 0 to 1, got {options.gpus_per_run}")
     if options.jobs is not None and options.ray is not None:
@@ -84,7 +84,7 @@ def make_plan(options: Compare) -> Plan:
     if apart := [name for name in varying if name in TASK]:
         raise UsageError(f"--set {apart[0]}: all runs of a comparison need the same value; use another --out for each")
     runs = list[Run]()
-    # seeds last, so that every arm has its first one before any has its second
+    # seeds vary slowest: every arm has its first one before any has its second
     for seed, env_id, arm, variant in itertools.product(seeds, env_ids, arms, variants):
         varied = {name: variant[name] for name in varying}
         label = " ".join([arm.label, *(f"{name}={shown(value)}" for name, value in varied.items())])
@@ -107,8 +107,8 @@ def defaults(options: Compare) -> dict[str, Any]:
     return {
         "eval_every": max(1, options.total_steps // 20),
         "checkpoint_every": max(1, options.total_steps // 10),
-        "checkpoint_replay": True,  # so that an interrupted run goes on as if it had not been
-        "precision": "fp32",  # not what a measurement finds, which may differ from run to run
+        "checkpoint_replay": True,  # so that an interrupted run continues exactly
+        "precision": "fp32",  # a measured choice may differ from run to run
         "num_threads": max(1, cores() // jobs(options)),
     }
 
@@ -119,12 +119,12 @@ def cores() -> int:
 
 
 def jobs(options: Compare) -> int:
-    """Return how many runs there are side by side."""
+    """Return how many runs train at the same time."""
     return options.jobs or cores()
 
 
 def in_groups(runs: list[Run], num_learners: int) -> list[list[Run]]:
-    """Return the runs in groups of up to so many that differ in their seeds only, in the order of their first ones."""
+    """Return the runs in groups of up to this many that differ only in their seeds, in order of their first runs."""
     found = dict[tuple[str, str], list[list[Run]]]()
     groups = list[list[Run]]()
     for run in runs:
@@ -150,10 +150,10 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """Return the values of each setting in `name=value ...`; a name that is given again has several.
+    """Return the values of each setting in `name=value ...`; a repeated name has several.
 
     Raises:
-        UsageError: if a name is unknown, or has an option of its own.
+        UsageError: if a name is unknown, or has its own option.
     """
     known, found = {field.name for field in dataclasses.fields(Config)}, dict[str, list[Any]]()
     for text in texts:
@@ -162,7 +162,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
         if not equals:
             raise UsageError(f"--set takes name=value, got {text!r}")
         if name in OWN:
-            raise UsageError(f"--set {name}: {OWN[name]} sets it")
+            raise UsageError(f"--set {name}: {OWN[name]}")
         if name not in known:
             raise UsageError(f"--set {name}: there is no such setting{did_you_mean(name, known)}")
         try:
@@ -177,7 +177,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def written(settings: dict[str, list[Any]]) -> list[str]:
-    """Return what `parse_settings` has parsed, in one spelling."""
+    """Return parsed settings as text, in one spelling."""
 
     def text(value: Any) -> str:
         return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
@@ -191,13 +191,13 @@ def shown(value: Any) -> str:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """Return what of a configuration decides what comes out, as JSON has it."""
+    """Return the settings of a configuration that affect the results, as JSON values."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return {name: value for name, value in values.items() if name not in IGNORED}
 
 
 def difference(stored: dict[str, Any], asked: dict[str, Any]) -> str:
-    """Return the first setting in which two of `settings_of` differ, in words, or nothing."""
+    """Return in words the first setting in which two results of `settings_of` differ, or nothing."""
     for name, value in asked.items():
         if stored.get(name) != value:
             return f"{name} is {stored.get(name)!r} there, not {value!r}"
@@ -205,7 +205,7 @@ def difference(stored: dict[str, Any], asked: dict[str, Any]) -> str:
 
 
 def train_command(config: Config) -> str:
-    """Return the command that makes such a run."""
+    """Return the command that makes a run with this configuration."""
     if config.baseline == AS_PRINTED:  # which `fastsac train` refuses
         arm = f"{config.estimator}:{AS_PRINTED}"
         words = ["fastsac", "compare", "--env-ids", config.env_id, "--arms", arm, "--seeds", str(config.seed)]

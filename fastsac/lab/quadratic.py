@@ -22,12 +22,12 @@ from fastsac.types import Draw
 ALPHA = torch.tensor(0.2, dtype=torch.float64)
 #: gradient estimates at a time
 ROWS = 50_000
-#: no estimate takes more
+#: the most gradient estimates
 MOST = 4_000_000
 
 
 class Moments(NamedTuple):
-    """Of a gradient estimate in (mean, log_std), [2 A] each."""
+    """Moments of a gradient estimate in (mean, log_std), [2 A] each."""
 
     mean: Tensor
     variance: Tensor
@@ -54,7 +54,7 @@ class Quadratic(NamedTuple):
         return cls(c + distance * direction / direction.norm(), log_std, H, c)
 
     def q_function(self, action: Tensor) -> Tensor:
-        """Return q [K, 1, B]; it takes the squashing back, so that alpha log_prob - q is alpha log N - Q."""
+        """Return q [K, 1, B]; it undoes the squashing, so that alpha log_prob - q is alpha log N - Q."""
         d = torch.atanh(action) - self.c
         q = self.q0 - 0.5 * torch.einsum("...i,ij,...j", d, self.H, d) - ALPHA * torch.log1p(-action.square()).sum(-1)
         return q.unsqueeze(1)
@@ -83,7 +83,7 @@ class Quadratic(NamedTuple):
 def closed_form(problem: Quadratic, choice: Choice, name: str) -> Moments | None:
     """Return the moments of an estimator's gradient, or None where they are not known.
 
-    The mean of K independent samples has a K-th of one sample's variance; `loo` makes them depend on each other.
+    The mean of K independent samples has 1 / K of one sample's variance; `loo` makes the samples dependent.
     """
     split = 1.0 if choice.entropy_split is None else choice.entropy_split
     w, M, expected = problem.terms(split)
@@ -166,14 +166,14 @@ class Measured(NamedTuple):
 
 
 def measure(problem: Quadratic, choice: Choice, num_samples: int, seed: int, error: float = math.inf) -> Measured:
-    """Return the moments of gradient estimates, each from noise of its own.
+    """Return the moments of gradient estimates, each from its own noise.
 
     Args:
-        problem: where.
-        choice: of the estimator.
-        num_samples: how many at least.
+        problem: the problem to measure on.
+        choice: the estimator.
+        num_samples: the smallest number of estimates.
         seed: of the noise.
-        error: more are made until the trace of the covariance has this relative standard error, up to `MOST`.
+        error: more estimates are made until the trace of the covariance has this relative standard error, up to `MOST`.
     """
     rng, size, parts = torch.Generator().manual_seed(seed), len(problem.mean), list[Tensor]()
     while True:
@@ -205,6 +205,6 @@ def gradients(problem: Quadratic, choice: Choice, noise: Tensor) -> Tensor:
 
 
 def every_arm() -> list[Arm]:
-    """Return every estimator with every baseline, pathwise at the K of `loo`, and the sign that the note prints."""
+    """Return every estimator with every baseline, pathwise with the K of `loo`, and the sign that the note prints."""
     arms = [Arm(name, baseline) for name, entry in ESTIMATORS.items() for baseline in entry.baselines or ("auto",)]
     return [arms[0], Arm("pathwise", num_action_samples=2), *arms[1:], Arm("score", AS_PRINTED)]

@@ -1,4 +1,4 @@
-"""comparison.json: what a comparison has run, and what came out."""
+"""comparison.json: the runs of a comparison, and their results."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from fastsac.run_dir import CONFIG, config_from_dict, read_config
 
 FORMAT = 1
 COMPARISON = "comparison.json"
-#: of random actions, over so many environments; their mean is the unit of every difference's zero
+#: episodes of random actions, in this many environments; their mean is the zero of normalised returns
 RANDOM_EPISODES, RANDOM_ENVS, RANDOM_SEED = 200, 10, 0
 
 
 class Record:
-    """comparison.json: what has been run, and what came out."""
+    """comparison.json: the runs so far, and their results."""
 
     def __init__(self, directory: Path, plan: Plan, options: Compare) -> None:
-        """Read what there is.
+        """Read the file if there is one.
 
         Raises:
             UsageError: if the directory holds another comparison.
@@ -71,7 +71,7 @@ class Record:
         return stored is not None
 
     def more(self) -> str:
-        """Return what of the earlier runs this plan does not ask for, in words."""
+        """Return in words which earlier runs this plan does not ask for."""
         united, asked = self.result["settings"], self._plan.settings
         left = {
             name: [each for each in united[name] if each not in asked[name]] for name in ("env_ids", "arms", "seeds")
@@ -80,7 +80,7 @@ class Record:
         return "; ".join(f"{words[name]} {', '.join(map(str, each))}" for name, each in left.items() if each)
 
     def measure_random(self) -> None:
-        """Play with uniformly random actions in each environment that has not been played in."""
+        """Measure the return of uniformly random actions in each environment where it is missing."""
         earlier = {each["env_id"]: each["config"] for each in self.result["runs"]}
         configs = {env_id: config_from_dict(values) for env_id, values in earlier.items()}
         for env_id, config in (configs | {run.config.env_id: run.config for run in self._plan.runs}).items():
@@ -88,12 +88,12 @@ class Record:
                 try:
                     value = random_return(config)
                 except EnvironmentFailure as error:  # the runs may be luckier, and other environments have theirs
-                    print(f"fastsac: no return of a random policy: {error}", file=sys.stderr)
+                    print(f"fastsac: the return of a random policy could not be measured: {error}", file=sys.stderr)
                     value = math.nan
                 self.result["random_return"][env_id] = value
 
     def add(self, run: Run) -> None:
-        """Take a complete run in, and write the file.
+        """Add a complete run, and write the file.
 
         Raises:
             FastsacError: if the run directory does not hold a complete run.
@@ -101,7 +101,7 @@ class Record:
         run_dir = self._directory / run.run_dir
         steps, returns = read_metric(run_dir, "eval_return")
         _, updates = read_metric(run_dir, "updates")
-        if not steps or steps[-1] < run.config.total_steps:  # a return that is no finite number is not in the file
+        if not steps or steps[-1] < run.config.total_steps:  # returns that are not finite are not in the file
             raise FastsacError(f"{run_dir} has not been evaluated at its last step")
         try:
             setup = json.loads((run_dir / MACHINE).read_text())
@@ -124,7 +124,7 @@ class Record:
         self.write()
 
     def fail(self, failures: list[Failure]) -> None:
-        """Take in the runs that have failed, and write the file."""
+        """Add failed runs, and write the file."""
         told = [
             {**dict(zip(("env_id", "arm", "seed"), run.key, strict=True)), "error": reason, "diverged": diverged}
             for run, reason, diverged in failures
@@ -134,7 +134,7 @@ class Record:
         self.write()
 
     def write(self) -> None:
-        """Write the file, with the summary of the runs that there are."""
+        """Write the file, with the summary of the runs so far."""
         complete = set(map(_key, self.result["runs"]))
         failed = [each for each in self.result.get("failed", []) if _key(each) not in complete]
         settings = self.result["settings"]
@@ -156,7 +156,7 @@ def _key(entry: dict[str, Any]) -> tuple[str, str, int]:
 
 
 def no_runs() -> dict[str, Any]:
-    """Return the summary of an arm none of whose runs is complete."""
+    """Return the summary of an arm without complete runs."""
     nan: dict[str, Any] = {"iqm": math.nan, "low": math.nan, "high": math.nan}
     curve: dict[str, Any] = {"steps": [], "iqm": [], "low": [], "high": []}
     spread = {name: {**nan, "values": []} for name in ("final", "auc")}
@@ -183,7 +183,7 @@ def refuse_other_run(run_dir: Path, run: Run) -> None:
 
 
 def _united(options: Compare, settings: dict[str, Any]) -> Compare:
-    """Return the options of a command that makes all runs that there are or will be, without a path of this machine."""
+    """Return the options of a command that makes all existing and planned runs, without this machine's paths."""
     seeds = settings["seeds"]
     several = seeds == list(range(seeds[0], seeds[-1] + 1))
     return dataclasses.replace(
@@ -197,7 +197,7 @@ def _united(options: Compare, settings: dict[str, Any]) -> Compare:
 
 
 def command_of(options: Compare) -> str:
-    """Return the command line, without what does not change the outcome."""
+    """Return the command line, without options that do not affect the results."""
     words = ["fastsac", "compare", "--env-ids", *options.env_ids, "--arms", *options.arms, "--seeds", options.seeds]
     words += ["--total-steps", str(options.total_steps), "--out", str(options.out)]
     words += ["--set", *options.set] if options.set else []
@@ -206,7 +206,7 @@ def command_of(options: Compare) -> str:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """Return what decides what comes out, the same for `score` and `score:loo:2`."""
+    """Return the settings that affect the results, the same for `score` and `score:loo:2`."""
     choice = choose(config)
     baseline = choice.baseline if choice.takes_baseline else "auto"
     samples = choice.num_action_samples
@@ -214,7 +214,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _refuse_other_comparison(directory: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise UsageError unless both can be one comparison: what is varied may get further values, and no other name."""
+    """Raise UsageError unless both can be one comparison: a varied setting may get more values, no other may change."""
     steps = stored["total_steps"], asked["total_steps"]
     if steps[0] != steps[1]:
         raise UsageError(f"{directory} holds a comparison with total_steps {steps[0]}, not {steps[1]}: {OTHER_OUT}")
@@ -227,7 +227,7 @@ def _refuse_other_comparison(directory: Path, stored: dict[str, Any], asked: dic
 
 
 def _union(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of all runs that there are or will be."""
+    """Return the settings of all existing and planned runs."""
 
     def both(ours: list[str], theirs: list[str]) -> list[str]:  # in our order if we name all
         return list(dict.fromkeys([*ours, *theirs] if set(theirs) <= set(ours) else [*theirs, *ours]))
@@ -240,7 +240,7 @@ def _union(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Return the same for JSON: null in place of numbers that are not finite."""
+    """Return the same for JSON, with null in place of numbers that are not finite."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""One page of a comparison: what came out, how sure it is, and how it was run.
+"""One page about a comparison: its results, how certain they are, and how it was run.
 
 It is made from the JSON files of `fastsac compare`, `cost`, `gradients` and `toy`, and needs nothing else: no network,
 no scripts, no other files.
@@ -67,7 +67,7 @@ def write_report(directory: Path) -> Path:
     sections.append(("how", "How it was run", how_section(results)))
     if comparison:
         words = (join([element("dt", word), element("dd", text)]) for word, text in WORDS.items())
-        sections.append(("words", "What the words mean", element("dl", join(words))))
+        sections.append(("words", "Glossary", element("dl", join(words))))
     links = (element("a", heading, href=f"#{name}") for name, heading, _ in sections)
     body = [element("h1", title(results)), answer(comparison), element("nav", join(links), aria_label="Contents")]
     for name, heading, content in sections:
@@ -120,7 +120,7 @@ def seeds_in_words(comparison: Json) -> str:
 
 
 def answer(comparison: Json | None) -> Markup:
-    """Return what the comparison says, in one paragraph."""
+    """Return the results of the comparison in one paragraph."""
     if comparison is None:
         return Markup("")
     failed = len(comparison.get("failed", []))
@@ -170,12 +170,14 @@ def answer(comparison: Json | None) -> Markup:
         for verdict, words in (("inconclusive", "Inconclusive:"), ("not tested", "Not tested:")):
             if verdict in found:
                 told += [element("strong", words), those(verdict)]
-        told += [f"Not tested means here: {reason}." for reason in untested(summary)]
-        told.append("No significant difference is not equality: only an interval inside the margin shows equivalence.")
+        told += [f"Reason for not testing: {reason}." for reason in untested(summary)]
+        told.append(
+            "No significant difference does not mean equal: only an interval inside the margin shows equivalence."
+        )
     else:
-        told.append("There is one arm only, and nothing to compare it with.")
+        told.append("There is only one arm, and nothing to compare it with.")
     if len(labels(comparison)) > len(settings["arms"]):
         told.append(
-            "Only an arm's best settings are tested, and they were chosen on the same seeds, which flatters them."
+            "Only each arm's best settings are tested, and they were chosen on the same seeds, which flatters them."
         )
     return element("p", join([*told, *lost], " "), class_="answer")

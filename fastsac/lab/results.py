@@ -15,7 +15,7 @@ NUMBER = (int, float, type(None))
 EACH = "*"
 MIDDLE = {"iqm": NUMBER, "low": NUMBER, "high": NUMBER}
 LINE = {name: [NUMBER] for name in ("steps", "iqm", "low", "high")}
-#: what a file must have to be shown; whatever else it has is shown where it is there
+#: what a file must have to be shown; anything else is shown if it is there
 SHAPES: dict[str, Json] = {
     "comparison": {
         "format": int,
@@ -31,22 +31,22 @@ SHAPES: dict[str, Json] = {
 
 
 def make_directory(path: Path) -> None:
-    """Make the directory of results if need be; UsageError if nothing can be written there."""
+    """Make the directory of results if needed; UsageError if nothing can be written there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise UsageError(f"{path} is a file: {OTHER_OUT}") from error
     except OSError as error:
-        raise UsageError(f"{path} cannot be made ({error.strerror}): {OTHER_OUT}") from error
+        raise UsageError(f"{path} cannot be created ({error.strerror}): {OTHER_OUT}") from error
     if not os.access(path, os.W_OK):
         raise UsageError(f"{path} cannot be written to: {OTHER_OUT}")
 
 
 def read_results(directory: Path) -> dict[str, Json]:
-    """Return what there is by name: comparison, cost, gradients, toy.
+    """Return the results by name: comparison, cost, gradients, toy.
 
     Raises:
-        UsageError: if there is nothing, or a file is not what it should be.
+        UsageError: if there are no results, or a file is not what it should be.
     """
     results: dict[str, Json] = {}
     if not directory.is_dir():
@@ -60,9 +60,9 @@ def read_results(directory: Path) -> dict[str, Json]:
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path} is damaged, it is no JSON: {error}") from error
+            raise UsageError(f"{path} is damaged: it is not JSON: {error}") from error
         if not isinstance(result, dict):
-            raise UsageError(f"{path} is damaged: it holds no object")
+            raise UsageError(f"{path} is damaged: it does not hold an object")
         if result.get("format", 1) != 1:
             raise UsageError(f"{path} has format {result['format']!r}, and this version of fastsac reads format 1")
         try:
@@ -79,10 +79,10 @@ def read_results(directory: Path) -> dict[str, Json]:
 
 
 def check(value: object, shape: object, where: str) -> None:
-    """Raise ValueError, which names the place, if `value` is not of the shape."""
+    """Raise ValueError that names the place if `value` does not have the shape."""
     if isinstance(shape, dict):
         if not isinstance(value, dict):
-            raise ValueError(f"{where} is no object")
+            raise ValueError(f"{where} is not an object")
         for key, inner in shape.items():
             if key != EACH and key not in value:
                 raise ValueError(f"{where} has no {key!r}")
@@ -92,7 +92,7 @@ def check(value: object, shape: object, where: str) -> None:
             raise ValueError(f"{where} has lists that differ in length")
     elif isinstance(shape, list):
         if not isinstance(value, list) or (not value and shape == [str]):
-            raise ValueError(f"{where} is no list, or an empty one")
+            raise ValueError(f"{where} is not a list, or is empty")
         for index, part in enumerate(value):
             check(part, shape[0], f"{where}[{index}]")
     elif not isinstance(value, shape):  # type: ignore[arg-type]

@@ -29,36 +29,36 @@ SIGNS = {"equivalent": "=", "different": "≠", "inconclusive": "?"}
 PANEL = (5.2, 3.4)  # inches
 LONG = 30  # rows
 FINAL_NOTE = (
-    "First the IQM of the final returns (dot), its 95 % interval (bar) and each run (ticks). Then the difference of "
-    "the means to {first} with its 90 % interval; the grey band is the equivalence margin, and a bar wholly inside it "
-    "shows equivalence."
+    "First: the IQM of the final returns (dot), its 95 % interval (bar) and each run (ticks). Second: the difference "
+    "of the means from {first} with its 90 % interval; the grey band is the equivalence margin, and a bar entirely "
+    "inside it shows equivalence."
 )
 RATIOS = {
-    "update_ratio": "a whole update, engine {engine}",
-    "reference_update_ratio": "a whole update, engine reference",
+    "update_ratio": "a whole update, {engine} engine",
+    "reference_update_ratio": "a whole update, reference engine",
     "actor_step_ratio": "the actor's step",
 }
-#: what the lab's files call it, in words
+#: names in the lab's files, in words
 HEADINGS = {
     "variance": "noise",
-    "closed_form": "noise by the closed form",
+    "closed_form": "noise, closed form",
     "bias_sigmas": "bias, standard errors",
     "bias_random_sigmas": "bias in a random direction, standard errors",
-    "variance_sigmas": "off the closed form, standard errors",
+    "variance_sigmas": "deviation from the closed form, standard errors",
     "evaluations": "critic evaluations",
     "equal_evaluations": "noise at equal critic evaluations",
     "equal_time": "noise at equal time",
     "time_ms": "time, ms",
     "height": "height of the ripple",
-    "from": "pathwise is the noisier one from frequency",
+    "from": "pathwise is noisier from frequency",
     "actor_step_ms": "actor's step, ms",
     "actor_step_ratio": "actor's step, relative",
     "update_ms": "update, ms",
     "update_ratio": "update, relative",
-    "reference_update_ms": "update, engine reference, ms",
-    "reference_update_ratio": "update, engine reference, relative",
+    "reference_update_ms": "update, reference engine, ms",
+    "reference_update_ratio": "update, reference engine, relative",
 }
-NOISE = "Noise is the trace of the covariance of one gradient estimate over the squared norm of the gradient."
+NOISE = "Noise is the trace of the covariance of one gradient estimate, divided by the squared norm of the gradient."
 NOTES = {
     "gradients": f"{NOISE} Head: at the policy's outputs, mean and log_std; parameters: in all of the actor's "
     "parameters. At equal evaluations and at equal time it is relative to pathwise.",
@@ -67,19 +67,19 @@ NOTES = {
 PICTURES = {
     "gradients": {"gradients.png": "Variance of each estimator's gradient at checkpoints of a trained run."},
     "toy": {
-        "toy.png": "Toy problem with a known answer: each estimator's variance as measured beside its formula.",
+        "toy.png": "Toy problem with a known answer: each estimator's measured variance, and its formula.",
         "toy_ripple.png": "Toy problem with a ripple on the critic: the variance of both families over its frequency.",
     },
 }
 
 
 def spoken(arms: Json, name: str) -> str:
-    """Return each arm's interval in words, for those who do not see the picture."""
+    """Return each arm's interval in words, for readers who cannot see the picture."""
     return ", ".join(f"{arm} {interval(values[name])}" for arm, values in arms.items()) or "no results"
 
 
 def labels(comparison: Json) -> list[str]:
-    """Return the arms, and where a setting is varied, each of an arm's labels in its place; the first arm's first."""
+    """Return the arms' labels in order, the first arm's first; an arm has several where a setting is varied."""
     arms = comparison["settings"]["arms"]
     seen = dict.fromkeys(label for found in comparison["summary"].values() for label in found)
     without = [arm for arm in arms if not any(arm in (label, label.partition(" ")[0]) for label in seen)]
@@ -103,7 +103,7 @@ def curves_section(comparison: Json, pictures: dict[str, bytes]) -> Markup:
     pictures["curves.png"] = draw(functions, PANEL, key, columns=min(len(functions), 3))
     note = (
         "Line: interquartile mean (IQM) over the random seeds. Band: its 95 % stratified bootstrap interval; a single "
-        "seed has none. The panels are also in curves.png, beside this page."
+        "seed has none. The panels are also in curves.png, next to this page."
     )
     return join([element("p", note, class_="note"), element("div", join(figures), class_="panels")])
 
@@ -125,11 +125,11 @@ def final_section(comparison: Json, pictures: dict[str, bytes]) -> Markup:
         if tests:
             margin = max((m for test in tests.values() if number(m := part(test, "margin")) != NONE), default=0.0)
             first = Look.of(part(next(iter(tests.values())), "against") or key[0].label)
-            label = f"difference to {first.short}, normalised"
+            label = f"difference from {first.short}, normalised"
             of: Json = {"title": Look.of(env_id).short, "xlabel": label, "rows": list(tests.items())}
             functions.append(partial(draw_dots, **of, zero=0.0, band=margin))
             said = "; ".join(f"{look.label} {interval(test)}, {part(test, 'verdict')}" for look, test in tests.items())
-            alt = f"Difference in final return to {first.label} on {env_id}, margin ±{number(margin)}: {said}."
+            alt = f"Difference in final return from {first.label} on {env_id}, margin ±{number(margin)}: {said}."
             panels.append(figure(draw(functions[-1:], size), alt))
         parts += [
             element("h3", env_id),
@@ -147,7 +147,7 @@ def final_section(comparison: Json, pictures: dict[str, bytes]) -> Markup:
 
 
 def final_table(env_id: str, key: list[Look], arms: Json, best: list[str], difference: str) -> Markup:
-    """Return one row per label; `best` has each arm's label of its best settings, the first arm's first."""
+    """Return one row per label; `best` has the label of each arm's best settings, the first arm's first."""
     rows = []
     for look in key:
         values = arms.get(look.label)
@@ -180,14 +180,14 @@ def cost_section(cost: Json, pictures: dict[str, bytes]) -> Markup:
     for name, words in RATIOS.items():
         rows = [(key[row["arm"]], row[name]) for row in cost["rows"] if part(row, name)]
         if rows:
-            what = words.format(engine=engines[0] if len(engines) == 1 else "the fastest")
+            what = words.format(engine=engines[0] if len(engines) == 1 else "fastest")
             label = f"time relative to {next(iter(key.values())).short}"
             functions.append(partial(draw_dots, title=what, xlabel=label, rows=rows, zero=1.0))
             said = ", ".join(f"{look.label} {interval(values)}" for look, values in rows)
             figures.append(figure(draw(functions[-1:], size), f"Time of {what}, relative to the first arm: {said}."))
     if functions:
         pictures["cost.png"] = draw(functions, size, columns=min(len(functions), 2))
-    note = "Time relative to the first arm, which is 1; the bar spans the quartiles. Less is faster."
+    note = "Time relative to the first arm, which is 1; the bar spans the quartiles. Lower is faster."
     panels = element("div", join(figures), class_="panels")
     return join([element("p", note, class_="note"), panels, rows_section(cost, [], "Cost: median [quartiles]")])
 
@@ -219,7 +219,7 @@ def in_words(column: str) -> str:
 
 
 def flattened(row: Json, before: str = "") -> dict[str, object]:
-    """Return an object's figures by name; an interval is one of them, other objects are taken apart."""
+    """Return an object's numbers by name; an interval counts as one, other objects are flattened."""
     flat: dict[str, object] = {}
     for name, value in row.items():
         if isinstance(value, dict) and not {"low", "high"} <= value.keys():
@@ -237,7 +237,7 @@ def found_pictures(directory: Path, name: str) -> list[Markup]:
     """Return the pictures that belong to a result.
 
     Raises:
-        UsageError: if one is no PNG.
+        UsageError: if one is not a PNG.
     """
     figures = []
     for file, alt in PICTURES[name].items():
@@ -248,6 +248,6 @@ def found_pictures(directory: Path, name: str) -> list[Markup]:
         except OSError as error:
             raise UsageError(f"cannot read {directory / file}: {error.strerror}") from error
         if not content.startswith(PNG_START) or len(content) < 33:
-            raise UsageError(f"{directory / file} is damaged, it is no PNG picture")
+            raise UsageError(f"{directory / file} is damaged: it is not a PNG picture")
         figures.append(figure(content, alt, alt))
     return figures

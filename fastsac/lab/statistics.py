@@ -1,4 +1,4 @@
-"""What comparisons say of a few seeds: interquartile means, stratified bootstrap intervals, tests of equivalence.
+"""Statistics of comparisons with few seeds: interquartile means, stratified bootstrap intervals, tests of equivalence.
 
 Interquartile means and intervals are those that Agarwal et al. 2021 (arXiv 2108.13264) recommend for few runs.
 """
@@ -21,7 +21,7 @@ CHUNK = 4_000_000
 
 
 def iqm(values: Numbers, axis: int = 0) -> Any:
-    """Return the mean of the middle half of the values along an axis; of fewer than four, the mean of all."""
+    """Return the mean of the middle half of the values along an axis; for fewer than four, the mean of all."""
     return stats.trim_mean(values, 0.25, axis=axis)
 
 
@@ -37,14 +37,14 @@ class Interval(NamedTuple):
         return {name: np.asarray(value).tolist() for name, value in self._asdict().items()}
 
 
-@np.errstate(over="ignore", invalid="ignore")  # returns may be enormous, or no numbers
+@np.errstate(over="ignore", invalid="ignore")  # returns may be enormous, or NaN
 def bootstrap(strata: Sequence[Numbers], seed: int = 0) -> Interval:
     """Return the interquartile mean over all seeds, and its percentile interval from the stratified bootstrap.
 
-    A single seed says nothing of the others: the ends are NaN if an environment has no more than one.
+    A single seed says nothing about others: the ends are NaN if an environment has only one.
 
     Args:
-        strata: for each environment [seeds] or [seeds, steps]; seeds are drawn anew within each environment.
+        strata: for each environment [seeds] or [seeds, steps]; seeds are resampled within each environment.
         seed: of the resampling.
     """
     middle = iqm(np.concatenate(strata))
@@ -69,18 +69,18 @@ def area(steps: Numbers, values: Numbers) -> float:
 
 
 class Equivalence(NamedTuple):
-    """A mean beside a reference's, in shares of `scale`."""
+    """A mean compared with a reference's, in shares of `scale`."""
 
     difference: float
-    low: float  # of the interval of confidence 1 - 2 level
+    low: float  # of the interval with confidence 1 - 2 level
     high: float
-    p: float  # the larger one of the two one-sided tests'
+    p: float  # the larger p-value of the two one-sided tests
     verdict: str  # "equivalent", "different", "inconclusive" or "not tested"
     reason: str = ""  # why it was not tested
 
 
 def untestable(reason: str) -> Equivalence:
-    """Return that there is no test, and why."""
+    """Return a result without a test, and the reason."""
     return Equivalence(math.nan, math.nan, math.nan, math.nan, "not tested", reason)
 
 
@@ -90,15 +90,15 @@ def equivalence(
 ) -> Equivalence:
     """Test whether two means are within a margin of each other: two one-sided paired t-tests (Schuirmann 1987).
 
-    Runs of one seed are evaluated from the same start states, so their difference is what is tested. Not finding a
-    difference would prove nothing: with few seeds nothing is found. "equivalent": both tests reject at `level`, which
-    is to say that the interval lies within the margin. "different": they do not, and a two-sided test at `level` finds
-    a difference. "inconclusive": neither.
+    Runs with the same seed are evaluated from the same start states, so their differences are tested. Not finding a
+    difference would prove nothing: with few seeds, nothing is found. "equivalent": both tests reject at `level`, that
+    is, the interval lies within the margin. "different": they do not, and a two-sided test at `level` finds a
+    difference. "inconclusive": neither.
 
     Args:
         reference: a return for each seed.
-        other: likewise, of the same seeds in the same order.
-        scale: what a difference of 1 is, in units of return.
+        other: the same, with the same seeds in the same order.
+        scale: the difference in return that counts as 1.
         margin: the largest share of `scale` that counts as no difference.
         level: of each test.
     """

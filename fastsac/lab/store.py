@@ -1,4 +1,4 @@
-"""Where the runs of a comparison on a Ray cluster leave their files: an actor on the driver's node."""
+"""Stores the files of a comparison's runs on a Ray cluster: an actor on the driver's node."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Store:
     """Keeps the runs' files in the comparison's directory."""
 
     def __init__(self, out: str) -> None:
-        """Say where."""
+        """Remember the directory."""
         self._out = Path(out)
         self._attempts: dict[str, int] = {}
         self._steps: dict[str, int] = {}
@@ -32,7 +32,7 @@ class Store:
         return self._attempts[name], read_files(run_dir) if (run_dir / CONFIG).exists() else {}
 
     def put(self, name: str, attempt: int, files: Files) -> bool:
-        """Put the files in the place of the run directory, all at once; False if a later attempt has begun."""
+        """Replace the run directory by the files, all at once; return False if a later attempt has begun."""
         if attempt != self._attempts[name]:
             return False
         run_dir = self._out / name
@@ -47,11 +47,11 @@ class Store:
         return True
 
     def report(self, name: str, step: int) -> None:
-        """Take in how far a run is."""
+        """Record how far a run is."""
         self._steps[name] = step
 
     def steps(self) -> dict[str, int]:
-        """Return how far each run is that has begun."""
+        """Return how far each started run is."""
         return self._steps
 
 
@@ -64,7 +64,7 @@ def read_files(run_dir: Path, checkpoint: Path | None = None) -> Files:
 
     Args:
         run_dir: the run directory.
-        checkpoint: while the run is under way: this checkpoint only, and the files beside it that a resume needs.
+        checkpoint: while the run is training: only this checkpoint, and the other files that a resume needs.
     """
     if checkpoint is None:
         paths = [path for path in run_dir.rglob("*") if path.name != LOCK]
@@ -75,7 +75,7 @@ def read_files(run_dir: Path, checkpoint: Path | None = None) -> Files:
 
 
 def _files_of_best(run_dir: Path) -> Files:
-    """Return the files of the best checkpoint, if there is one: another may take its place meanwhile."""
+    """Return the files of the best checkpoint, if there is one: it may be replaced meanwhile."""
     while (best := best_checkpoint(run_dir)).exists():
         with suppress(FileNotFoundError):
             return {path.relative_to(run_dir).as_posix(): path.read_bytes() for path in best.iterdir()}

@@ -2,7 +2,7 @@
 
 A second problem adds a ripple, eta sin(omega u), to a quadratic critic in one dimension. The pathwise estimator
 differentiates the ripple, so its variance grows with (eta omega)^2; the score function sees its height only. From some
-omega on the ordering of the two families turns over (`ripple`).
+omega on, the order of the two families is reversed (`ripple`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastsac.lab.results import make_directory
 from fastsac.lab.watch import tracked
 from fastsac.machine import describe_machine, write_json
 
-#: standard errors that one figure may be off by; among many, as many as are as improbable for the worst of them
+#: standard errors that one figure may be off by; for many, as many as are equally improbable for the worst of them
 SIGMAS = 3.0
 #: times as many samples for a figure that is further off: sample variances are skewed, and few of them look too small
 AGAIN = 10
@@ -53,7 +53,7 @@ def run(options: Toy) -> dict[str, Any]:
     words = ["fastsac", "lab", "toy", "--seed", str(seed), "--num-samples", str(options.num_samples)]
     words += ["--arms", *options.arms] if options.arms else []
     if options.out is not None:
-        make_directory(options.out)  # before anything takes its time
+        make_directory(options.out)  # before anything slow
     rows = sweep(arms, seed, options.num_samples)
     allowed = judge(rows)
     for index, row in enumerate(rows):
@@ -122,9 +122,9 @@ def _again(row: dict[str, Any], arms: Sequence[Arm], seed: int, num_samples: int
 
 
 def judge(rows: list[dict[str, Any]]) -> float:
-    """Say of each row whether it is unbiased and as the closed form; return how many standard errors it may be off.
+    """Mark each row: is it unbiased, does it match the closed form? Return how many standard errors it may be off.
 
-    That is Bonferroni's bound: the worst of all figures is off by more with the probability that one is by `SIGMAS`.
+    This is Bonferroni's bound: the worst figure exceeds it as rarely as a single one exceeds `SIGMAS`.
     """
     number = sum(row["comparisons"] * (1 + ("variance_sigmas" in row)) for row in rows)
     allowed = float(stats.norm.isf(stats.norm.sf(SIGMAS) / number))
@@ -155,7 +155,7 @@ def ripple_variances(height: float, frequency: float) -> tuple[float, float]:
 
 
 def ripple(height: float) -> dict[str, Any]:
-    """Return both variances over the frequency omega, and the omega from which pathwise is the noisier one."""
+    """Return both variances over the frequency omega, and the omega from which pathwise is noisier."""
     both = [ripple_variances(height, frequency) for frequency in FREQUENCIES]
     noisier = [pathwise > score for pathwise, score in both]
     crossing = None
@@ -172,7 +172,7 @@ def ripple(height: float) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the outcome for people to read: at the centre, and where the families turn over."""
+    """Return a table in plain text: the results at the centre, and where the order of the families is reversed."""
     rows = [["arm", "K", "noise", "closed form", "bias", "off the closed form"]]
     for row in result["rows"]:
         if row["axis"] == "dimension" and row["value"] == CENTRE["dimension"]:
@@ -193,9 +193,7 @@ def table(result: dict[str, Any]) -> str:
         f"biased: {biased or 'none'}; different from the closed form: {wrong or 'none'}",
     ]
     if biased:
-        lines.append(
-            "a biased estimator's noise says little: one that makes its gradient too small makes less noise, too"
-        )
+        lines.append("a biased estimator's noise says little: if its gradient is too small, its noise is smaller, too")
     deviations = [
         (abs(row["variance"] / row["closed_form"] - 1.0), row) for row in result["rows"] if row["closed_form"]
     ]
@@ -203,10 +201,10 @@ def table(result: dict[str, Any]) -> str:
         most, row = max(deviations, key=lambda each: each[0])
         where = f"{row['arm']}, {row['axis']} {row['value']:g}"
         lines.append(f"largest deviation of the noise from a closed form: {100.0 * most:.1f} % ({where})")
-    lines.append("and with a ripple on the critic, for one fixed problem of one dimension, by integration:")
+    lines.append("with a ripple on the critic, for one fixed one-dimensional problem, by integration:")
     for each in result["ripple"]:
-        where = "nowhere up to 100" if each["from"] is None else f"omega = {each['from']:.3g}"
-        lines.append(f"ripple {each['height']:g} sin(omega u): pathwise is the noisier one from {where}")
+        where = "nowhere up to omega = 100" if each["from"] is None else f"from omega = {each['from']:.3g}"
+        lines.append(f"ripple {each['height']:g} sin(omega u): pathwise is noisier {where}")
     return "\n".join(lines)
 
 
@@ -258,7 +256,7 @@ def draw(result: dict[str, Any], directory: Path) -> None:
         if each["from"] is not None:
             axes.plot(each["from"], ripple_variances(each["height"], each["from"])[0], "o", color=colour)
     axes.set(xscale="log", yscale="log", xlabel="frequency ω of the ripple η sin(ωu)", ylabel="variance of d mean")
-    axes.set_title("Where the ordering of the two families turns over")
+    axes.set_title("Where the order of the two families is reversed")
     axes.legend(frameon=False, fontsize=9)
     axes.grid(alpha=0.3)
     figure.savefig(directory / "toy_ripple.png", dpi=130)

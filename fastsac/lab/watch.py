@@ -1,4 +1,4 @@
-"""The display of a comparison: all of its runs, and those under way."""
+"""The progress display of a comparison: all runs, and those in progress."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Outcome = Literal["complete", "stopped", "failed"]
 
 
 class Watch:
-    """One bar for all runs and one for each that is under way; without a terminal, one line for each that ends."""
+    """One bar for all runs and one for each in progress; without a terminal, one line for each that ends."""
 
     def __init__(self, directory: Path, runs: list[Run], missing: list[Run]) -> None:
         """Show nothing yet.
@@ -28,7 +28,7 @@ class Watch:
         Args:
             directory: of the comparison.
             runs: all of them.
-            missing: those that are still to be made.
+            missing: those still to train.
         """
         console = Console(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %")
@@ -39,7 +39,7 @@ class Watch:
         self._all = self._progress.add_task("all runs", total=max(1, self._total), completed=self._done)
 
     def __enter__(self) -> Watch:
-        """Begin to show."""
+        """Start the display."""
         self._progress.start()
         return self
 
@@ -48,13 +48,13 @@ class Watch:
         self._progress.stop()
 
     def begin(self, run: Run) -> None:
-        """Take a run in that is under way."""
+        """Add a run that has started."""
         with self._lock:
             bar = self._progress.add_task(run.name(), total=run.config.total_steps)
             self._bars[run.key] = run, bar
 
     def end(self, run: Run, outcome: Outcome) -> None:
-        """Take a run out that has ended."""
+        """Remove a run that has ended."""
         with self._lock:
             _, bar = self._bars.pop(run.key, (run, None))
             if bar is not None:
@@ -64,7 +64,7 @@ class Watch:
             print(f"{run.name()}: {outcome} ({self._done} of {self._total})", file=sys.stderr, flush=True)
 
     def show(self, steps: dict[tuple[str, str, int], int] | None = None) -> None:
-        """Show how far the runs are: by their files, or by `steps`."""
+        """Show how far the runs are, from their files or from `steps`."""
         if self._progress.disable:
             return
         with self._lock:
@@ -77,7 +77,7 @@ class Watch:
 
 
 def tracked(each: Iterable[T], description: str) -> Iterable[T]:
-    """Return the same, with a bar on a terminal's stderr."""
+    """Return the same, with a progress bar if stderr is a terminal."""
     console = Console(stderr=True)
     return track(list(each), description, console=console, transient=True, disable=not console.is_terminal)
 

@@ -1,9 +1,9 @@
-"""The runs of a comparison on this machine, each in a process of its own, or several that differ in their seeds only.
+"""Trains the runs of a comparison on this machine: one per process, or several that differ only in their seeds.
 
-`python -m fastsac.lab.worker PARENT RUN_DIR ...` goes on with the runs if it can, and stops when the process PARENT has
-died. It reads each `RUN_DIR.config.json`, its output goes to the first one's `RUN_DIR.log`, and it leaves a
-`machine.json` in each run directory and a `RUN_DIR.outcome.json` beside it. Statuses: 0 when a run is complete, 75 when
-a signal has stopped it, 76 when training has diverged, else that of `fastsac train`.
+`python -m fastsac.lab.worker PARENT RUN_DIR ...` resumes the runs if it can, and stops when the process PARENT has
+died. It reads each `RUN_DIR.config.json`, writes its output to the first run's `RUN_DIR.log`, and leaves a
+`machine.json` in each run directory and a `RUN_DIR.outcome.json` beside it. Exit statuses: 0 when a run is complete, 75
+when a signal has stopped it, 76 when training has diverged, otherwise that of `fastsac train`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fastsac.seeds import Seeds
 from fastsac.system import kill_group, lock
 from fastsac.train import SAC
 
-#: statuses of a run that can go on, and of one that has diverged
+#: exit statuses of a run that can be continued, and of one that has diverged
 STOPPED, DIVERGED = 75, 76
 MACHINE = "machine.json"
 POLL_SECONDS, ORPHAN_SECONDS = 0.5, 60.0
@@ -48,7 +48,7 @@ class Failure(NamedTuple):
     diverged: bool
 
 
-#: told of each run that is complete; what is wrong with it is a FastsacError
+#: called for each complete run; raises FastsacError if something is wrong with it
 Done = Callable[[Run], None]
 
 
@@ -56,7 +56,7 @@ class WithParent(Callback):
     """Ends the run when the comparison has died."""
 
     def __init__(self, parent: int) -> None:
-        """Remember whose child this process is: it may have died before this one could ask."""
+        """Remember the parent process: it may have died before this one could ask."""
         self.parent, self.orphaned = parent, False
 
     def on_step(self, agent: Any) -> bool:
@@ -71,7 +71,7 @@ def config_file(run_dir: Path) -> Path:
 
 
 def outcome_file(run_dir: Path) -> Path:
-    """Return where a run's process says how it ended."""
+    """Return where a run's process writes how it ended."""
     return run_dir.with_name(f"{run_dir.name}.outcome.json")
 
 
@@ -88,10 +88,10 @@ def train(run_dir: Path, config: Config, *callbacks: Callback) -> SAC:
 
 
 def train_each(runs: Sequence[tuple[Path, Config]], *callbacks: Callback) -> Seeds:
-    """Train runs that differ in their seeds only to their ends, from their newest checkpoints.
+    """Train runs that differ only in their seeds to the end, from their newest checkpoints.
 
     Raises:
-        FastsacError: as `SAC.resume` and `Seeds.learn` do; what goes wrong with one run later is in `failures`.
+        FastsacError: as `SAC.resume` and `Seeds.learn` do; later errors of single runs are in `failures`.
     """
     together = Seeds(len(runs))
     for run_dir, config in runs:
@@ -108,7 +108,7 @@ def train_each(runs: Sequence[tuple[Path, Config]], *callbacks: Callback) -> See
 
 
 def _wait_for_orphan(run_dir: Path) -> None:
-    """Wait for the process of a comparison that was killed: it ends after its step, or its evaluation."""
+    """Wait for the process of a killed comparison: it ends after its current step or evaluation."""
     end = time.monotonic() + ORPHAN_SECONDS
     with suppress(FileNotFoundError), (run_dir / LOCK).open("rb") as file:
         while not lock(file.fileno()) and time.monotonic() < end:
@@ -116,7 +116,7 @@ def _wait_for_orphan(run_dir: Path) -> None:
 
 
 def _resumed_at(run_dir: Path, step: int) -> list[int]:
-    """Return the steps at which the run was taken up again, this time included."""
+    """Return the steps at which the run was resumed, this time included."""
     before: list[int] = []
     with suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it was cut short
         before = list(json.loads((run_dir / MACHINE).read_text())["resumed_at"])
@@ -146,14 +146,14 @@ def main() -> None:
 
 
 def train_here(options: Compare, runs: list[Run], done: Done, watch: Watch, stop: list[int]) -> list[Failure]:
-    """Train runs in processes of their own, or several in each, side by side; return those that failed.
+    """Train runs in parallel processes, one or several in each; return those that failed.
 
     Args:
         options: of the command.
-        runs: to be made.
-        done: told of each run that is complete.
-        watch: shown how they go on.
-        stop: signals that have come in; then the processes save, and end. An exception on the way kills them.
+        runs: to train.
+        done: called for each complete run.
+        watch: shows their progress.
+        stop: signals received; then the processes save, and stop. An exception kills them.
     """
     failed, processes = list[Failure](), _Processes(options.out, watch)
     with ThreadPoolExecutor(jobs(options)) as pool:
@@ -180,7 +180,7 @@ def train_here(options: Compare, runs: list[Run], done: Done, watch: Watch, stop
 
 
 class _Processes:
-    """The processes of the runs that are under way."""
+    """The processes of the runs in progress."""
 
     def __init__(self, out: Path, watch: Watch) -> None:
         self._out, self._watch = out, watch
@@ -188,7 +188,7 @@ class _Processes:
         self._under_way: list[subprocess.Popen[bytes]] = []
 
     def train(self, runs: list[Run]) -> int | None:
-        """Wait for the runs' process; return its exit status, or None if it was too late to begin."""
+        """Wait for the runs' process; return its exit status, or None if it was too late to start."""
         run_dirs = [self._out / run.run_dir for run in runs]
         with self._lock:
             if self._ended:
@@ -200,8 +200,8 @@ class _Processes:
                 write_json(config_file(run_dir), dataclasses.asdict(run.config))
             command = [sys.executable, "-m", "fastsac.lab.worker", str(os.getpid()), *map(str, run_dirs)]
             with log_file(run_dirs[0]).open("wb") as log:
-                # A group of its own: Ctrl-C reaches the comparison only, which hands it on once. No session of its own:
-                # Linux shares the CPU out among sessions, and `nice` before the comparison would not hold.
+                # Its own process group: Ctrl-C reaches only the comparison, which forwards it once. Not its own
+                # session: Linux divides the CPU among sessions, so `nice` on the comparison would have no effect.
                 process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
             self._under_way.append(process)
         for run in runs:
@@ -212,7 +212,7 @@ class _Processes:
         return status
 
     def stop(self) -> None:
-        """Begin no more, and send SIGTERM to those under way, once."""
+        """Start no more, and send SIGTERM to those in progress, once."""
         with self._lock:
             for process in self._under_way if not self._ended else ():
                 with suppress(ProcessLookupError, PermissionError):
@@ -220,7 +220,7 @@ class _Processes:
             self._ended = True
 
     def kill(self) -> None:
-        """Begin no more, and kill those under way with all that they have started."""
+        """Start no more, and kill those in progress with all that they have started."""
         with self._lock:
             self._ended = True
             for process in self._under_way:
@@ -230,7 +230,7 @@ class _Processes:
 def _outcome(
     run_dir: Path, run: Run, status: int, log: Path, done: Done, stop: list[int]
 ) -> tuple[Outcome, Failure | None]:
-    """Tell of a complete run; return how it ended, and its failure. `status` is the process's, if it has not said."""
+    """Report a complete run; return how a run ended, and its failure. `status` is used if it wrote no outcome."""
     reason = ""
     with suppress(OSError, ValueError, KeyError, TypeError):
         told = json.loads(outcome_file(run_dir).read_text())
@@ -247,7 +247,7 @@ def _outcome(
 
 
 def log_file(run_dir: Path) -> Path:
-    """Return where a run's process writes what it has to say."""
+    """Return where a run's process writes its output."""
     return run_dir.with_name(f"{run_dir.name}.log")
 
 
@@ -256,10 +256,10 @@ def last_line(path: Path, status: int) -> str:
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     told = [line.strip()[:500] for line in lines if line.strip()][-1:]
     if status == STOPPED:
-        return "its process was stopped by a signal; it can go on"
+        return "its process was stopped by a signal; it can be continued"
     if status < 0:
         name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
-        told.insert(0, f"its process was ended by {name}")
+        told.insert(0, f"its process was killed by {name}")
     return ": ".join(told) or f"exit status {status}"
 
 

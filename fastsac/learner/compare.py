@@ -1,8 +1,8 @@
-"""Whether an engine on a GPU computes what the reference engine computes.
+"""Checks whether an engine on a GPU computes the same as the reference engine.
 
-The engine, the reference engine in float32 and the reference engine in float64 make the same updates: from one state,
-with one replay and the same random numbers. The engine's numbers may be twice as far from those in float64 as the
-float32 reference's are, and a little more where sums cancel.
+The engine, the reference engine in float32 and the reference engine in float64 make the same updates: from the same
+state, with the same replay buffer and random numbers. The engine's error relative to float64 may be twice that of the
+float32 reference, and a little more where sums cancel.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from fastsac.types import Batch, Draw, Sampler
 from fastsac_kernels import PhiloxState, philox_normal
 
 SEED, AGE = 1, 4
-#: without a graph, and with one of each kind; even, so that the long graphs begin with the actor's turn
+#: single updates, without a graph and with each kind of graph; even, so that the long graphs start with the actor
 SINGLE_UPDATES = 8
 EPS = torch.finfo(torch.float32).eps
-#: relative, of means over a batch
+#: relative, for means over a batch
 TOLERANCE = 1e-5
-#: relative, of a network's gradients, between products of these types and of float32; ReLUs that switch add to it.
-#: Three times what was found where the interpreter rounds as tensor cores do, up to O = 348 (LOG.md)
+#: relative, for a network's gradients: products of these types against float32; ReLUs that switch add to it. Three
+#: times what was found when the interpreter rounded as tensor cores do, up to O = 348 (LOG.md)
 ROUNDING = {"tf32": 0.04, "bf16": 0.1}
 METRICS = re.compile(r"critic_loss|q|actor_loss|alpha|entropy|value_loss|.*optimizer\.alpha\..*")
 MOMENTS = re.compile(r"optimizer\.(\w+)\.\d+\.(exp_avg|exp_avg_sq)")
@@ -69,15 +69,15 @@ class SameNumbers(Learner):
 
 
 class Errors:
-    """How far the engine's and the reference engine's numbers are from those in float64, each by name."""
+    """Errors of the engine and of the reference engine relative to float64, by name."""
 
     def __init__(self, updates: int = 1) -> None:
-        """Start without numbers; they will come from so many updates in a row."""
+        """Start empty; the numbers added later come from this many updates in a row."""
         self._updates = updates
         self._sizes: dict[str, list[float]] = {}
 
     def note(self, found: dict[str, Tensor], by_reference: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-        """Take further numbers; the largest difference of each name counts."""
+        """Add numbers; the largest difference for each name counts."""
         for name, wanted in exact.items():
             wanted = wanted.double()
             parts = found[name] - wanted, by_reference[name] - wanted, wanted
@@ -86,7 +86,7 @@ class Errors:
             self._sizes[name] = [max(pair) for pair in zip(self._sizes.get(name, sizes), sizes, strict=True)]
 
     def problem(self) -> str:
-        """Return the worst of what is further off than it may be, or nothing."""
+        """Return the worst error above its limit in words, or an empty string."""
         allowed = {name: 2.0 * sizes[1] + self._slack(name) for name, sizes in self._sizes.items()}
         excess = {name: sizes[0] / (allowed[name] or EPS) for name, sizes in self._sizes.items()}
         worst = max(excess, key=lambda name: excess[name])
@@ -95,7 +95,7 @@ class Errors:
         return f"{worst} is off by {self._sizes[worst][0]:.1e}, where {allowed[worst]:.1e} is allowed"
 
     def _slack(self, name: str) -> float:
-        """Return what chance may add; in means over a batch, where terms cancel, also what 2 ulp in each term may."""
+        """Return what chance may add; for means over a batch, where terms cancel, also what 2 ulp per term may add."""
         size = self._sizes[name][2]
         if METRICS.fullmatch(name):
             return self._updates * TOLERANCE * max(1.0, size)
@@ -117,10 +117,10 @@ def _float64() -> Iterator[None]:
 
 
 def compare(kind: type[Learner], config: Config, obs_size: int, action_size: int, device: torch.device) -> str:
-    """Return what the engine computes otherwise than the reference engine, or nothing if it computes the same.
+    """Return how the engine differs from the reference engine, or an empty string if it does not.
 
-    It goes through the engine's updates without a graph, those that record one, and those that replay it; the
-    float32 reference goes on from update to update, and the others begin each one with its state.
+    Covers the engine's updates without a graph, those that record one, and those that replay it. The float32 reference
+    continues from update to update; the others start each update from its state.
     """
     rates = {"actor_lr": 3e-4, "critic_lr": 3e-4, "value_lr": 3e-4, "alpha_lr": 3e-4}  # none that diverges
     config = dataclasses.replace(config, actor_every=min(2, config.actor_every), **rates)  # type: ignore[arg-type]
@@ -159,10 +159,10 @@ def compare(kind: type[Learner], config: Config, obs_size: int, action_size: int
 
 
 def compare_rounded(kind: type[Learner], config: Config, obs_size: int, action_size: int, device: torch.device) -> str:
-    """Return what the engine's products of lower precision make of its own update in float32, if that is too much.
+    """Return by how much lower-precision products change the engine's own float32 update, if that is too much.
 
-    What is compared are Adam's first moments after one update, which are the gradients, and the metrics. Then further
-    updates, graphs among them, have to leave copies of the parameters that are the parameters, rounded.
+    Compares Adam's first moments after one update, which are the gradients, and the metrics. After more updates, some
+    of them in graphs, the copies of the parameters must be the rounded parameters.
     """
     exact = dataclasses.replace(config, precision="fp32")
     learners = [kind(each, obs_size, action_size, device, SEED) for each in (exact, config)]
@@ -181,7 +181,7 @@ def compare_rounded(kind: type[Learner], config: Config, obs_size: int, action_s
         error = torch.cat([(found[name] - wanted[name]).double().flatten() for name in names]).norm().item()
         size = torch.cat([wanted[name].double().flatten() for name in names]).norm().item()
         if not error <= allowed * (size if len(names) > 1 else max(1.0, size)):
-            return f"in {config.precision}, {group} is off by {error:.1e}, its size being {size:.1e}"
+            return f"in {config.precision}, {group} is off by {error:.1e}, and its magnitude is {size:.1e}"
     engine = learners[1]
     assert isinstance(engine, FusedCudaLearner)
     engine.update(replay, WARM_UPS + 1 + 2 * UPDATES_PER_GRAPH)
@@ -192,7 +192,7 @@ def compare_rounded(kind: type[Learner], config: Config, obs_size: int, action_s
 
 
 def compare_together(kind: type[Learner], config: Config, obs_size: int, action_size: int, device: torch.device) -> str:
-    """Return what learners in the launches of one compute otherwise than each by itself, or nothing if not one bit."""
+    """Return how learners that share launches differ from learners that run alone; empty if they are bit-identical."""
     rounds = (WARM_UPS + 1, 2), (UPDATES_PER_GRAPH, UPDATES_PER_GRAPH + 1), (0, 1)  # graphs of both kinds among them
     several, alone = ([kind(config, obs_size, action_size, device, seed) for seed in range(2)] for _ in range(2))
     together = Together(len(several))
@@ -206,16 +206,16 @@ def compare_together(kind: type[Learner], config: Config, obs_size: int, action_
     for found, wanted in zip(map(_numbers, several), map(_numbers, alone), strict=True):
         for name, tensor in wanted.items():
             if not torch.equal(found[name], tensor):
-                return f"{name} of one of several learners is not what it is alone"
+                return f"{name} of a learner that shares launches differs from the same learner alone"
     return ""
 
 
 def _means(*numbers: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Return, after several updates, numbers of which chance has no say.
+    """Return numbers after several updates, averaged so that chance does not decide.
 
-    Errors grow from update to update, in some weights more than in others. So what counts is the mean error of a
-    network's parameters, and of its moments of each kind; metrics and alpha count as they are. Each error is added to
-    the exact numbers' own mean size.
+    Errors grow from update to update, in some weights more than in others. So the mean error counts: of a network's
+    parameters, and of its moments of each kind. Metrics and alpha count as they are. Each mean error is added to the
+    mean size of the exact numbers.
     """
     exact = numbers[-1]
     groups: dict[str, list[str]] = {}
@@ -253,7 +253,7 @@ def _compare_acting(engine: GraphedLearner, reference: SameNumbers, exact: SameN
 
 
 def _show_some(normalizer: Normalizer, obs_size: int, num_envs: int) -> None:
-    """Let it see some random steps."""
+    """Show the normalizer some random steps."""
     if not normalizer.active:
         return
     rng = np.random.default_rng(SEED)
@@ -264,7 +264,7 @@ def _show_some(normalizer: Normalizer, obs_size: int, num_envs: int) -> None:
 
 
 def random_replay(obs_size: int, action_size: int, device: torch.device, n_step: int = 1) -> Replay:
-    """Return a replay of some thousand random transitions."""
+    """Return a replay buffer with a few thousand random transitions."""
     rng = np.random.default_rng(SEED)
     num_envs, steps = 64, 64
     replay = Replay(num_envs * steps, num_envs, obs_size, action_size, device, n_step=n_step)
@@ -281,7 +281,7 @@ def random_replay(obs_size: int, action_size: int, device: torch.device, n_step:
 
 
 def _numbers(learner: Learner) -> dict[str, Tensor]:
-    left_out = {"generator", "philox"} | (set() if learner.learns_alpha else {"log_alpha"})  # of 0 it is infinite
+    left_out = {"generator", "philox"} | (set() if learner.learns_alpha else {"log_alpha"})  # log 0 is infinite
     return {name: tensor for name, tensor in learner.state()[0].items() if name not in left_out} | learner.metrics()
 
 

@@ -1,4 +1,4 @@
-"""Where updates run, in which precision and with how many threads, and what PyTorch keeps of that per process."""
+"""Chooses the device, precision and number of threads for updates, and sets PyTorch up for them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from fastsac_kernels.launch import Backend
 Precision = Literal["fp32", "tf32", "bf16"]
 #: compute capabilities of chips whose TF32 peak is several times their float32 peak: A100, H100, B200, B300
 FAST_TF32 = ((8, 0), (9, 0), (10, 0), (10, 3))
-#: rounding has to pay: bfloat16 is taken if an update takes at most so much of float32's time
+#: rounding must pay off: bfloat16 is used if an update takes at most this share of its time in float32
 WORTH_ROUNDING = 0.95
-#: no further round of measurements is begun after this time
+#: no new round of measurements starts after this time
 MEASURE_SECONDS = 0.5
 
 
 class Setup(NamedTuple):
-    """What the process was set to, and why."""
+    """The settings of this process, and the reason for them."""
 
     precision: Precision
     precision_reason: str
@@ -41,7 +41,7 @@ def resolve_device(name: str) -> torch.device:
     """Return the device for "auto", "cpu" or "cuda".
 
     Raises:
-        UsageError: if CUDA is asked for where there is none.
+        UsageError: if CUDA is requested but not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,17 +61,17 @@ def precisions(
     device: torch.device,
     own: OwnNetworks = STANDARD,
 ) -> list[Precision]:
-    """Return what `--precision` leaves to choose from; on CUDA the first one is taken.
+    """Return the precisions that `--precision` allows; on CUDA the first one is used.
 
     Raises:
-        UsageError: if what it asks for cannot be had here.
+        UsageError: if the requested precision is not available here.
     """
     engine, _ = choose_engine(config, device, own)
     asked = config.precision
     if asked == "tf32" and device.type != "cuda":
         raise UsageError("--precision tf32 needs a CUDA GPU: use --precision fp32")
     if asked == "bf16" and engine != "fused":
-        raise UsageError(f"--precision bf16 needs --engine fused, and this run has {engine}: use --precision fp32")
+        raise UsageError(f"--precision bf16 needs --engine fused, but this run uses {engine}: use --precision fp32")
     if asked == "bf16" and device.type == "cpu" and not has_bfloat16_products():
         raise UsageError(
             "--precision bf16: this CPU has no bfloat16 products (AVX512-BF16, AMX or Arm's BF16), "
@@ -93,20 +93,20 @@ def set_up_torch(
     action_size: int,
     own: OwnNetworks = STANDARD,
 ) -> Setup:
-    """Set PyTorch's threads and precision for this process, by measuring what the configuration leaves open.
+    """Set PyTorch's threads and precision for this process; measure what the configuration leaves open.
 
     Raises:
-        UsageError: if the precision cannot be had here.
+        UsageError: if the precision is not available here.
     """
     choices = precisions(config, device, own)
     engine, _ = choose_engine(config, device, own)
-    set_products(config.precision == "tf32" and engine != "fused")  # which has products of its own, and acts in float32
-    torch.set_flush_denormal(True)  # Adam's moments of dead units decay into numbers that are slow to multiply
+    set_products(config.precision == "tf32" and engine != "fused")  # fused has its own products, and acts in float32
+    torch.set_flush_denormal(True)  # Adam's moments of dead units decay into denormals, slow to multiply
     counts = [config.num_threads] if config.num_threads else thread_counts()
     without = engine == "fused" and device.type == "cpu"
     reason = "no bfloat16 products on this CPU" if without else "the default"
     if config.precision != "auto":
-        reason = "asked for"
+        reason = "requested"
     if device.type != "cpu":
         return Setup(choices[0], reason, torch.get_num_threads())
     chosen, num_threads = choices[0], counts[0]
@@ -116,14 +116,14 @@ def set_up_torch(
         best = {choice: times[choice, count] for choice, count in fastest.items()}
         if len(choices) > 1:
             chosen = "bf16" if best["bf16"] <= WORTH_ROUNDING * best["fp32"] else "fp32"
-            reason = ", ".join(f"{choice} {1e3 * seconds:.1f}" for choice, seconds in best.items()) + " ms an update"
+            reason = ", ".join(f"{choice} {1e3 * seconds:.1f}" for choice, seconds in best.items()) + " ms per update"
         num_threads = fastest[chosen]
     torch.set_num_threads(num_threads)
     return Setup(chosen, reason, num_threads)
 
 
 def set_products(in_tf32: bool) -> None:
-    """Let PyTorch's products on CUDA be made in TF32, or in float32."""
+    """Let PyTorch compute matrix products on CUDA in TF32, or in float32."""
     torch.set_float32_matmul_precision("high" if in_tf32 else "highest")
 
 
@@ -134,18 +134,18 @@ def thread_counts() -> list[int]:
 
 
 class FixedBatch:
-    """Random transitions of the right shape, the same ones every time that as many are asked for."""
+    """Random transitions of the right shape, always the same ones for the same batch size."""
 
     def __init__(self, obs_size: int, action_size: int) -> None:
         self._sizes = obs_size, action_size
         self._batches: dict[int, Batch] = {}
 
     def sample(self, batch_size: int, rng: PhiloxState | None = None, backend: Backend = "reference") -> Batch:
-        """Return the batch; neither a generator nor a backend has a say."""
+        """Return the batch; the generator and the backend are ignored."""
         if batch_size not in self._batches:
             obs_size, action_size = self._sizes
             generator = torch.Generator().manual_seed(0)
-            with torch.inference_mode(False):  # another engine may differentiate what it is used for
+            with torch.inference_mode(False):  # another engine may differentiate through it
                 self._batches[batch_size] = Batch(
                     obs=torch.randn(batch_size, obs_size, generator=generator),
                     action=torch.rand(batch_size, action_size, generator=generator) * 2.0 - 1.0,
@@ -165,10 +165,10 @@ def measure_updates(
     rounds: int = 8,
     own: OwnNetworks = STANDARD,
 ) -> dict[tuple[Precision, int], float]:
-    """Return the seconds of an update for each precision and number of threads, the least over some rounds.
+    """Return the seconds per update for each precision and number of threads: the minimum over several rounds.
 
-    They take turns, on learners of the configuration's shape that are thrown away. Takes about half a second where an
-    update takes milliseconds, and leaves PyTorch's setting as it found it.
+    The combinations take turns, on temporary learners of the configuration's shape. Takes about half a second where an
+    update takes milliseconds, and restores PyTorch's number of threads.
     """
     before, batch = torch.get_num_threads(), FixedBatch(obs_size, action_size)
     learners = {
@@ -195,19 +195,19 @@ def measure_updates(
 
 
 class ThreadTrial:
-    """Finds the number of threads with which training goes fastest beside the environments, by training with each.
+    """Finds the number of threads with which training is fastest, environments included, by training with each.
 
-    A measurement of updates alone cannot know it: environments have threads of their own, which need cores, too.
+    Timing updates alone is not enough: environments have their own threads, which need cores, too.
     """
 
     ROUNDS = 3
 
     def __init__(self, num_envs: int, utd: float) -> None:
-        """Start with the number that is set.
+        """Start with the current number of threads.
 
         Args:
-            num_envs: a number of threads is tried for at least two steps of all of these.
-            utd: updates per step; a number of threads is tried for at least eight updates.
+            num_envs: number of environments; each number of threads is tried for at least two steps of all of them.
+            utd: updates per step; each number of threads is tried for at least eight updates.
         """
         first = torch.get_num_threads()
         counts = [first, *(count for count in thread_counts() if count != first)]
@@ -217,15 +217,15 @@ class ThreadTrial:
         self.begin_turn()
 
     def begin_turn(self) -> None:
-        """Set the number of threads whose turn it is, and measure anew; to be called when training goes on, too."""
+        """Set the number of threads whose turn it is, and restart the measurement; call this on resume, too."""
         torch.set_num_threads(self._turns[0])
         self._seconds, self._steps, self._settled = 0.0, 0, False
 
     def record(self, seconds: float, steps: int) -> int | None:
-        """Take the time of a step of the training loop and the number of environment steps in it.
+        """Record the time of one step of the training loop, and the number of environment steps in it.
 
         Returns:
-            The fastest number of threads, which is set then, once every number has had its turns; until then None.
+            The fastest number of threads, which is then set, once every number has had its turns; None until then.
         """
         if not self._settled:  # threads start and stop
             self._settled = True

@@ -1,4 +1,4 @@
-"""Which engine makes the updates."""
+"""Chooses the engine that makes the updates."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastsac.learner.graphed import GraphedLearner
 from fastsac.learner.reference import Learner
 from fastsac.own_networks import STANDARD, OwnNetworks
 
-#: the least compute capability that the kernels are compiled for
+#: the lowest compute capability that the kernels are compiled for
 CAPABILITY = (8, 0)
 ENGINES: dict[str, type[Learner]] = {"reference": Learner, "graphed": GraphedLearner, "fused": FusedLearner}
 CUDA_ENGINES: dict[str, type[Learner]] = {**ENGINES, "fused": FusedCudaLearner}
 
 
 def engine_class(name: str, device: torch.device) -> type[Learner]:
-    """Return the learner's class of an engine."""
+    """Return the learner class of an engine."""
     return (CUDA_ENGINES if device.type == "cuda" else ENGINES)[name]
 
 
@@ -38,18 +38,18 @@ def make_learner(
     seed: int = 0,
     own: OwnNetworks = STANDARD,
 ) -> Learner:
-    """Return a learner of the engine that the configuration asks for; see `choose_engine`."""
+    """Return a learner with the engine for this configuration (see `choose_engine`)."""
     engine, _ = choose_engine(config, torch.device(device), own)
     return engine_class(engine, torch.device(device))(config, obs_size, action_size, device, seed, own)
 
 
 @functools.cache
 def graphed_obstacle() -> str:
-    """Return why Triton's kernels cannot run on the current GPU, or nothing: what can be seen without running them."""
+    """Return why Triton's kernels cannot run on this GPU, as far as can be told without running them, or nothing."""
     capability = torch.cuda.get_device_capability()
     if capability < CAPABILITY:
         found = ".".join(map(str, capability))
-        return f"it needs a GPU of compute capability 8.0 or more, and {torch.cuda.get_device_name()} has {found}"
+        return f"it needs a GPU of compute capability 8.0 or more, but {torch.cuda.get_device_name()} has {found}"
     try:
         importlib.import_module("triton")
     except (ImportError, OSError) as error:
@@ -58,7 +58,7 @@ def graphed_obstacle() -> str:
     compiler = next(filter(None, map(shutil.which, compilers)), None)
     if compiler is None:
         return (
-            f"Triton needs a C compiler, and there is no {' or '.join(compilers) or 'name in CC'}: "
+            f"Triton needs a C compiler, but there is no {' or '.join(compilers) or 'name in CC'}: "
             "install gcc (Debian and Ubuntu: apt install gcc), or name one in CC"
         )
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
@@ -66,7 +66,7 @@ def graphed_obstacle() -> str:
     try:
         compiled = subprocess.run(command, input="#include <Python.h>\n", capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"Triton needs a C compiler, and {compiler} does not run: {error}"
+        return f"Triton needs a C compiler, but {compiler} does not run: {error}"
     if compiled.returncode:
         return "Triton needs Python's header files: install them (Debian and Ubuntu: apt install python3-dev)"
     return ""
@@ -77,21 +77,21 @@ def choose_engine(
     device: torch.device,
     own: OwnNetworks = STANDARD,
 ) -> tuple[str, str]:
-    """Return the engine's name, and in a few words why.
+    """Return the engine's name and, in a few words, why it was chosen.
 
     Args:
         config: of the run.
         device: where the learner lives.
-        own: networks of the user's own.
+        own: the user's own networks.
 
     Raises:
-        UsageError: if it cannot run on the device, or does not serve the configuration.
+        UsageError: if the engine cannot run on the device, or does not support the configuration.
     """
     on_cuda = device.type == "cuda"
     not_fused = fused_cuda_obstacle(config, own) if on_cuda else fused_obstacle(config, own)
     if config.engine == "graphed" and not on_cuda:
         raise UsageError(
-            f"--engine graphed records CUDA graphs, which needs a GPU, and this runs on the {device.type}: "
+            f"--engine graphed records CUDA graphs, which needs a GPU, but this run is on the {device.type}: "
             "use --engine auto"
         )
     if config.engine == "fused" and not_fused:
@@ -99,7 +99,7 @@ def choose_engine(
     if config.engine in ("graphed", "fused") and on_cuda and (obstacle := graphed_obstacle()):
         raise UsageError(f"--engine {config.engine}: {obstacle}; or use --engine auto")
     if config.engine != "auto":
-        return config.engine, "asked for"
+        return config.engine, "requested"
     if on_cuda:
         if obstacle := graphed_obstacle():
             return "reference", f"not graphed: {obstacle}"

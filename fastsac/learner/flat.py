@@ -1,9 +1,9 @@
 """Networks in flat buffers: the memory that written-out updates work on.
 
 A stack of E networks is one buffer [n]: layer by layer its weights [E, I, O], then its biases [E, 1, O], each layer
-starting at a multiple of 64 bytes (what lies between two layers is zero, and stays zero). The modules' parameters are
+starting at a multiple of 64 bytes (the padding between two layers is zero, and stays zero). The modules' parameters are
 views of it. Gradients, Adam's moments and the copies of lower precision have buffers of the same layout, so that one
-call serves a whole network: Adam, the move of the targets, the cast to bfloat16.
+call handles a whole network: Adam, the target update, the cast to bfloat16.
 
 The first layer is one block [E, 1 + I, O], with the bias as its first row. Its input has a leading column of ones, so
 ``[1 | x] @ block`` is ``bias + x @ weight``, and ``[1 | x]^T @ d`` is the gradient of both. (Hidden activations have no
@@ -26,7 +26,7 @@ ALIGNMENT = 64  # bytes
 
 
 class Memory:
-    """Hands out tensors of zeros; those of passes that do not live at the same time share one."""
+    """Allocates tensors of zeros; passes that are never alive at the same time share theirs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -37,7 +37,7 @@ class Memory:
         return torch.zeros(*shape, dtype=dtype, device=self.device)
 
     def shared(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a tensor that shares its memory with all others of this name and type, the largest asked for first."""
+        """Return a tensor that shares its memory with all others of this name and type; ask for the largest first."""
         size = math.prod(shape)
         if (name, dtype) not in self._shared or len(self._shared[name, dtype]) < size:
             self._shared[name, dtype] = self.zeros([size], dtype)
@@ -45,18 +45,18 @@ class Memory:
 
 
 class Row(Memory):
-    """Hands out rows of tensors [L, ...] that L learners have in common: each asks for the same ones in the same order.
+    """Allocates rows of tensors [L, ...] that L learners share: each asks for the same tensors in the same order.
 
-    So what is the same in all of them lies side by side, and one launch finds it.
+    So the learners' tensors lie side by side, where one launch can reach them all.
     """
 
     def __init__(self, device: torch.device, tensors: list[Tensor], row: int, num_rows: int) -> None:
         """Begin with the first tensor.
 
         Args:
-            device: where tensors are made that nobody has asked for yet.
-            tensors: what the learners have in common.
-            row: which one's these are, from 0.
+            device: where to make tensors that no learner has asked for yet.
+            tensors: those that the learners share.
+            row: index of this learner, from 0.
             num_rows: L.
         """
         super().__init__(device)
@@ -73,15 +73,15 @@ class Row(Memory):
         return tensor[self._row]
 
     def moved(self, tensor: Tensor) -> Tensor:
-        """Return a copy here."""
+        """Return a copy in this memory."""
         return self.zeros(tensor.shape, tensor.dtype).copy_(tensor)
 
 
 def side_by_side(rows: Sequence[Tensor]) -> Tensor:
-    """Return the tensor [L, ...] whose rows these are, without a copy; a single row may lie anywhere.
+    """Return the tensor [L, ...] that has these rows, without copying; a single row may lie anywhere.
 
     Raises:
-        ValueError: if they do not lie one behind the other.
+        ValueError: if the rows are not adjacent in memory.
     """
     first, size = rows[0], rows[0].numel()
     for number, row in enumerate(rows):
@@ -97,20 +97,20 @@ class Layer(NamedTuple):
 
     weight: Tensor  # [E, I, O]
     bias: Tensor  # [E, 1, O]
-    block: Tensor  # [E, 1 + I, O]: both in one, the first layer's only
+    block: Tensor  # [E, 1 + I, O]: both in one, for the first layer only
 
 
 class FlatNetwork:
-    """The values of a network's parameters, and the factors that matrix products take."""
+    """A network's parameters, and the factors that matrix products use."""
 
     def __init__(self, network: Actor | StackedMLP, memory: Memory, rounded_from: int | None = None) -> None:
-        """Move the network's parameters into one buffer, of which they become views.
+        """Move the network's parameters into one buffer; they become views of it.
 
         Args:
             network: the actor, the critics or the value network.
             memory: where the buffers come from.
-            rounded_from: products take copies rounded to bfloat16 of the layers from this one on, but never of the
-                last one; None rounds nothing.
+            rounded_from: from this layer on, but never for the last one, products use copies rounded to bfloat16; None
+                rounds nothing.
         """
         stack = network.stack()
         weight = stack[0][0]
@@ -123,12 +123,12 @@ class FlatNetwork:
             layer.bias.copy_(bias)
         network.adopt([(layer.weight, layer.bias) for layer in self.exact])
         self.rounded_from = len(stack) - 1 if rounded_from is None else min(rounded_from, len(stack) - 1)
-        #: the layers as products take them
+        #: the layers as products use them
         self.layers, self._values, self._rounded = self.with_rounded(self.values, memory)
         self.refresh()
 
     def with_rounded(self, buffer: Tensor, memory: Memory) -> tuple[list[Layer], Tensor, Tensor]:
-        """Return a buffer's layers, some of them in a buffer of bfloat16, and that part of the one and of the other."""
+        """Return a buffer's layers, some of them in a bfloat16 buffer, and the matching parts of both buffers."""
         layers, starts = carve(buffer, self.shapes), _starts(self.shapes)
         part = slice(starts[self.rounded_from], starts[-2])
         rounded = memory.zeros(buffer.shape if part.start < part.stop else [0], torch.bfloat16)
@@ -137,20 +137,20 @@ class FlatNetwork:
         return layers, buffer[part], rounded[part]
 
     def refresh(self) -> None:
-        """Round the values anew; to be called whenever they have changed."""
+        """Round the values again; call this whenever they have changed."""
         if len(self._rounded):
             self._rounded.copy_(self._values)
 
 
 class FlatGradients:
-    """A network's gradients: views that products write into, of their factors' types."""
+    """A network's gradients: views that products write into, in the dtypes of their factors."""
 
     def __init__(self, network: FlatNetwork, grads: Tensor, memory: Memory) -> None:
         """Lay views over `grads` [n]."""
         self.layers, self._grads, self._rounded = network.with_rounded(grads, memory)
 
     def widen(self) -> None:
-        """Bring what was computed in bfloat16 to the buffer that Adam reads."""
+        """Copy what was computed in bfloat16 to the buffer that Adam reads."""
         if len(self._rounded):
             self._grads.copy_(self._rounded)
 
@@ -163,7 +163,7 @@ class FlatMoments:
 
         Args:
             values: [n], of which the parameters are views.
-            parameters: in the order in which another engine's optimiser counts them.
+            parameters: in the order in which other engines' optimisers number them.
             memory: where the buffers come from.
         """
         self.values = values
@@ -177,7 +177,7 @@ class FlatMoments:
         return [buffer.as_strided(p.shape, p.stride(), p.storage_offset() + shift) for p in self._parameters]
 
     def moments(self) -> dict[int, dict[str, Tensor]]:
-        """Return what `torch.optim.Adam` would have as its state; its tensors are views."""
+        """Return the state that `torch.optim.Adam` would have; its tensors are views."""
         if not self.step.item():
             return {}
         moments = zip(self.of_parameters(self.exp_avg), self.of_parameters(self.exp_avg_sq), strict=True)
@@ -187,8 +187,8 @@ class FlatMoments:
         }
 
     def load_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
-        """Take over copies of what `moments` returned; where there is nothing, start anew."""
-        # copies, since they may be this very learner's
+        """Load copies of what `moments` returned; where there is nothing, start from zero."""
+        # copies, since they may belong to this learner
         moments = {index: {key: value.clone() for key, value in own.items()} for index, own in moments.items()}
         self.step.zero_()
         for name, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
@@ -217,13 +217,13 @@ class FlatAdam(FlatMoments):
 
         Args:
             values: [n], of which the parameters are views.
-            parameters: in the order in which another engine's optimiser counts them.
-            lr: the learning rate, which may be set anew.
+            parameters: in the order in which other engines' optimisers number them.
+            lr: the learning rate, which may be changed later.
             memory: where the buffers come from.
             betas: decay rates of the moments.
-            weight_decay: AdamW's, times the learning rate in each step (arXiv 1711.05101).
+            weight_decay: AdamW's, multiplied by the learning rate in each step (arXiv 1711.05101).
             max_grad_norm: gradients of a larger norm are scaled down to it first.
-            grads: [n], zeros, where gradients go; by default a buffer of its own.
+            grads: [n] of zeros, for the gradients; by default a new buffer.
         """
         super().__init__(values, parameters, memory)
         self.lr = lr
@@ -262,7 +262,7 @@ def carve(buffer: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Layer]:
         block = buffer[start : start + size].view(networks, 1 + fan_in, fan_out)
         if index == 0:
             weight, bias = block[:, 1:], block[:, :1]
-        else:  # products of bfloat16 are fast for weights without gaps only
+        else:  # bfloat16 products are only fast for weights without gaps
             weight = buffer[start : start + size_of_weight].view(networks, fan_in, fan_out)
             bias = buffer[start + size_of_weight : start + size].view(networks, 1, fan_out)
         layers.append(Layer(weight, bias, block))

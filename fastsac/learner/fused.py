@@ -3,7 +3,7 @@
 One update, in the order of the reference engine, with B states, K action samples, E critics::
 
     batch       x = [1 | obs | action]: next_obs with a', obs with each of the K samples, obs with the batch's action
-    policy      y = actor([1 | next_obs, obs]) in one pass: both take the same weights
+    policy      y = actor([1 | next_obs, obs]) in one pass: both use the same weights
                 log_std = 3.5 tanh(raw) - 1.5,  sigma = exp(log_std),  u = mean + sigma eps,  a = tanh(u)
                 log_prob = sum_A [2 (|u| + log1p(e) - log 2) - log_std - eps^2 / 2 - log(2 pi) / 2],  e = exp(-2 |u|)
     critics     target = reward + gamma (1 - terminated) (min_E target_critic(next_obs, a') - alpha log_prob')
@@ -15,10 +15,9 @@ One update, in the order of the reference engine, with B states, K action sample
     value       loss = mean_B (V - soft_value)^2               dV = 2 (V - soft_value) / B,  soft_value = -mean_K f
     targets     target_critic += tau (critic - target_critic)
 
-How gradients pass through the networks' layers is written out in `fastsac.learner.stack`, where they live in
-`fastsac.learner.flat`. With `bf16`, hidden layers' weights, biases, activations and gradients are rounded to bfloat16
-for the products, whose sums are made in float32 and rounded once. Parameters, Adam, targets, losses and every network's
-last layer stay float32.
+`fastsac.learner.stack` has the gradients of the networks' layers, and `fastsac.learner.flat` their memory. With `bf16`,
+hidden layers' weights, biases, activations and gradients are rounded to bfloat16 for the products, whose sums are
+accumulated in float32 and rounded once. Parameters, Adam, targets, losses and every network's last layer stay float32.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ from fastsac.own_networks import STANDARD, OwnNetworks
 from fastsac.types import Batch, Gradient, Sample, Sampler
 
 LOG_STD_MIDDLE = 0.5 * (LOG_STD_MIN + LOG_STD_MAX)
-#: first layers with at most so many inputs stay exact: bfloat16 would save 0 to 6 % of an update (LOG.md)
+#: first layers with at most this many inputs stay exact: bfloat16 would save 0 to 6 % of an update (LOG.md)
 NARROW = 64
-#: transitions that are drawn in one go, if several updates are due
+#: transitions to draw at once if several updates are due
 TRANSITIONS_DRAWN = 8192
 
 
 def fused_obstacle(config: Config, own: OwnNetworks) -> str:
-    """Return what in a configuration has no written-out gradient, or nothing."""
+    """Return which setting has no written-out gradient, or an empty string."""
     if choose(config).gradient is None:
         return f"--estimator {config.estimator} has no written-out gradient"
     special = {"--layer-norm": config.layer_norm, "--critic categorical": config.critic == "categorical"}
@@ -71,7 +70,7 @@ class FusedLearner(Learner):
         seed: int = 0,
         own: OwnNetworks = STANDARD,
     ) -> None:
-        """Initialise the networks, as the reference engine does from the same seed.
+        """Initialise the networks as the reference engine does with the same seed.
 
         Raises:
             ValueError: if something has no written-out gradient (see `fused_obstacle`).
@@ -94,7 +93,7 @@ class FusedLearner(Learner):
             for name, network in self._networks().items()
             if isinstance(network, Actor | StackedMLP)
         }
-        # the gradients of actor, alpha and V follow one another: they are averaged over ranks in one call
+        # the gradients of actor, alpha and V are adjacent: one call averages them over ranks
         values = {
             name: self._flat[name].values if name in self._flat else self.log_alpha.detach().view(1) for name in groups
         }
@@ -112,9 +111,9 @@ class FusedLearner(Learner):
                 self._grads[name] = FlatGradients(self._flat[name], self._adams[name].grads, self._memory)
 
     def _make_passes(self, obs_size: int, action_size: int) -> None:
-        """Make the inputs, with views of their parts, and bind each pass to its own."""
+        """Make the inputs and views of their parts, and bind each pass to its input."""
         batch, like = self.config.batch_size, self.log_alpha.detach()
-        # a baseline at the mean action takes one row more for each state: a sample without noise
+        # the mean-action baseline needs one more row per state: a sample without noise
         samples = self._rows = self.choice.num_action_samples + (self.choice.baseline == "mean-action")
         self._log_std_middle = torch.full_like(like, LOG_STD_MIDDLE)
         noise = like.new_zeros(1 + samples, batch, action_size)
@@ -153,7 +152,7 @@ class FusedLearner(Learner):
 
     @torch.no_grad()
     def act(self, obs: Tensor, deterministic: bool = False) -> Tensor:
-        """Return actions [N, A] in [-1, 1] for obs [N, O]: a sample, or the squashed mean. No weight is rounded."""
+        """Return actions [N, A] in [-1, 1] for obs [N, O]: a sample, or the squashed mean. Weights are not rounded."""
         if deterministic or len(obs) != self.config.num_envs:
             return super().act(obs, deterministic)
         self._acting_obs.copy_(self.normalizer.obs(obs))
@@ -194,12 +193,12 @@ class FusedLearner(Learner):
     def _draw_noise(self, with_actor: bool) -> None:
         self._next_noise.normal_(generator=self.generator)
         if with_actor:
-            self._sample_noise.normal_(generator=self.generator)  # by itself: the numbers are the reference engine's
+            self._sample_noise.normal_(generator=self.generator)  # separate, for the reference engine's numbers
 
     def _sample_policy(self, with_actor: bool) -> tuple[Sample, Tensor]:
-        """Return a sample for next_obs, [1, B, A], and if it is the actor's turn K for obs behind it, [1 + K, B, A].
+        """Return a sample for next_obs [1, B, A], or with the actor's turn also K for obs after it [1 + K, B, A].
 
-        And tanh(raw) [B, A] for obs.
+        Also return tanh(raw) [B, A] for obs.
         """
         self._draw_noise(with_actor)
         output = (self._policy_pass if with_actor else self._next_policy_pass).forward()
@@ -222,7 +221,7 @@ class FusedLearner(Learner):
         return Sample(noise, log_std, sigma, deviation, action, decay, log_prob), squashed[-1]
 
     def _reduced(self, q: Tensor) -> Tensor:
-        """Return the critics' smallest value, or their mean, of q [E, ...]."""
+        """Return the minimum or the mean of q [E, ...] over the critics."""
         return q.mean(0) if self.config.critic_reduction == "mean" else q.amin(0)
 
     def _descend_critic(self, batch: Batch, next_log_prob: Tensor, alpha: Tensor, metrics: Metrics | None) -> None:
@@ -308,7 +307,7 @@ class FusedLearner(Learner):
             adam.load_moments(moments.get(name, {}))
 
     def load_state(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
-        """Take over what `state` returned, also of another engine's learner.
+        """Load what `state` returned, also for another engine's learner.
 
         Raises:
             UsageError: if it comes from a learner of another shape or another estimator's networks.

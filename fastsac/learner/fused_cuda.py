@@ -1,7 +1,7 @@
 """The fused engine on CUDA: a whole update in six launches of `fastsac_kernels.whole_update`, many in one graph.
 
-It computes what the fused engine computes on a CPU, over the same flat buffers; no gradient of a weight ever reaches
-memory. What it does not serve is in `fused_cuda_obstacle`; there the graphed engine does.
+It computes the same as the fused engine on a CPU, over the same flat buffers; weight gradients never reach memory.
+`fused_cuda_obstacle` says what it does not support; the graphed engine takes its place there.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from fastsac_kernels.whole_update import (
     run_stage,
 )
 
-#: of hidden layers' widths: they are multiples of the one, and at most the other
+#: hidden layers' widths are multiples of UNIT, and at most WIDEST
 UNIT, WIDEST = 64, 512
 BASELINES = ("none", "constant", "loo", "value")
-#: updates that are due to a learner by itself: no end is in sight
+#: updates due for a learner that runs alone: no limit
 ENDLESS = 2**62
-#: places of the groups in the kernels' learning rates and counts of steps
+#: index of each group in the kernels' learning rates and step counts
 ADAMS = {"critic": CRITIC_ADAM, "actor": ACTOR_ADAM, "alpha": ALPHA_ADAM, "value": VALUE_ADAM}
 
 
 def fused_cuda_obstacle(config: Config, own: OwnNetworks = STANDARD) -> str:
-    """Return what in a configuration the engine does not serve, or nothing."""
+    """Return which setting the engine does not support, or an empty string."""
     choice = choose(config)
     if config.estimator not in ("pathwise", "score") or choice.baseline not in BASELINES:
         what = config.estimator + (f" with --baseline {choice.baseline}" if choice.takes_baseline else "")
@@ -95,16 +95,16 @@ class FusedCudaLearner(GraphedLearner):
         seed: int = 0,
         own: OwnNetworks = STANDARD,
     ) -> None:
-        """Initialise the networks, as the reference engine does from the same seed.
+        """Initialise the networks as the reference engine does with the same seed.
 
         Raises:
-            ValueError: if it does not serve the configuration (see `fused_cuda_obstacle`).
+            ValueError: if the engine does not support the configuration (see `fused_cuda_obstacle`).
         """
         if obstacle := fused_cuda_obstacle(config, own):
             raise ValueError(obstacle)
         self._state: State | None = None
         self._others: list[tuple[FusedCudaLearner, Replay]] = []  # whose updates are made in this one's launches
-        self._replay: Replay | None = None  # of a learner that goes together with others
+        self._replay: Replay | None = None  # of a learner that shares launches with others
         self._memory = Memory(torch.device(device))
         super().__init__(config, obs_size, action_size, device, seed, own)
         first, second = config.hidden_sizes
@@ -156,7 +156,7 @@ class FusedCudaLearner(GraphedLearner):
         self._rates_there[ADAMS[name]] = lr
 
     def move(self, row: Row) -> None:
-        """Move all that updates touch to a row beside other learners, and drop what was recorded."""
+        """Move everything that updates touch to a row beside other learners, and drop recorded graphs."""
         moments, rates = self._moments(), self._rates_there
         self.log_alpha.data = row.moved(self.log_alpha.detach())
         self.rng.state = row.moved(self.rng.state)
@@ -167,12 +167,12 @@ class FusedCudaLearner(GraphedLearner):
         self._forget(None)
 
     def join(self, replay: Replay, others: Sequence[tuple[FusedCudaLearner, Replay]]) -> None:
-        """Let this learner's launches make other learners' updates, too, each on a replay of its own.
+        """Let this learner's launches make other learners' updates, too, each from its own replay buffer.
 
         Args:
-            replay: this learner's.
-            others: have the same settings but for the seed. All learners and replays have been moved to rows of the
-                same memory, in this order, and this learner to the first one.
+            replay: this learner's replay buffer.
+            others: learners with the same settings except for the seed, and their replay buffers. All of them must lie
+                in rows of the same memory, in this order, with this learner in the first row.
         """
         self._others, self._replay = list(others), replay
         for learner, own in others:
@@ -182,9 +182,10 @@ class FusedCudaLearner(GraphedLearner):
         self._forget(replay)
 
     def update_each(self, dues: Sequence[int]) -> None:
-        """Make so many updates of this learner and of each of the others that have joined it, all at the same time.
+        """Make this many updates of this learner and of each one that has joined it, all at the same time.
 
-        A learner that has made its own is left alone while the others go on. It is what `update` does to each.
+        A learner that has made all its updates is left alone while the others continue. Each result is that of
+        `update`.
         """
         replay = self._replay
         assert replay is not None, "no other learner has joined"
@@ -194,7 +195,7 @@ class FusedCudaLearner(GraphedLearner):
         assert state is not None
         learners, every = [self, *(learner for learner, _ in self._others)], self.config.actor_every
         phases = [learner.updates % every for learner in learners]
-        for phase in {phase for phase, due in zip(phases, dues, strict=True) if due}:  # those whose actors take turns
+        for phase in {phase for phase, due in zip(phases, dues, strict=True) if due}:  # grouped by the actor's turn
             here = np.array([due if own == phase else 0 for own, due in zip(phases, dues, strict=True)], np.int64)
             state.due[:, 0].copy_(to_device([here], self.device)[0])
             for _ in self._make(replay, phase, int(here.max())):
@@ -214,12 +215,12 @@ class FusedCudaLearner(GraphedLearner):
         return State(*parts)
 
     def _rows_with(self, replay: Sampler) -> State:
-        """Return this learner's part of it: without the leading axis."""
+        """Return this learner's part of it, without the leading axis."""
         if not isinstance(replay, Replay) or replay.n_step != 1:
-            raise TypeError("the fused engine on CUDA draws single steps from a Replay")
+            raise TypeError("the fused engine on CUDA needs a Replay of single steps")
 
         def network(name: str) -> Network:
-            name = name if name in self._flat else "actor"  # in the place of what is not there
+            name = name if name in self._flat else "actor"  # stands in for a missing network
             moments = self._adams.get(name, self._adams["critic"])
             return Network(self._flat[name].values, moments.exp_avg, moments.exp_avg_sq, self._weights[name])
 
@@ -241,13 +242,13 @@ class FusedCudaLearner(GraphedLearner):
         """Make `num_updates` gradient updates, each on a new batch, without waiting for the device.
 
         Raises:
-            TypeError: if it is not a `Replay` of single steps.
-            ValueError: if that is empty.
+            TypeError: if `replay` is not a `Replay` of single steps.
+            ValueError: if it is empty.
         """
         if num_updates and isinstance(replay, Replay) and not replay.size:
             raise ValueError("the replay is empty: add transitions before sampling")
         if self._replay is not None:
-            raise RuntimeError("this learner goes together with others: Together.update makes its updates")
+            raise RuntimeError("this learner shares launches with others: call Together.update")
         super().update(replay, num_updates)
 
     def _run(self, replay: Sampler, length: int, with_actor: bool) -> Measured:
@@ -271,7 +272,7 @@ class FusedCudaLearner(GraphedLearner):
             adam.load_moments(moments.get(name, {}))
 
     def load_state(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
-        """Take over what `state` returned, also of another engine's learner.
+        """Load what `state` returned, also for another engine's learner.
 
         Raises:
             UsageError: if it comes from a learner of another shape or another estimator's networks.
@@ -280,15 +281,15 @@ class FusedCudaLearner(GraphedLearner):
         self.refresh()
 
     def stale_copies(self) -> str:
-        """Return which network's copy for products is not its parameters, rounded; or nothing."""
+        """Return which network's rounded copy does not match its parameters, or an empty string."""
         for name, weights in self._weights.items():
             values = self._flat[name].values
             if not torch.allclose(weights.float(), values, rtol=2.0**-7, atol=1e-30):
-                return f"the rounded copy of the {name} is not that of its parameters"
+                return f"the rounded copy of the {name} does not match its parameters"
         return ""
 
     def refresh(self) -> None:
-        """Round the parameters anew; to be called when something else has written them."""
+        """Round the parameters again; call this when something else has written them."""
         for name, weights in self._weights.items():
             if weights is not self._flat[name].values:
                 weights.copy_(self._flat[name].values)

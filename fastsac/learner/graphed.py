@@ -23,9 +23,9 @@ from fastsac.types import Batch, Draw, Sampler
 from fastsac_kernels import PhiloxState
 from fastsac_kernels.launch import Backend
 
-#: updates in the longer graph, about; the shorter one has a single update
+#: about how many updates the longer graph has; the shorter one has a single update
 UPDATES_PER_GRAPH = 8
-#: updates, and actions of one batch size in a row, without a graph: kernels are compiled, optimisers make their state
+#: updates, and actions of one batch size in a row, without a graph: kernels compile, optimisers create their state
 WARM_UPS = 3
 
 T = TypeVar("T")
@@ -50,12 +50,12 @@ class ActingGraph(NamedTuple):
 
 @contextmanager
 def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Record a CUDA graph that owns all the memory that it points at, except for what was there before.
+    """Record a CUDA graph that owns all the memory that it points at, except for what was allocated before.
 
     cuBLAS keeps a workspace for each stream, and streams come from a small pool. When a graph is destroyed, PyTorch
     frees the workspace of the stream that it was recorded on, which another graph may point at (PyTorch issue 193402).
     So workspaces are dropped before and after, as in PyTorch's ``cudagraph_trees``: the graph's own is made while it is
-    recorded, in its own memory. No garbage is collected meanwhile, since that could free memory of the device.
+    recorded, in its own memory. Garbage collection is off meanwhile, since it could free device memory.
     """
     gc.collect()
     enabled = gc.isenabled()
@@ -71,7 +71,7 @@ def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None) -> 
 
 
 class GraphedLearner(Learner):
-    """A learner whose updates are CUDA graphs. Made for another replay or loaded anew, it records them again."""
+    """A learner whose updates are CUDA graphs. For a new replay buffer or a loaded state, it records them again."""
 
     engine = "graphed"
     backend: Backend = "triton"
@@ -85,13 +85,13 @@ class GraphedLearner(Learner):
         seed: int = 0,
         own: OwnNetworks = STANDARD,
     ) -> None:
-        """Initialise the networks, as the reference engine does from the same seed."""
+        """Initialise the networks as the reference engine does with the same seed."""
         super().__init__(config, obs_size, action_size, device, seed, own)
         self.rng = PhiloxState(seed, self.device)
-        self.acting_rng = PhiloxState(seed, self.device, ACTING)  # acting goes on where no update is made
+        self.acting_rng = PhiloxState(seed, self.device, ACTING)  # actions are drawn between updates, too
         on_cuda = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if on_cuda else None  # type: ignore[no-untyped-call]
-        self._latest: dict[bool, Measured] = {}  # by whether it was the actor's turn, too; the newest comes last
+        self._latest: dict[bool, Measured] = {}  # by whether the actor was updated; the newest comes last
         self._forget(None)
 
     def _make_optimizers(self, groups: Groups) -> None:
@@ -118,7 +118,7 @@ class GraphedLearner(Learner):
     def act(self, obs: Tensor, deterministic: bool = False) -> Tensor:
         """Return actions [N, A] in [-1, 1] for obs [N, O]: a sample, or the squashed mean.
 
-        Sampling for the same N again and again is recorded, too.
+        Repeated sampling for the same N is recorded, too.
         """
         if deterministic:
             return super().act(obs, deterministic)
@@ -145,7 +145,7 @@ class GraphedLearner(Learner):
     def update(self, replay: Sampler, num_updates: int = 1) -> None:
         """Make `num_updates` gradient updates, each on a new batch, without waiting for the device.
 
-        The first ones on a new replay run without a graph, the next ones record it.
+        The first updates on a new replay buffer run without a graph; the next ones record it.
         """
         if replay is not self._recorded_for:
             self._forget(replay)
@@ -153,7 +153,7 @@ class GraphedLearner(Learner):
             self._note(length, with_actor, measured)
 
     def _make(self, replay: Sampler, updates: int, num_updates: int) -> Iterator[tuple[int, bool, Measured]]:
-        """Make updates, before which there were so many; yield a few at a time, and whether the actor's among them."""
+        """Make updates after `updates` earlier ones; yield how many, whether the actor was updated, and metrics."""
         while num_updates > 0:
             with_actor = updates % self.config.actor_every == 0
             length = 1
@@ -173,7 +173,7 @@ class GraphedLearner(Learner):
             num_updates -= length
 
     def _note(self, length: int, with_actor: bool, measured: Measured) -> None:
-        """Count updates that were made, and what was measured in them."""
+        """Count the updates that were made, and keep their metrics."""
         self._latest = {True: measured} if with_actor else self._latest | {False: measured}
         self.updates += length
 
@@ -186,17 +186,17 @@ class GraphedLearner(Learner):
 
     @property
     def _warm(self) -> bool:
-        """Whether nothing that is recorded runs for the first time."""
+        """Whether everything that will be recorded has run before."""
         return True in self._made and (False in self._made or self.config.actor_every == 1)
 
     def _graph_length(self, num_updates: int, with_actor: bool) -> int:
-        """One update, or as many as make whole rounds of `actor_every` from the actor's turn on."""
+        """Return 1, or as many updates as make whole rounds of `actor_every` that start with the actor."""
         rounds = UPDATES_PER_GRAPH // self.config.actor_every
         length = rounds * self.config.actor_every
         return length if rounds and with_actor and num_updates >= length else 1
 
     def _run(self, replay: Sampler, length: int, with_actor: bool) -> Measured:
-        """Updates as they are recorded; at the start of several it is the actor's turn."""
+        """Make updates as they are recorded; several of them start with the actor's."""
         metrics: Metrics = {}
         every = self.config.actor_every
         for index in range(length):
@@ -206,7 +206,7 @@ class GraphedLearner(Learner):
         return tuple(metrics), torch.stack(list(metrics.values()))
 
     def _beside(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run it on the stream that graphs are recorded on, where a library makes what it needs for each stream."""
+        """Run it on the stream that graphs are recorded on: libraries set up resources for each stream."""
         if self._stream is None:
             return function(*arguments)
         current = torch.cuda.current_stream(self.device)
@@ -230,12 +230,12 @@ class GraphedLearner(Learner):
         return Draw(rng, num_samples, self.backend)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Return all that a resumed run needs: tensors by name, and counters for JSON."""
+        """Return everything that a resumed run needs: tensors by name, and counters for JSON."""
         tensors, counters = super().state()
         return tensors | {"philox": self.acting_rng.state}, counters  # the other one's offset is the number of updates
 
     def load_state(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
-        """Take over what `state` returned, also of another engine's learner.
+        """Load what `state` returned, also for another engine's learner.
 
         Raises:
             UsageError: if it comes from a learner of another shape or another estimator's networks.
@@ -243,10 +243,10 @@ class GraphedLearner(Learner):
         super().load_state(tensors, counters)
         self._latest = {}
         if "philox" in tensors and tensors["philox"].shape != self.acting_rng.state.shape:
-            raise UsageError("the checkpoint's random numbers do not fit this version")
+            raise UsageError("the checkpoint's random number state does not fit this version")
         if "philox" in tensors:
             self.acting_rng.state.copy_(tensors["philox"])
-        else:  # from the reference: no number that a graphed learner may have drawn before is drawn again
+        else:  # from the reference engine: numbers that a graphed learner may have drawn are not drawn again
             self.acting_rng.state[1] = self.updates << 16
         self.rng.state[0], self.rng.state[1] = self.acting_rng.state[0], self.updates
         self._forget(None)

@@ -1,4 +1,4 @@
-"""Adam and AdamW as the configuration sets them, and how learning rates go down."""
+"""Adam and AdamW from the configuration, and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastsac.config import Config
 
 #: parameters and learning rate, by network
 Groups = dict[str, tuple[list[nn.Parameter], float]]
-#: AdamW's in PyTorch
+#: PyTorch's default for AdamW
 DEFAULT_WEIGHT_DECAY = 0.01
 
 
 def weight_decay(config: Config, name: str) -> float:
-    """Return the decay of one group: none with Adam, and none of alpha."""
+    """Return the weight decay of one group: none with Adam, and none for alpha."""
     if config.optimizer == "adam" or name == "alpha":
         return 0.0
     return DEFAULT_WEIGHT_DECAY if config.weight_decay is None else config.weight_decay
@@ -25,14 +25,14 @@ def weight_decay(config: Config, name: str) -> float:
 def make_adam(
     config: Config, name: str, parameters: list[nn.Parameter], lr: float, capturable: bool = False
 ) -> torch.optim.Adam:
-    """Return the optimiser of one group of parameters; AdamW (Loshchilov and Hutter, arXiv 1711.05101) is an Adam, too.
+    """Return the optimiser of one group of parameters: Adam or AdamW (Loshchilov and Hutter, arXiv 1711.05101).
 
     Args:
         config: its optimiser, betas, weight decay and schedule are used.
         name: of the group.
         parameters: on one device.
         lr: the learning rate.
-        capturable: whether steps are recorded in CUDA graphs; a rate that changes lies on the device then.
+        capturable: whether steps are recorded in CUDA graphs; a learning rate that changes is then on the device.
     """
     rate = torch.tensor(lr, device=parameters[0].device) if capturable and config.lr_schedule != "constant" else lr
     if config.optimizer == "adam":
@@ -42,7 +42,7 @@ def make_adam(
 
 
 def rate_factor(schedule: str, fraction: float) -> float:
-    """Return what learning rates are multiplied by after this fraction of training, from 0 to 1."""
+    """Return the factor for learning rates after this fraction of training, from 0 to 1."""
     fraction = min(max(fraction, 0.0), 1.0)
     if schedule == "linear":
         return 1.0 - fraction

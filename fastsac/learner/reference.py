@@ -22,17 +22,17 @@ from fastsac_kernels import categorical_loss, td_loss
 from fastsac_kernels.launch import Backend
 
 Metrics = dict[str, Tensor]
-#: Adam's state of each parameter by its place in the group: step, exp_avg, exp_avg_sq
+#: Adam's state of each parameter by its index in the group: step, exp_avg, exp_avg_sq
 Moments = dict[int, dict[str, Tensor]]
 #: what random numbers are drawn for: the generator's streams
 NEXT_ACTION, ACTION, BATCH, ACTING = range(4)
 
 
 OTHER_NETWORKS = (
-    "the checkpoint's networks do not fit this configuration; if it was trained with networks of your own, hand them "
+    "the checkpoint's networks do not fit this configuration; if it was trained with networks of your own, pass them "
     "to SAC.load(..., actor=..., critic=...)"
 )
-#: names of the tensors of any engine's state
+#: tensor names in any engine's state
 _STORED = re.compile(
     r"(actor|critic|target_critic|value)\.[\w.]+|normalizer\.[a-z_]+|log_alpha|generator|philox"
     r"|optimizer\.(actor|critic|alpha|value)\.[0-9]{1,6}\.(step|exp_avg|exp_avg_sq)"
@@ -61,17 +61,17 @@ class Learner:
             obs_size: O.
             action_size: A.
             device: where everything lives.
-            seed: of the initial weights and of all noise.
-            own: networks of the user's own, which are moved to the device and trained.
+            seed: random seed of the initial weights and of all noise.
+            own: the user's own networks, which are moved to the device and trained.
 
         Raises:
-            UsageError: if the estimator, the baseline and K do not go together, or the user's networks do not fit.
+            UsageError: if the estimator, the baseline and K cannot be combined, or the user's networks do not fit.
         """
         self.config = config
         self.choice = choose(config)
         self.device = torch.device(device)
         self.updates = 0
-        #: averages gradients [n] over several processes, in place; None: there is one
+        #: averages gradients [n] over several processes, in place; None for a single process
         self.average: Callable[[Tensor], None] | None = None
         self._measured: Metrics = {}
         self.target_entropy = -float(action_size) if config.target_entropy == "auto" else config.target_entropy
@@ -102,11 +102,11 @@ class Learner:
         self._make_optimizers(groups)
 
     def _make_optimizers(self, groups: Groups) -> None:
-        """Take each group's parameters and learning rate."""
+        """Make an optimiser for each group's parameters and learning rate."""
         self.optimizers = {name: make_adam(self.config, name, *group) for name, group in groups.items()}
 
     def set_progress(self, fraction: float) -> None:
-        """Set the learning rates for what of the training has been done, from 0 to 1, by `lr_schedule`."""
+        """Set the learning rates by `lr_schedule`, after this fraction of training, from 0 to 1."""
         factor = rate_factor(self.config.lr_schedule, fraction)
         for name, lr in self._rates.items():
             self._set_rate(name, factor * lr)
@@ -116,7 +116,7 @@ class Learner:
 
     @property
     def learns_alpha(self) -> bool:
-        """Whether alpha is adjusted to a target entropy."""
+        """Whether alpha is tuned to reach a target entropy."""
         return self.config.alpha == "auto"
 
     @property
@@ -153,7 +153,7 @@ class Learner:
         return dict(self._measured)
 
     def _update_once(self, replay: Sampler, with_actor: bool, measure: bool) -> Metrics:
-        """Make one update; return its metrics if they are wanted, else perhaps some of them."""
+        """Make one update; return its metrics with `measure`, and otherwise possibly some of them."""
         batch = self._sample_batch(replay)
         if self.normalizer.active:
             batch = self.normalizer.batch(batch)
@@ -241,7 +241,7 @@ class Learner:
         self.optimizers[name].step()
 
     def _average(self, name: str) -> None:
-        """Let a network's gradients be averaged over ranks, all in one."""
+        """Average a network's gradients over ranks, in a single call."""
         assert self.average is not None
         grads = [p.grad for p in self._parameters[name] if p.grad is not None]
         flat = torch.cat([grad.flatten() for grad in grads])
@@ -250,7 +250,7 @@ class Learner:
             grad.copy_(part.view(grad.shape))
 
     def reseed(self, seed: int) -> None:
-        """Draw other random numbers from now on; the weights stay."""
+        """Reseed the random numbers; the weights stay."""
         self.generator.manual_seed(seed)
 
     def _draw(self, purpose: int, num_samples: int, mean: Tensor, num_noise: int | None = None) -> Draw:
@@ -262,9 +262,9 @@ class Learner:
         return {name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()}
 
     def _load_moments(self, moments: dict[str, Moments]) -> None:
-        """Take over copies of what `_moments` returned; a group that is not there starts anew."""
+        """Load copies of what `_moments` returned; a missing group starts from zero."""
         for name, optimizer in self.optimizers.items():
-            # fused Adam goes through memory as it lies, and the parameters are contiguous
+            # fused Adam ignores strides, and the parameters are contiguous
             state = {
                 index: {key: value.clone(memory_format=torch.contiguous_format) for key, value in own.items()}
                 for index, own in moments.get(name, {}).items()
@@ -290,7 +290,7 @@ class Learner:
         return networks
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Return all that a resumed run needs: tensors by name, and counters for JSON."""
+        """Return everything that a resumed run needs: tensors by name, and counters for JSON."""
         tensors = {
             f"{name}.{key}": value for name, net in self._networks().items() for key, value in net.state_dict().items()
         }
@@ -303,7 +303,7 @@ class Learner:
         return tensors, {"updates": self.updates}
 
     def load_state(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
-        """Take over what `state` returned.
+        """Load what `state` returned.
 
         Raises:
             UsageError: if it comes from a learner of another shape or another estimator's networks.
@@ -315,7 +315,7 @@ class Learner:
             for name, network in self._networks().items():
                 prefix = f"{name}."
                 network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-            # a fixed alpha is the configuration's, and from log 0 no gradient leads away
+            # a fixed alpha comes from the configuration, and no gradient leads away from log 0
             if self.learns_alpha and tensors["log_alpha"].isfinite():
                 self.log_alpha.data.copy_(tensors["log_alpha"])
         except (RuntimeError, KeyError) as error:
@@ -342,7 +342,7 @@ def refuse_other_networks(
     own: OwnNetworks = STANDARD,
     policy_only: bool = False,
 ) -> None:
-    """Raise UsageError unless the actor and the critics of these shapes are the configuration's; takes no memory.
+    """Raise UsageError unless the actor and critics of the configuration have these shapes; takes no memory.
 
     With `policy_only` there are no critics to compare.
     """

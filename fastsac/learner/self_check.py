@@ -1,7 +1,7 @@
-"""The check of an engine on the user's own GPU, before it trains.
+"""Checks an engine on the user's own GPU before it trains.
 
-The comparison (see `fastsac.learner.compare`) runs in a process of its own: a crash of a compiler or of a kernel counts
-as a difference, and leaves this process as it was. What is found is kept for each GPU, driver, version and shape.
+The comparison (see `fastsac.learner.compare`) runs in its own process: a crash of a compiler or of a kernel counts as a
+difference, and does not affect this process. The result is cached for each GPU, driver, version and shape.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from fastsac.machine import nvidia_driver
 from fastsac.own_networks import STANDARD, OwnNetworks
 from fastsac.system import kill_group
 
-#: settings that decide which kernels run, with which shapes
+#: settings that decide which kernels run, and with which shapes
 SETTINGS = (
     *("estimator", "baseline", "num_action_samples", "entropy_split", "batch_size", "hidden_sizes", "activation"),
     *("num_critics", "precision", "num_envs", "n_step", "normalize_obs", "normalize_reward", "layer_norm", "critic"),
     *("critic_reduction", "num_atoms", "optimizer", "adam_betas"),
 )
-#: which engine takes the place of one that is not right
+#: the engine that replaces one that fails the check
 FOLLOWING: dict[str, Literal["graphed", "reference"]] = {"fused": "graphed", "graphed": "reference"}
 #: seconds: the first time, Triton compiles all kernels
 TIMEOUT = 300.0
-#: what CUDA says where only one process may use a GPU
+#: CUDA's message where only one process may use a GPU
 BUSY = "busy or unavailable"
 #: without the current folder, where anything may lie
 COMMAND = [sys.executable, "-P", "-c", "from fastsac.learner.self_check import main; main()"]
@@ -56,11 +56,11 @@ Precision = Literal["fp32", "tf32"]
 
 
 class Verdict(NamedTuple):
-    """What was found; the engine may run if there is no problem."""
+    """The result of a check; the engine may run if there is no problem."""
 
     problem: str
     crashed: bool = False  # it could not be compared
-    kept: bool = False  # it was found earlier
+    kept: bool = False  # it comes from the cache
 
 
 def right_engine(
@@ -72,21 +72,21 @@ def right_engine(
     own: OwnNetworks = STANDARD,
     in_tf32: bool = False,
 ) -> tuple[Learner, str]:
-    """Return the learner if its engine is right here, else one of the next engine with its state, and why.
+    """Return the learner if its engine passes, else one with the next engine and the same state, and why.
 
-    Only an engine for GPUs is checked. After `fused` comes `graphed`, which is checked too, and then the reference.
+    Only engines for GPUs are checked. After `fused` comes `graphed`, which is checked too, and then the reference.
 
     Args:
-        learner: has made no update yet, or its state is to be gone on with.
-        asked: whether the engine was asked for by name.
+        learner: a new one, or one whose state is to be kept.
+        asked: whether the user requested the engine by name.
         obs_size: O.
         action_size: A.
-        say: tells the user; by default the logger "fastsac" does, and only what is wrong.
-        own: networks of the user's own in the learner. What is checked is the engine with the configuration's networks.
-        in_tf32: whether TF32 was asked for, and is not the fused engine's default only.
+        say: receives messages for the user; by default the logger "fastsac" receives the problems only.
+        own: the user's own networks in the learner. The check uses the configuration's networks instead.
+        in_tf32: whether TF32 was requested, and is not only the fused engine's default.
 
     Raises:
-        UsageError: if the engine is not right, but was asked for.
+        UsageError: if an engine fails that the user requested.
     """
     reason = ""
     while learner.device.type == "cuda" and learner.engine != "reference":
@@ -101,7 +101,7 @@ def right_engine(
         if asked:
             raise UsageError(f"{told}; --engine auto or reference works; {report}")
         following = FOLLOWING[learner.engine]
-        (say or logging.getLogger("fastsac").warning)(f"{told}; the {following} engine is used; {report}")
+        (say or logging.getLogger("fastsac").warning)(f"{told}; using the {following} engine instead; {report}")
         reason = "; ".join(filter(None, (reason, f"the check of {learner.engine} failed")))
         set_products(in_tf32)
         precision: Precision = "tf32" if in_tf32 else "fp32"
@@ -115,14 +115,14 @@ def right_engine(
 def verdict(config: Config, obs_size: int, action_size: int, engine: str, say: Say | None = None) -> Verdict:
     """Return whether the engine may run on the current GPU.
 
-    That it was right is believed, if it was found earlier; else a child process finds out now.
+    An earlier success is trusted; otherwise a child process runs the check now.
 
     Args:
-        config: its settings of the update are used.
+        config: its settings for updates are used.
         obs_size: O.
         action_size: A.
         engine: its name.
-        say: is told before it takes time.
+        say: receives a message before anything slow.
     """
     if engine == "fused" and config.precision == "auto":
         config = dataclasses.replace(config, precision="tf32")
@@ -136,7 +136,7 @@ def verdict(config: Config, obs_size: int, action_size: int, engine: str, say: S
     if earlier is not None and not earlier["problem"]:
         return Verdict("", kept=True)
     if say is not None:
-        say(f"checking engine {engine} on this GPU, once; when kernels are compiled first, this takes minutes")
+        say(f"checking engine {engine} on this GPU, once; this takes minutes if kernels must be compiled first")
     request = {"config": dataclasses.asdict(config), "sizes": [obs_size, action_size], "engine": engine}
     problem, crashed = ask_child(request | {"device": torch.cuda.current_device()})
     if crashed and BUSY in problem:  # one process at a time may use this GPU, and that is this one
@@ -146,7 +146,7 @@ def verdict(config: Config, obs_size: int, action_size: int, engine: str, say: S
 
 
 def ask_child(request: dict[str, Any], timeout: float = TIMEOUT) -> tuple[str, bool]:
-    """Return what a process of its own finds, and whether it came to no end."""
+    """Return the problem that a child process finds, and whether the check crashed."""
     paths = [os.path.abspath(path) for path in sys.path]  # an empty one is the current folder
     try:
         child = subprocess.Popen(
@@ -183,7 +183,7 @@ def ask_child(request: dict[str, Any], timeout: float = TIMEOUT) -> tuple[str, b
 
 
 def _talk(child: subprocess.Popen[str], request: str, timeout: float) -> tuple[str, str]:
-    """Send the request, and return what the child answers. Its input stays open: it ends itself when we are gone."""
+    """Send the request, and return what the child answers. Its input stays open: it exits when this process is gone."""
     assert child.stdin is not None
     with suppress(BrokenPipeError):
         child.stdin.write(request + "\n")
@@ -215,7 +215,7 @@ def _answer(request: dict[str, Any]) -> tuple[str, bool]:
     kind, device = CUDA_ENGINES[request["engine"]], torch.device("cuda")
     rounds = request["engine"] == "fused" and config.precision in ("tf32", "bf16")  # by itself, not by PyTorch
     before = torch.get_float32_matmul_precision()
-    # products in TF32 would hide what a kernel does, so it is looked at in float32 first
+    # products in TF32 would hide a kernel's errors, so it is checked in float32 first
     for precision in ("fp32", "tf32") if config.precision == "tf32" and not rounds else ("fp32",):
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         try:
@@ -225,7 +225,7 @@ def _answer(request: dict[str, Any]) -> tuple[str, bool]:
                 problem = compare_rounded(kind, config, obs_size, action_size, device)
             if request["engine"] == "fused" and not problem:
                 problem = compare_together(kind, config, obs_size, action_size, device)
-        except Exception as error:  # of a compiler, a launch, or for want of memory
+        except Exception as error:  # from a compiler or a launch, or out of memory
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}", True
         finally:
             torch.set_float32_matmul_precision(before)
@@ -235,7 +235,7 @@ def _answer(request: dict[str, Any]) -> tuple[str, bool]:
 
 
 def identity() -> dict[str, Any]:
-    """Return what a verdict holds for: the GPU, the driver, versions, and the sources of kernels and engines."""
+    """Return what a verdict applies to: the GPU, the driver, versions, and the sources of kernels and engines."""
     import triton
 
     return {
@@ -250,7 +250,7 @@ def identity() -> dict[str, Any]:
 
 
 def source_hash() -> str:
-    """Return a hash of all files of the kernels, and of what the updates are made of here."""
+    """Return a hash of all kernel sources, and of the modules that updates consist of."""
     package = Path(__file__).resolve().parents[1]
     names = sorted([*package.glob("learner/*.py"), *package.glob("estimators/*.py")])
     names += [package / f"{name}.py" for name in ("networks", "normalize", "replay", "transfer", "types")]
@@ -262,17 +262,17 @@ def source_hash() -> str:
 
 
 def cache_folder() -> Path:
-    """Return where verdicts are kept; nothing is lost with it but time."""
+    """Return the folder of cached verdicts; deleting it costs only time."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
         folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    except RuntimeError:  # no home: nothing is kept in a folder that cannot be
+    except RuntimeError:  # no home: a path where nothing can be stored
         folder = Path(os.devnull)
     return folder / "fastsac" / "self_check"
 
 
 def kept() -> list[dict[str, Any]]:
-    """Return all that was found earlier, for a report."""
+    """Return all cached results, for a report."""
     return [found for path in sorted(cache_folder().glob("*.json")) if (found := _load(path)) is not None]
 
 

@@ -40,7 +40,7 @@ class Activation(NamedTuple):
 
 
 class StackPass:
-    """A pass of one input through a stack. All its tensors are made, and all calls bound to them, once."""
+    """A pass of one input through a stack. All its tensors are allocated, and all calls bound to them, once."""
 
     def __init__(
         self,
@@ -55,12 +55,12 @@ class StackPass:
         """Bind the calls.
 
         Args:
-            layers: of the stack, as products are to take them.
+            layers: of the stack, as products use them.
             activation: of every hidden layer.
             x: [B, 1 + I], of the first layer's type, with a first column of ones.
             memory: where the buffers come from.
-            name: a pass writes over what another one of the same name has made.
-            grads: where `backward` leaves the parameters' gradients; None leaves them out.
+            name: passes of the same name overwrite each other's results.
+            grads: where `backward` writes the parameters' gradients; None skips them.
             first_row: `backward` takes the rows from this one on, B - first_row, which it divides.
         """
         self._layers, self._memory, self._name = layers, memory, name
@@ -70,7 +70,7 @@ class StackPass:
         inputs, kept = self._bind_forward(activation, x)
         if first_row:
             inputs, kept = ([_rows_from(first_row, t) for t in tensors] for tensors in (inputs, kept))
-        #: dy [E, B - first_row, O], to be written before `backward`
+        #: dy [E, B - first_row, O]; write it before calling `backward`
         self.grad_output = self._buffer("gradient dy", len(x) - first_row, layers[-1].weight)
         self._bind_backward(activation, inputs, kept, grads)
 
@@ -81,7 +81,7 @@ class StackPass:
         return self._output
 
     def backward(self) -> Tensor:
-        """Return d_0 [E, B - first_row, H_0] for `grad_output`, and leave the parameters' gradients in `grads`."""
+        """Return d_0 [E, B - first_row, H_0] for `grad_output`, and write the parameters' gradients to `grads`."""
         for call in self._backward:
             call()
         return self._grad_first
@@ -105,7 +105,7 @@ class StackPass:
         self._output = self._buffer(f"{self._name} y", len(x), last.weight)
         if last.weight.shape[2] > 1:
             do(partial(torch.baddbmm, last.bias, inputs[-1], last.weight, out=self._output))
-        else:  # one column: for each network a product of a matrix and a vector
+        else:  # one column: a matrix-vector product for each network
             for h, column, y in zip(inputs[-1], last.weight.squeeze(2), self._output.squeeze(2), strict=True):
                 do(partial(torch.mv, h, column, out=y))
             do(partial(torch.add, self._output, last.bias, out=self._output))
@@ -148,7 +148,7 @@ class StackPass:
         return self._memory.shared(name, (self._networks, rows, weight.shape[2]), dtype or weight.dtype)
 
     def _converted(self, tensor: Tensor, dtype: torch.dtype, name: str, do: Callable[[Call], None]) -> Tensor:
-        """Return the tensor itself, or another one to which it is copied by then."""
+        """Return the tensor itself, or one of the other dtype to which it is copied first."""
         if tensor.dtype == dtype:
             return tensor
         other = self._memory.shared(name, tensor.shape, dtype)
@@ -183,7 +183,7 @@ def _times_relu_derivative(d: Tensor, h: Tensor) -> Call:
     return partial(_aten.threshold_backward.grad_input, _bits(d), _bits(h), 0, grad_input=_bits(d))
 
 
-#: derivatives are those that autograd takes
+#: derivatives are the ones that autograd uses
 ACTIVATIONS = {
     "relu": Activation(_relu, _times_relu_derivative),
     "elu": Activation(

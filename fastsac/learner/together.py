@@ -1,4 +1,4 @@
-"""Updates of several independent learners, which differ in their seeds only."""
+"""Updates of several independent learners, which differ only in their seeds."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from fastsac.replay import Replay
 
 
 class Together:
-    """Makes the updates of all learners, each bit for bit as it would make them alone.
+    """Updates all learners, each with bit for bit the same results as alone.
 
-    The fused engine on CUDA makes them in the launches of one learner; the learners' memory lies side by side for that.
-    Any other engine makes those of one learner after those of the other.
+    The fused engine on CUDA updates them all in the launches of one learner; for that, their memory lies side by side.
+    Any other engine updates one learner after the other.
     """
 
     def __init__(self, num_learners: int) -> None:
-        """Wait for up to so many learners."""
+        """Prepare for up to this many learners."""
         self._num_learners = num_learners
         self._memory: list[Tensor] = []
         self._members: list[tuple[Learner, Replay]] = []
         self._first: FusedCudaLearner | None = None
 
     def add(self, learner: Learner, replay: Replay) -> None:
-        """Take in the next learner and its replay; they must not be replaced from now on."""
+        """Add the next learner and its replay buffer; they must not be replaced from now on."""
         if isinstance(learner, FusedCudaLearner) and self._num_learners > 1:
             row = Row(learner.device, self._memory, len(self._members), self._num_learners)
             learner.move(row)
             replay.move(row.moved)
             if learner.device.type == "cuda":
-                torch.cuda.empty_cache()  # what was left there is free for the next one
+                torch.cuda.empty_cache()  # frees the old memory for the next learner
         self._members.append((learner, replay))
 
     def complete(self) -> None:
-        """Begin to go together: no further learner is added."""
+        """Finish adding learners; fused ones on CUDA share launches from now on."""
         fused = [(each, own) for each, own in self._members if isinstance(each, FusedCudaLearner)]
         if len(fused) == len(self._members) > 1:
             self._first, first_replay = fused[0]
             self._first.join(first_replay, fused[1:])
 
     def update(self, dues: Sequence[int]) -> None:
-        """Make so many updates of each learner, without waiting for the device."""
+        """Make this many updates of each learner, without waiting for the device."""
         if self._first is not None:
             self._first.update_each(dues)
             return

@@ -46,7 +46,7 @@ def categorical_loss(
         logits: [E, B, M], the critics at the batch's actions.
         next_logits: [E, B, M], the target critics at the policy's next actions.
         reward: [B].
-        terminated: [B], bool or uint8; never the truncated flag, behind which the value goes on.
+        terminated: [B], bool or uint8; never the truncated flag: the value continues after a truncation.
         next_log_prob: [B], the log-probability of those actions.
         alpha: scalar.
         gamma: discount of the next value: a number, or [B] as `replay_gather` returns it for n-step returns.
@@ -58,7 +58,7 @@ def categorical_loss(
 
     Raises:
         ValueError: if the shapes do not fit, v_min is not below v_max, or for another target or backend.
-        TypeError: for an alpha that is no number, or a dtype that the Triton kernel does not take.
+        TypeError: if alpha is not a number, or for a dtype that the Triton kernel does not support.
         RuntimeError: if Triton cannot run here.
     """
     if logits.dim() != 3 or next_logits.shape != logits.shape:

@@ -1,4 +1,4 @@
-"""Which backend serves a call, and how every Triton kernel of this package is launched."""
+"""Chooses the backend of a call, and launches every Triton kernel of this package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 Backend = Literal["auto", "reference", "triton"]
 #: macOS and Windows have none of its wheels
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-NO_TRITON = "Triton is not installed, which these kernels need: pip install triton (on Linux), or backend='reference'"
+NO_TRITON = "these kernels need Triton, which is not installed: pip install triton, or use backend='reference'"
 
 #: tickets of a device: one for each stream, and one for each call that a CUDA graph has captured
 TICKETS = 4096
@@ -32,11 +32,11 @@ TICKET_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def use_triton(backend: Backend, tensor: Tensor) -> bool:
-    """Whether the Triton kernel serves the call: "auto" takes it on CUDA, if there is Triton.
+    """Whether to use the Triton kernel: "auto" does on CUDA, if Triton is installed.
 
     Raises:
         ValueError: for another name.
-        RuntimeError: if Triton is asked for by name and is not installed.
+        RuntimeError: if Triton is requested but not installed.
     """
     if backend not in ("auto", "reference", "triton"):
         raise ValueError(f"backend must be 'auto', 'reference' or 'triton', got {backend!r}")

@@ -28,8 +28,8 @@ def pathwise_loss(log_prob: Tensor, q: Tensor, alpha: Tensor | float, backend: B
         backend: "auto" takes the Triton kernel for CUDA tensors, PyTorch for others.
 
     Raises:
-        ValueError: if the shapes do not fit, or for another backend.
-        TypeError: for an alpha that is no number, or a dtype that the Triton kernel does not take.
+        ValueError: if the shapes do not fit, or the backend is unknown.
+        TypeError: if alpha is not a number, or for a dtype that the Triton kernel does not support.
         RuntimeError: if Triton cannot run here.
     """
     check_loss_shapes(list(log_prob.shape), q)

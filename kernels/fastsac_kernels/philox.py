@@ -51,7 +51,7 @@ class PhiloxState:
     Drawing changes nothing: the same state gives the same numbers, which is how a loss or a backward pass draws a
     sample's noise again. `advance` moves on to new numbers, on the device and in place, so that a CUDA graph that holds
     it draws new ones at every replay. Call it when the backward passes are through: autograd refuses to go back to a
-    state that has moved on.
+    state that has advanced.
     """
 
     __slots__ = ("state", "stream")
@@ -94,7 +94,7 @@ class PhiloxState:
         return other
 
     def advance(self, steps: int = 1) -> None:
-        """Go on to new numbers, in place, without the host taking part."""
+        """Advance to new numbers, in place, without the host."""
         self.state[1].add_(steps)
 
 

@@ -59,7 +59,7 @@ def replay_gather(
             0 and below the number of entries.
         batch_size: B.
         backend: "auto" takes the Triton kernel for CUDA tensors, PyTorch for others.
-        valid: [rows, N] bool, which rows hold a transition; the newest row, which an observation alone is in, must be
+        valid: [rows, N] bool, which rows hold a transition; the newest row, which holds only an observation, must be
             False, or else old rows would be taken for its continuation. Read for n-step returns only.
         n_step: the most steps of a transition, n.
         gamma: discount per step, for n-step returns.
@@ -69,8 +69,8 @@ def replay_gather(
         reward is a sum in float32 (in float64 of a ring in float64, by PyTorch).
 
     Raises:
-        ValueError: if the shapes do not fit, n is below 1, `valid` is missing, or for another backend.
-        TypeError: for an `rng` of another kind, or a dtype of rewards that the Triton kernel cannot add up.
+        ValueError: if the shapes do not fit, n is below 1, `valid` is missing, or the backend is unknown.
+        TypeError: for an `rng` of another type, or a dtype of rewards that the Triton kernel cannot add up.
         RuntimeError: if Triton cannot run here.
     """
     _check(obs, action, reward, terminated, queue, span, rng, batch_size, valid, n_step)

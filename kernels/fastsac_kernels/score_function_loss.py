@@ -16,7 +16,7 @@ is that of the pathwise gradient for every b that does not depend on the sample 
     a tensor   b(s) [B], e.g. -V(s) for a soft value V    f is close to -V, so f - b is close to 0
 
 On CUDA one Triton kernel draws the noise again and computes the advantage, the loss and both gradients (and log_prob,
-unless the sampler's is handed over); one more multiplies them by the upstream gradient.
+unless it is passed in); one more multiplies them by the upstream gradient.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def score_function_loss(
     Args:
         mean: [B, A], the Gaussian's mean before squashing.
         log_std: [B, A], the logarithm of its standard deviation.
-        rng: the generator as it was when the actions were sampled (not yet advanced: nothing can tell), or the noise
-            [K, B, A] that they were sampled with.
+        rng: the generator as it was when the actions were sampled (not yet advanced; this cannot be checked), or the
+            noise [K, B, A] that they were sampled with.
         q: [K, E, B], the E critics at those actions.
         alpha: scalar.
         baseline: a name, or b(s) as a tensor [B] that is subtracted from f (so a soft value V is passed as -V).
@@ -65,7 +65,7 @@ def score_function_loss(
     Raises:
         ValueError: if the shapes do not fit, the baseline's name is unknown, ``"loo"`` gets a single sample, or for
             another backend.
-        TypeError: for an `rng` or alpha of another kind, or a dtype that the Triton kernel does not take.
+        TypeError: for an `rng` or alpha of another type, or a dtype that the Triton kernel does not support.
         RuntimeError: if Triton cannot run here.
     """
     check_sample_shapes(mean, log_std, rng)

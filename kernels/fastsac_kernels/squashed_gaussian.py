@@ -76,8 +76,8 @@ def sample_squashed_gaussian(
         log-density in those units. bfloat16 is computed in float32, and ``log_prob`` is float32 then.
 
     Raises:
-        ValueError: if the shapes do not fit, or for another backend.
-        TypeError: for an `rng` or K of another kind, or a dtype that the Triton kernels do not take.
+        ValueError: if the shapes do not fit, or the backend is unknown.
+        TypeError: for an `rng` or K of another type, or a dtype that the Triton kernels do not support.
         RuntimeError: if Triton cannot run here.
     """
     check_sample_shapes(mean, log_std, rng, num_samples)

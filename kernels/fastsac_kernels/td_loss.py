@@ -35,7 +35,7 @@ def td_loss(
     Args:
         q: [E, B], the critics at the batch's actions.
         reward: [B].
-        terminated: [B], bool or uint8; never the truncated flag, behind which the value goes on.
+        terminated: [B], bool or uint8; never the truncated flag: the value continues after a truncation.
         next_q: [E, B], the target critics at the policy's next actions.
         next_log_prob: [B], the log-probability of those actions.
         alpha: scalar.
@@ -43,8 +43,8 @@ def td_loss(
         backend: "auto" takes the Triton kernel for CUDA tensors, PyTorch for others.
 
     Raises:
-        ValueError: if the shapes do not fit, or for another backend.
-        TypeError: for an alpha that is no number, or a dtype that the Triton kernel does not take.
+        ValueError: if the shapes do not fit, or the backend is unknown.
+        TypeError: if alpha is not a number, or for a dtype that the Triton kernel does not support.
         RuntimeError: if Triton cannot run here.
     """
     if q.dim() != 2 or next_q.shape != q.shape:
@@ -55,7 +55,7 @@ def td_loss(
     if isinstance(gamma, Tensor):
         columns["gamma"] = gamma = gamma.detach()
     for name, value in columns.items():
-        if value.shape != q.shape[1:]:  # a [B, 1] here would broadcast to [B, B] without a word
+        if value.shape != q.shape[1:]:  # a [B, 1] here would broadcast to [B, B] silently
             raise ValueError(f"{name} must be [B] = {list(q.shape[1:])}, got {list(value.shape)}")
     alpha = constant(alpha)
     if use_triton(backend, q):

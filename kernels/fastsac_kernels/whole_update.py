@@ -28,7 +28,7 @@ from torch import Tensor
 from fastsac_kernels.launch import HAS_TRITON, NO_TRITON
 
 NEXT_VALUE, CRITICS, CRITICS_STEP, SAMPLED_Q, ACTOR, ACTOR_STEP = STAGES = range(6)
-#: places of the rates and of the counts of Adam's steps
+#: indices of the learning rates and of Adam's step counts
 CRITIC_ADAM, ACTOR_ADAM, ALPHA_ADAM, VALUE_ADAM = range(4)
 METRICS = ("critic_loss", "q", "actor_loss", "alpha", "entropy", "value_loss")
 
@@ -52,7 +52,7 @@ class State(NamedTuple):
     queue: Tensor  # [L, T N] int64
     span: Tensor  # [L, 2] int64
     rng: Tensor  # [L, 2] int64, seed and offset
-    due: Tensor  # [L, 2] int64: updates that are still to be made, and whether the present one is; without, none is
+    due: Tensor  # [L, 2] int64: updates still to make, and whether the present one is; without, none is
     log_alpha: Tensor  # [L]
     alpha_mean: Tensor  # [L]
     alpha_square: Tensor  # [L]
