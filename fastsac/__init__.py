@@ -1,4 +1,4 @@
-"""Soft Actor-Critic at speed, with the actor's gradient estimator as a choice."""
+"""Fast Soft Actor-Critic, with a choice of gradient estimators for the actor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LATER = {"SAC": "fastsac.train", "Callback": "fastsac.callbacks", "preset": "fa
 
 
 def __getattr__(name: str) -> Any:
-    """Import what takes time, as PyTorch does, only when it is asked for."""
+    """Import slow modules, such as PyTorch, only when they are needed."""
     if name in _LATER:
         return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module 'fastsac' has no attribute {name!r}")

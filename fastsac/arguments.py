@@ -1,4 +1,4 @@
-"""What the command line understands, and what it means."""
+"""The commands and options of the command line, and their help."""
 
 from __future__ import annotations
 
@@ -26,80 +26,81 @@ from fastsac.run_dir import first_config
 
 @dataclass(frozen=True)
 class Train:
-    """Train an agent; the run directory gets its configuration, metrics, learning curve and checkpoints."""
+    """Train an agent, and write its configuration, metrics, learning curve and checkpoints to a run directory."""
 
     config: tyro.conf.OmitArgPrefixes[Config]
     preset: str | None = None
-    """Settings to begin from: a name that `fastsac presets` lists, or `auto`, the task's own. Options given win."""
+    """Settings to start from: a name from `fastsac presets`, or `auto` for the task's own preset. Options override
+    them."""
     run_dir: Path | None = None
-    """Where the run goes; by default a new directory below `runs/`."""
+    """Directory of the run. Default: a new directory below `runs/`."""
     resume: Path | None = None
-    """Go on with this run directory's newest checkpoint; other options change its settings."""
+    """Resume from the newest checkpoint in this run directory; other options change its settings."""
     num_learners: int = 1
-    """Train so many agents in one loop, with --seed and the seeds that follow it. Each is what it would be alone, with
-    a run directory of its own below --run-dir: `seed-0`, `seed-1`. On a GPU, one launch updates all of them."""
+    """Train this many agents in one loop, with consecutive random seeds from --seed on. Each trains exactly as it would
+    alone, in its own run directory below --run-dir: `seed-0`, `seed-1`. On a GPU, one launch updates all of them."""
     track: str | None = None
-    """Where the metrics go beside metrics.jsonl: `tensorboard`, `wandb`, `trackio` and `mlflow`, separated by commas,
-    or `none`. Default: TensorBoard, or with --resume what the run had so far."""
+    """Where to log metrics besides metrics.jsonl: `tensorboard`, `wandb`, `trackio` and `mlflow`, separated by commas,
+    or `none`. Default: TensorBoard, or with --resume the trackers that the run has used so far."""
     track_project: str = "fastsac"
-    """Project of Weights & Biases and Trackio; experiment of MLflow."""
+    """Project name for Weights & Biases and Trackio; experiment name for MLflow."""
     track_video: bool = False
-    """Record an episode of the last evaluation, to `last_evaluation.mp4` in the run directory and for the trackers."""
+    """Record an episode of the last evaluation as `last_evaluation.mp4` in the run directory and for the trackers."""
     callback: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A subclass of `fastsac.Callback`, as `module:Class`: your own code, which training calls."""
+    """A subclass of `fastsac.Callback`, as `module:Class`: your own code, called during training."""
     restarts: int = 0
-    """Train in a process of its own, and start it again from the last checkpoint if it dies or hangs, or an environment
-    fails. Give up after so many restarts in a row without a further checkpoint; 0 does not supervise."""
+    """Train in a separate process, and restart it from the last checkpoint if it crashes or hangs, or an environment
+    fails. Give up after this many restarts in a row without a new checkpoint; 0 disables restarts."""
     step_timeout: float | None = None
-    """With --restarts: seconds without a step after which the process counts as hung (default 600); 0 waits for
-    ever."""
+    """With --restarts: seconds without a step after which the process counts as hung (default 600); 0 waits
+    forever."""
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluate a trained agent's deterministic policy on environments of its own."""
+    """Evaluate the deterministic policy of a trained agent in separate environments."""
 
     run_dir: tyro.conf.Positional[Path]
     """The run directory."""
     episodes: int = 10
     """Episodes to play."""
     seed: int = 0
-    """Seeds the environments."""
+    """Random seed for the environments."""
     best: bool = False
-    """Take the checkpoint with the highest evaluation during training instead of the newest."""
+    """Use the checkpoint with the highest evaluation return during training instead of the newest one."""
     json: bool = False
     """Print one JSON object instead of a sentence."""
     video: Path | None = None
     """Also record one episode to this file (.mp4 or .gif)."""
     env_id: str | None = None
-    """Evaluate on another task, whose observations and actions have the same shapes and bounds."""
+    """Evaluate on another task, whose observations and actions must have the same shapes and bounds."""
     env_kwargs: dict[str, Any] | None = None
-    """Keyword arguments of the environment, in place of those that the agent was trained with, as a JSON object."""
+    """Keyword arguments for the environment, instead of those used in training, as a JSON object."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write a trained policy for use elsewhere: one file that runs without fastsac, or a directory to share."""
+    """Export a trained policy: as one file that runs without fastsac, or as a directory to share."""
 
     run_dir: tyro.conf.Positional[Path]
     """The run directory."""
     to: Literal["onnx", "torch"] | None = None
-    """`onnx`: a file for ONNX Runtime and the like. `torch`: a program for `torch.export.load`. Either takes the
-    environment's observations and returns the deterministic policy's actions, in the environment's own units."""
+    """`onnx`: a file for ONNX Runtime and the like. `torch`: a program for `torch.export.load`. Both take the
+    environment's observations and return the deterministic policy's actions, in the environment's own units."""
     policy_only: bool = False
-    """Write a directory to share: weights, settings and a model card with an evaluation. It works with `fastsac eval`
-    and `SAC.load`."""
+    """Write a directory to share: weights, settings and a model card with an evaluation. `fastsac eval` and `SAC.load`
+    can read it."""
     out: Path | None = None
-    """Where to write. Default: `policy.onnx` or `policy.pt2` in the run directory; needed with --policy-only."""
+    """Where to write. Default: `policy.onnx` or `policy.pt2` in the run directory; required with --policy-only."""
     best: bool = False
-    """Take the checkpoint with the highest evaluation during training instead of the newest."""
+    """Use the checkpoint with the highest evaluation return during training instead of the newest one."""
     episodes: int = 10
-    """Episodes of the evaluation on the model card; 0 does not evaluate."""
+    """Evaluation episodes for the model card; 0 skips the evaluation."""
 
 
 @dataclass(frozen=True)
 class Collect:
-    """Write episodes of a trained agent as a Minari dataset, in MINARI_DATASETS_PATH or ~/.minari/datasets."""
+    """Record episodes of a trained agent as a Minari dataset, in MINARI_DATASETS_PATH or ~/.minari/datasets."""
 
     run_dir: tyro.conf.Positional[Path]
     """The run directory."""
@@ -108,16 +109,16 @@ class Collect:
     episodes: int = 100
     """Episodes to play."""
     seed: int = 0
-    """Seeds the environments and the sampled actions."""
+    """Random seed for the environments and the sampled actions."""
     best: bool = False
-    """Take the checkpoint with the highest evaluation during training instead of the newest."""
+    """Use the checkpoint with the highest evaluation return during training instead of the newest one."""
     deterministic: bool = False
-    """Take the policy's mean action instead of a sample."""
+    """Use the policy's mean action instead of a sample."""
 
 
 @dataclass(frozen=True)
 class Presets:
-    """List the presets: the settings of `fastsac train --preset NAME`, and where they come from."""
+    """List the presets for `fastsac train --preset NAME`: their settings, and where they come from."""
 
     json: bool = False
     """Print one JSON object instead of a table."""
@@ -125,48 +126,48 @@ class Presets:
 
 @dataclass(frozen=True)
 class Doctor:
-    """Show what there is on this machine, which engine would run and how fast, and what is missing."""
+    """Show this machine's hardware and packages, which engine would run and how fast, and what is missing."""
 
     json: bool = False
-    """Print one JSON object, for a report."""
+    """Print one JSON object, for a bug report."""
 
 
 @dataclass(frozen=True)
 class Ls:
-    """List the runs below a directory: what each is, how far it has come, and its returns in evaluations."""
+    """List the runs in a directory tree: environment, estimator, seed, progress, evaluation returns and state."""
 
     directory: tyro.conf.Positional[Path] = Path("runs")
-    """Where to look."""
+    """Directory to search."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Draw learning curves of any number of runs in one picture, a panel for each environment.
+    """Plot the learning curves of any number of runs in one figure, with a panel for each environment.
 
-    Runs that differ in their random seeds only make one curve: the interquartile mean, with a 95 % bootstrap interval.
+    Runs that differ only in their random seed become one curve: the interquartile mean with a 95 % bootstrap interval.
     """
 
     directories: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories, or directories below which runs are found."""
+    """Run directories, or directories that contain runs at any depth."""
     metric: str = "eval_return"
-    """What to draw: a name from metrics.jsonl, such as eval_return, episode_return or critic_loss."""
+    """Metric to plot: a name from metrics.jsonl, such as eval_return, episode_return or critic_loss."""
     out: Path | None = None
-    """The picture (.png, .svg or .pdf); by default curves.png."""
+    """File to write (.png, .svg or .pdf). Default: curves.png."""
     json: bool = False
-    """Print the curves as one JSON object; a picture is then drawn only with --out."""
+    """Print the curves as one JSON object; a figure is then drawn only with --out."""
 
 
 Command = Train | Eval | Export | Collect | Ls | Plot | Presets | Doctor | Compare | Report | Lab
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Return the command.
+    """Parse the command line and return the command.
 
     Raises:
-        UsageError: if something is unknown, missing or out of its range.
-        SystemExit: with status 0, after --help or a script for completion.
+        UsageError: if an option is unknown, missing or out of range.
+        SystemExit: with status 0, after printing the help or a completion script.
     """
     if complete(arguments, lambda words: _cli(words, Train(config=Config()))):
         sys.exit()
@@ -196,14 +197,14 @@ def _cli(arguments: Sequence[str], default: Train) -> Command:
         | Annotated[Lab, tyro.conf.subcommand("lab")],
         args=arguments,
         prog="fastsac",
-        description="Soft Actor-Critic at speed, with the actor's gradient estimator as a choice.",
+        description="Fast Soft Actor-Critic, with a choice of gradient estimators for the actor.",
         registry=_registry(),
     )
     return command
 
 
 def _config_before_options(arguments: Sequence[str]) -> Config:
-    """Return what holds for options that are not given: a stored configuration, a preset or the defaults."""
+    """Return the values of options that are not given: a stored configuration, a preset or the defaults."""
     names = ("resume", "preset", "env_id", "estimator", "critic", "optimizer", "alpha")
     given = {name: value for name in names if (value := _given(arguments, name)) is not None}
     if "resume" in given:
@@ -251,7 +252,7 @@ def _from_json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        return text  # which the configuration refuses, saying what it should be
+        return text  # the configuration refuses it, with a clear message
 
 
 def _unframe(box: str, typed: str) -> str:
@@ -275,7 +276,7 @@ def _unframe(box: str, typed: str) -> str:
 
 
 def _near(text: str, typed: str) -> str:
-    """Return the first option that tyro suggests and the subcommand typed has."""
+    """Return the first option that tyro suggests for the subcommand that was typed."""
     option = ""
     for line in text.splitlines():
         if match := re.match(r"[│| ] {5}(--[\w-]+)", line):
@@ -286,7 +287,7 @@ def _near(text: str, typed: str) -> str:
 
 
 def _other_types(match: re.Match[str]) -> str:
-    """Return what tyro says of `{None}|FLOAT` in words."""
+    """Return tyro's `{None}|FLOAT` in words."""
     names = {"FLOAT": "a number", "INT": "a whole number"}
     allowed = " or ".join(names.get(name, name.strip("{}")) for name in match[1].split("|"))
     return f"it must be {allowed}, got {match[2]}"

@@ -1,4 +1,4 @@
-"""Code of the user's own that `SAC.learn` calls while it trains."""
+"""User code that `SAC.learn` calls during training."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """What `SAC.learn(callback=...)` calls while it trains; override what you need.
+    """Base class for callbacks that `SAC.learn(callback=...)` calls during training. Override the methods you need.
 
-    Returning False ends training; anything else, None in particular, lets it go on. Training ends as with
+    Returning False ends training; any other value, including None, continues it. Training ends as with
     `target_return`: the step is finished, the other callbacks are called, a last checkpoint is written if there is a
-    run directory, and `learn` returns. A later `learn`, or `--resume`, goes on.
+    run directory, and `learn` returns. A later call of `learn`, or `--resume`, continues the run.
 
-    A callback may read all that is public, notably `agent.steps`, `agent.updates`, `agent.metrics`, `agent.actor`,
+    A callback may read everything public, such as `agent.steps`, `agent.updates`, `agent.metrics`, `agent.actor`,
     `agent.replay`, `agent.config` and `agent.last_evaluation`. It may call `agent.evaluate`, `agent.predict` and
-    `agent.save`, the latter with another directory than the run's own. It must not call `agent.learn`, `agent.close` or
-    `agent.new_episodes`, or write to the learner or the replay. `agent.replay.sample` and
-    `agent.predict(obs, deterministic=False)` draw from the run's own random numbers: the run goes on as well as before,
-    but is no longer bit for bit the run without the callback.
+    `agent.save`, the latter with a directory other than the run's own. It must not call `agent.learn`, `agent.close` or
+    `agent.new_episodes`, or modify the learner or the replay buffer. `agent.replay.sample` and
+    `agent.predict(obs, deterministic=False)` use the run's random numbers: training works as well as before, but is no
+    longer bit for bit the run without the callback.
 
-    What a callback keeps itself is not in checkpoints. With --step-timeout, its time counts as time without a step.
+    A callback's own state is not saved in checkpoints. With --step-timeout, its time counts as time without a step.
 
-    If a callback raises an exception, training ends without a further checkpoint, and `learn` raises a UsageError that
-    names the callback. Earlier checkpoints are kept. A run directory without one can be resumed from the beginning. If
-    `learn` is called again on the same agent, it begins new episodes.
+    If a callback raises an exception, training ends without another checkpoint, and `learn` raises a UsageError that
+    names the callback. Earlier checkpoints are kept; without one, the run can be resumed from the beginning. If `learn`
+    is called again on the same agent, it starts new episodes.
 
-    Early stopping, and metrics and checkpoints that go somewhere else, too::
+    Example: early stopping, and copying metrics and checkpoints elsewhere::
 
         import math, shutil
         from fastsac import SAC, Callback, Config
@@ -68,19 +68,19 @@ class Callback:
     """
 
     def on_step(self, agent: SAC) -> bool | None:
-        """Called after each step of all environments, when all that it brings, evaluations included, has been done.
+        """Called after each step of all environments, once its updates, logging and evaluations are done.
 
-        That is up to `num_envs` environment steps: an environment that was reset in it does not count.
+        This is up to `num_envs` environment steps: an environment that was reset in this step does not count.
         """
 
     def on_evaluation(self, agent: SAC, evaluation: Evaluation) -> bool | None:
-        """Called after each evaluation during training that was played to its end, with its returns and lengths."""
+        """Called after each completed evaluation during training, with its returns and lengths."""
 
     def on_checkpoint(self, agent: SAC, path: Path) -> bool | None:
-        """Called after a checkpoint has been written whole, with its directory, `checkpoints/step-...`.
+        """Called after a checkpoint has been written completely, with its directory, `checkpoints/step-...`.
 
-        Checkpoints are written while training goes on, so `agent` may be some steps ahead of it. The last checkpoint of
-        `learn` counts, too; `checkpoints/best` does not. A run keeps its two newest ones: copy what is to stay.
+        Checkpoints are written in the background, so `agent` may be some steps ahead of it. The last checkpoint of
+        `learn` counts, too; `checkpoints/best` does not. A run keeps its two newest checkpoints: copy those to keep.
         """
 
 
@@ -98,20 +98,20 @@ class Hooks:
         for each in self._callbacks:
             if not isinstance(each, Callback):
                 raise UsageError(f"a callback must be an object of a subclass of fastsac.Callback, got {each!r}")
-        self.ended_by = ""  # who said so first
+        self.ended_by = ""  # the first callback that ended training
 
     def call(self, hook: str, *arguments: Any) -> bool:
-        """Call one method of every callback; return whether training is to end.
+        """Call one method of every callback; return whether training should end.
 
         Raises:
-            UsageError: if one of them raises an exception.
-            FastsacError: if the agent does, when a callback calls it.
+            UsageError: if a callback raises an exception.
+            FastsacError: if an agent method called by a callback raises it.
         """
         for callback in self._callbacks:
             name = f"{type(callback).__name__}.{hook}"
             try:
                 answer = getattr(callback, hook)(self._agent, *arguments)
-            except FastsacError:  # of the agent's own methods: an environment that fails may be restarted
+            except FastsacError:  # from the agent's own methods: a failed environment may be restarted
                 raise
             except Exception as error:
                 raise UsageError(
@@ -122,17 +122,17 @@ class Hooks:
         return bool(self.ended_by)
 
     def checkpoints(self, paths: Sequence[Path]) -> bool:
-        """Tell of checkpoints that have been written; return whether training is to end."""
+        """Call `on_checkpoint` for checkpoints that have been written; return whether training should end."""
         for path in paths:
             self.call("on_checkpoint", path)
         return bool(self.ended_by)
 
 
 def make_callback(place: str) -> Callback:
-    """Import `module:Class` and make an object of it, without arguments.
+    """Import `module:Class` and create an instance without arguments.
 
     Raises:
-        UsageError: if that cannot be done, or it is not a Callback.
+        UsageError: if that fails, or the class is not a Callback.
     """
     module, _, name = place.partition(":")
     if not module or not name:
@@ -147,14 +147,14 @@ def make_callback(place: str) -> Callback:
     except ModuleNotFoundError as error:
         raise UsageError(f"cannot import {error.name!r} for --callback {place}: is it on PYTHONPATH?") from error
     except Exception as error:
-        raise UsageError(f"--callback {place} cannot be made: {told(error, __file__)}") from error
+        raise UsageError(f"--callback {place} cannot be created: {told(error, __file__)}") from error
     if not isinstance(made, Callback):
         raise UsageError(f"--callback {place} must be a subclass of fastsac.Callback, got {made!r}")
     return made
 
 
 def _is_false(answer: Any) -> bool:
-    """Return whether it is False, or what a comparison of NumPy's or PyTorch's numbers gives instead."""
+    """Return whether it is False, or the equivalent result of a NumPy or PyTorch comparison."""
     if isinstance(answer, np.bool_ | np.ndarray | torch.Tensor):
         return str(answer.dtype) in ("bool", "torch.bool") and answer.ndim == 0 and not bool(answer)
     return answer is False

@@ -1,11 +1,11 @@
 """Checkpoints: a directory of safetensors files, one JSON file and a manifest of their hashes. Never pickle.
 
-A checkpoint is written beside its place and renamed into it. The one it replaces waits as ``.<name>.replaced`` until
-the new one is in place, and is found there by `load_checkpoint` and `latest_checkpoint` if the writer dies in between.
-Files that do not change from one checkpoint to the next are hard links, so each checkpoint is whole by itself.
+A checkpoint is written under a temporary name and then renamed. The one it replaces is kept as ``.<name>.replaced``
+until the new one is in place; `load_checkpoint` and `latest_checkpoint` find it there if the writer dies in between.
+Files that do not change from one checkpoint to the next are hard links, so each checkpoint is complete by itself.
 
-What is read may come from anybody: every file is a plain one inside its directory, its size is the one that was
-promised, and nothing of it is parsed before its hash has been checked.
+Checkpoints may come from untrusted sources: every file must be a regular file inside its directory with the size in the
+manifest, and nothing is parsed before its hash has been checked.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 BEST = "best"
-#: bytes of JSON, of which none of ours has a hundredth
+#: maximum bytes of JSON; ours never reach a hundredth of it
 LONGEST_JSON = 64 * 2**20
 _GROUP = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _FILE = re.compile(rf"{_GROUP.pattern}\.safetensors|state\.json")
@@ -53,20 +53,20 @@ def save_checkpoint(
 ) -> None:
     """Write `<group>.safetensors` for each group, `state` as JSON and the manifest, atomically and durably.
 
-    A checkpoint that is at `directory` already is replaced; after any failure it is as it was. Tensors may be on any
-    device, strided or share storage; they are copied only where needed. `state` is plain JSON with finite numbers.
-    The groups in `unchanged` are taken over from the checkpoint at `before`.
+    An existing checkpoint at `directory` is replaced; after any failure it is unchanged. Tensors may be on any
+    device, strided or share storage; they are copied only if needed. `state` is plain JSON with finite numbers.
+    The groups in `unchanged` are linked from the checkpoint at `before`.
 
     Raises:
-        FastsacError: if writing fails, `state` is not such JSON, or `directory` holds anything but a checkpoint.
-        ValueError: for the name of a group or a tensor that the format cannot hold.
+        FastsacError: if writing fails, `state` is not such JSON, or `directory` contains anything but a checkpoint.
+        ValueError: if the format does not allow the name of a group or a tensor.
     """
     target = Path(os.path.realpath(directory))
     if bad := [group for group in groups if not _GROUP.fullmatch(group)]:
-        raise ValueError(f"a group is named with letters, digits, '_' and '-', not {bad[0]!r}")
+        raise ValueError(f"a group name must consist of letters, digits, '_' and '-', got {bad[0]!r}")
     with _reported(f"cannot save the checkpoint {target}: its state is not JSON", *_BAD_JSON):
         encoded = json.dumps(dict(state)).encode()
-        parse_json(encoded)  # nothing is written that could not be read
+        parse_json(encoded)  # never write what could not be read back
     temporary = temporary_sibling(target)
     try:
         with _reported(f"cannot save the checkpoint {target}", OSError, SafetensorError):
@@ -93,7 +93,7 @@ def save_checkpoint(
 
 
 def _take_over(before: Path, groups: Collection[str], temporary: Path) -> dict[str, dict[str, Any]]:
-    """Link, or copy where the file system has no links, an older checkpoint's files; return their manifest entries."""
+    """Link an older checkpoint's files, or copy them if links are not supported; return their manifest entries."""
     hashes = _read_manifest(before, groups)
     entries = {}
     for name in (f"{group}.safetensors" for group in groups):
@@ -109,9 +109,9 @@ def _take_over(before: Path, groups: Collection[str], temporary: Path) -> dict[s
 def load_checkpoint(
     directory: Path, device: str | torch.device = "cpu", groups: Collection[str] | None = None
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Return the tensors of `groups` (all by default) on `device`, and the state, once every hash has been checked.
+    """Return the tensors of `groups` (default: all) on `device`, and the state, after checking every hash.
 
-    Files of groups that were not asked for are neither read nor required. The tensors own their memory.
+    Files of other groups are neither read nor required. The tensors own their memory.
 
     Raises:
         FastsacError: if there is no checkpoint, it lacks a group, or a file is missing, damaged or unreadable.
@@ -122,7 +122,7 @@ def load_checkpoint(
             if _sha256(place / name) != sha256:
                 damage = f"{place / name} is damaged: SHA-256 differs from the manifest" + _older_instead(place)
                 if name.startswith("replay"):
-                    damage += "; --no-checkpoint-replay goes on without the replay buffer"
+                    damage += "; --no-checkpoint-replay continues without the replay buffer"
                 raise FastsacError(damage)
         with _reported(f"{place / STATE} is damaged", *_BAD_JSON):
             state = parse_json(_read_json(place / STATE))
@@ -133,10 +133,10 @@ def load_checkpoint(
 
 
 def latest_checkpoint(run_dir: Path) -> Path:
-    """Return the newest `run_dir/checkpoints/step-*`, with all its files in full (`load_checkpoint` checks hashes).
+    """Return the newest `run_dir/checkpoints/step-*`, if all its files are complete (`load_checkpoint` checks hashes).
 
     Raises:
-        FastsacError: if there is none, or it is damaged, with what could be used instead.
+        FastsacError: if there is none, or it is damaged; the message says which one could be used instead.
     """
     directories = _step_directories(run_dir)
     if not directories:
@@ -147,24 +147,24 @@ def latest_checkpoint(run_dir: Path) -> Path:
 
 
 def groups_of(directory: Path) -> list[str]:
-    """Return the names of the groups of the checkpoint.
+    """Return the names of the checkpoint's groups.
 
     Raises:
-        FastsacError: if there is none, or a file is missing or has another size.
+        FastsacError: if there is no checkpoint, or a file is missing or has the wrong size.
     """
     files = _settled(Path(os.path.realpath(directory)), _read_manifest)
     return [name.removesuffix(".safetensors") for name in files if name != STATE]
 
 
 def identity(directory: Path) -> str:
-    """Return what tells this checkpoint from all others, or an empty string if there is none."""
+    """Return a hash that identifies this checkpoint, or an empty string if there is none."""
     with suppress(OSError):
         return _sha256(directory / MANIFEST)
     return ""
 
 
 def tensor_shapes(directory: Path, group: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a group's tensors without reading these, once its hash has been checked.
+    """Return the shapes of a group's tensors without loading them, after checking the file's hash.
 
     Raises:
         FastsacError: if there is no such group, or its file is missing, damaged or unreadable.
@@ -187,12 +187,12 @@ def step_directory(run_dir: Path, step: int) -> Path:
 
 
 def best_checkpoint(run_dir: Path) -> Path:
-    """Return where the checkpoint with the highest evaluation is."""
+    """Return the path of the checkpoint with the highest evaluation."""
     return run_dir / CHECKPOINTS / BEST
 
 
 def prune_checkpoints(run_dir: Path, keep: int) -> None:
-    """Remove what is older than the `keep` (at least 1) newest complete checkpoints.
+    """Remove all checkpoints that are older than the `keep` (at least 1) newest complete ones.
 
     Raises:
         FastsacError: if something cannot be removed.
@@ -207,7 +207,7 @@ def prune_checkpoints(run_dir: Path, keep: int) -> None:
 
 
 def remove_temporaries(run_dir: Path) -> None:
-    """Remove what dead writers left, which nobody else may be writing to; what cannot be removed stays."""
+    """Remove temporary files of dead writers, if possible. No other process may be writing to the run directory."""
     for parent in (run_dir, run_dir / CHECKPOINTS):
         for entry in list(parent.iterdir()) if parent.is_dir() else []:
             if _TEMPORARY.fullmatch(entry.name):
@@ -216,11 +216,11 @@ def remove_temporaries(run_dir: Path) -> None:
 
 
 def _older_instead(damaged: Path) -> str:
-    """Return what to add to an error about a damaged `step-*`: which older one could be used, if any."""
+    """Return an addition to an error about a damaged `step-*`: which older one could be used, if any."""
     directories = _step_directories(damaged.parent.parent)
     place = directories.index(damaged) if damaged in directories else len(directories)
     for older in directories[place + 1 :]:
-        with suppress(FastsacError, OSError):  # blocks of the replay are common to several: damaged in one, in all
+        with suppress(FastsacError, OSError):  # checkpoints share replay blocks: a damaged block affects all of them
             if not problem(older) and all(_sha256(older / name) == sha for name, sha in _read_manifest(older).items()):
                 return f"; {older.name} is complete: remove {damaged} to use it"
     return ""
@@ -235,7 +235,7 @@ def _reported(what: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def _step_directories(run_dir: Path) -> list[Path]:
-    """Newest first, complete or not, under their final names."""
+    """Return all checkpoints, newest first, complete or not, under their final names."""
     parent = run_dir / CHECKPOINTS
     with _reported(f"cannot read {parent}", OSError):
         entries = os.listdir(parent) if parent.exists() else []
@@ -249,7 +249,7 @@ def _replaced(directory: Path) -> Path:
 
 
 def _place(directory: Path) -> tuple[Path, int, int]:
-    """Return where the checkpoint is now, and what tells it from the one that replaces it."""
+    """Return where the checkpoint is now, and numbers that distinguish it from its replacement."""
     for place in (directory, _replaced(directory)):
         with suppress(OSError):
             found = (place / MANIFEST).stat()
@@ -258,7 +258,7 @@ def _place(directory: Path) -> tuple[Path, int, int]:
 
 
 def _settled(directory: Path, read: Callable[[Path], _T]) -> _T:
-    """Read the checkpoint where it is, and again if a writer replaced it meanwhile."""
+    """Read the checkpoint, and read it again if a writer replaced it in the meantime."""
     while True:
         place = _place(directory)
         try:
@@ -273,9 +273,9 @@ def _settled(directory: Path, read: Callable[[Path], _T]) -> _T:
 
 
 def problem(directory: Path) -> str:
-    """Return what is wrong with the checkpoint, without a look at hashes, or an empty string."""
+    """Return what is wrong with the checkpoint, or an empty string; hashes are not checked."""
     if linked := [path for path in (directory.parent, directory) if path.is_symlink()]:
-        return f"{linked[0]} is a symbolic link, and checkpoints are read in their own directory only"
+        return f"{linked[0]} is a symbolic link, but checkpoints are only read from their own directory"
     try:
         _settled(directory, _read_manifest)
     except FastsacError as error:
@@ -284,7 +284,7 @@ def problem(directory: Path) -> str:
 
 
 def _discard(path: Path) -> None:
-    """Remove a directory under a temporary name: half removed, it never looks like a checkpoint."""
+    """Rename a directory, then remove it, so that a partly removed one never looks like a checkpoint."""
     if path.exists():
         trash = temporary_sibling(path)
         os.rename(path, trash)
@@ -295,7 +295,7 @@ def _refuse_to_destroy(target: Path) -> None:
     names = sorted(os.listdir(target)) if target.exists() else []
     foreign = [name for name in names if name != MANIFEST and not (_FILE.fullmatch(name) and MANIFEST in names)]
     if foreign:
-        what = f"it holds {foreign[0]!r} and is no checkpoint"
+        what = f"it contains {foreign[0]!r} and is not a checkpoint"
         raise FastsacError(f"cannot save the checkpoint {target}: {what}; choose another directory")
 
 
@@ -307,7 +307,7 @@ def _swap_in(temporary: Path, target: Path) -> None:
     try:
         if replaces:
             os.rename(target, old)
-        elif WINDOWS and target.exists():  # and empty: elsewhere it is replaced at once
+        elif WINDOWS and target.exists():  # an empty directory, which other systems replace directly
             target.rmdir()
         os.rename(temporary, target)
         _fsync(target.parent)
@@ -323,7 +323,7 @@ def _swap_in(temporary: Path, target: Path) -> None:
 
 
 def _fsync(path: Path) -> None:
-    if WINDOWS and path.is_dir():  # which it does not open
+    if WINDOWS and path.is_dir():  # Windows cannot open directories
         return
     descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
@@ -341,7 +341,7 @@ def _sha256(path: Path) -> str:
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous CPU tensors without common memory, copied only where needed: a replay is gigabytes."""
+    """Return contiguous CPU tensors without shared memory, copied only if needed: a replay buffer has gigabytes."""
     if "__metadata__" in tensors:
         raise ValueError("safetensors reserves the name '__metadata__'")
     packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -363,11 +363,11 @@ def _load_tensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """Return what a safetensors file says of its tensors, each of them once."""
+    """Return the header of a safetensors file, which must name each tensor once."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= min(path.stat().st_size - 8, LONGEST_JSON):
-            raise ValueError(f"its header cannot have {length} bytes")
+            raise ValueError(f"its header has an impossible length of {length} bytes")
         return parse_json(file.read(length))
 
 
@@ -382,7 +382,7 @@ def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
 
 
 def _read_manifest(place: Path, groups: Collection[str] | None = None) -> dict[str, str]:
-    """Return the SHA-256 of each file of `groups` and of the state; all of them are there, with the right size."""
+    """Return the SHA-256 of each file of `groups` and of the state, after checking that they exist in full size."""
     path = place / MANIFEST
     if not _is_plain(path):
         raise FastsacError(f"there is no checkpoint at {place}: {MANIFEST} is missing")
@@ -390,13 +390,13 @@ def _read_manifest(place: Path, groups: Collection[str] | None = None) -> dict[s
         encoded = _read_json(path)
         manifest = parse_json(encoded)
         if type(version := manifest["format"]) is int and version != FORMAT:
-            raise FastsacError(f"{path} has format {version}, and this version of fastsac reads format {FORMAT}")
+            raise FastsacError(f"{path} has format {version}, but this version of fastsac reads format {FORMAT}")
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        if not all(_FILE.fullmatch(name) for name in files):  # "../x", say
-            raise ValueError("it names files that no checkpoint has")
+        if not all(_FILE.fullmatch(name) for name in files):  # such as "../x"
+            raise ValueError("it names files that do not belong to a checkpoint")
         ours = {name: {"size": size, "sha256": sha256} for name, (size, sha256) in files.items()}
         if _manifest_bytes({"format": FORMAT, "files": ours}) != encoded:  # it has no hash of its own
-            raise ValueError("it is not as fastsac writes it")
+            raise ValueError("fastsac did not write it in this form")
     wanted = list(files) if groups is None else [f"{group}.safetensors" for group in groups]
     for name in dict.fromkeys([*wanted, STATE]):
         if name not in files:
@@ -404,14 +404,14 @@ def _read_manifest(place: Path, groups: Collection[str] | None = None) -> dict[s
         if not (place / name).exists():
             raise FastsacError(f"{place / name} is missing")
         if not _is_plain(place / name):
-            raise FastsacError(f"{place / name} is damaged: it is no plain file")
+            raise FastsacError(f"{place / name} is damaged: it is not a regular file")
         if (size := (place / name).stat().st_size) != files[name][0]:
             raise FastsacError(f"{place / name} is damaged: it has {size} bytes, not {files[name][0]!r}")
     return {name: files[name][1] for name in dict.fromkeys([*wanted, STATE])}
 
 
 def _is_plain(path: Path) -> bool:
-    """Whether it is a file of its own: a symbolic link could lead anywhere, and a device never ends."""
+    """Whether it is a regular file: a symbolic link could lead anywhere, and a device never ends."""
     with suppress(OSError):
         return stat.S_ISREG(path.lstat().st_mode)
     return False

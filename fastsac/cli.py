@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except FastsacError as error:
         _fail(str(error), error.exit_status)
-    except BrokenPipeError:  # whoever read our output has gone; the interpreter must not complain about it at its end
+    except BrokenPipeError:  # the reader of our output is gone; the interpreter must not complain about it on exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        _fail("out of memory: smaller --hidden-sizes, --batch-size or --num-envs need less")
+        _fail("out of memory: try smaller --hidden-sizes, --batch-size or --num-envs")
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:
@@ -120,10 +120,10 @@ def _check_play(command: Eval | Collect) -> None:
 
 
 def _load(command: Eval | Collect | Export, config: Config) -> SAC:
-    """Load an agent that only acts: on any device, with one thread, since small batches gain nothing by more."""
+    """Load an agent that only acts: on any device, with one thread, since small batches gain nothing from more."""
     from fastsac.train import SAC
 
-    os.environ.pop("TORCHELASTIC_RUN_ID", None)  # it acts in one process, whoever has started it
+    os.environ.pop("TORCHELASTIC_RUN_ID", None)  # it acts in one process, even if torchrun started it
     plain = dataclasses.replace(config, device="auto", engine="auto", precision="fp32", num_threads=1)
     return SAC.load(command.run_dir, plain, best=command.best)
 
@@ -173,7 +173,7 @@ def _eval(command: Eval) -> None:
     if command.video is not None:
         check_video_path(command.video)
     config = read_config(command.run_dir)
-    if command.env_id is not None and command.env_id != config.env_id:  # another task has arguments of its own
+    if command.env_id is not None and command.env_id != config.env_id:  # another task has its own arguments
         config = dataclasses.replace(config, env_id=command.env_id, env_backend="auto", env_kwargs={})
     if command.env_kwargs is not None:
         config = dataclasses.replace(config, env_kwargs=command.env_kwargs)

@@ -1,4 +1,4 @@
-"""What a trained agent plays, as a Minari dataset: `fastsac collect`."""
+"""Records episodes of a trained agent as a Minari dataset: `fastsac collect`."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from fastsac.train import SAC
 
 
 def collect(agent: SAC, dataset_id: str, episodes: int, seed: int, deterministic: bool) -> tuple[Evaluation, Path]:
-    """Play whole episodes and write them as a Minari dataset, where Minari keeps its datasets.
+    """Play complete episodes and save them as a Minari dataset, in Minari's own directory.
 
-    It is put together beside them, and gets its name when it is whole.
+    The dataset is written under a temporary name, and renamed once it is complete.
 
     Args:
-        agent: its environments for evaluations are used, and its noise begins anew.
+        agent: plays in its evaluation environments; its noise is seeded again.
         dataset_id: namespace/name-v0.
-        episodes: how many.
-        seed: of environments and noise.
-        deterministic: whether the mean action is taken instead of a sample.
+        episodes: number of episodes.
+        seed: random seed for the environments and the noise.
+        deterministic: whether to use the mean action instead of a sample.
 
     Returns:
         The episodes' returns and lengths, and the dataset's directory.
 
     Raises:
-        UsageError: if Minari is missing, or the name is none, or taken.
-        FastsacError: if it cannot be written, or a signal has ended it.
+        UsageError: if Minari is missing, or the id is invalid or already exists.
+        FastsacError: if the dataset cannot be written, or a signal interrupted it.
     """
     path = check_new(dataset_id)
     agent.learner.reseed(child_seed(seed, LEARNER))
-    root = path.parents[dataset_id.count("/")]  # which Minari makes
+    root = path.parents[dataset_id.count("/")]  # which Minari creates
     try:
         with tempfile.TemporaryDirectory(prefix=".fastsac-", dir=root) as place, stop_signals() as stop:
             whole = Path(place) / "dataset"
@@ -54,7 +54,7 @@ def collect(agent: SAC, dataset_id: str, episodes: int, seed: int, deterministic
                 episodes, seed, lambda: bool(stop), deterministic=deterministic, watch=recorder.watch
             )
             if stop:
-                raise FastsacError(f"interrupted: there is no dataset {dataset_id}")
+                raise FastsacError(f"interrupted: the dataset {dataset_id} was not written")
             recorder.describe(dataset_id, _description(agent, seed, deterministic))
             _make_namespace(dataset_id)
             if path.exists():
@@ -66,7 +66,7 @@ def collect(agent: SAC, dataset_id: str, episodes: int, seed: int, deterministic
 
 
 def check_new(dataset_id: str) -> Path:
-    """Return where a new dataset of this name goes; UsageError if it cannot be that, or Minari is missing."""
+    """Return the directory for a new dataset; UsageError if the id is invalid or exists, or Minari is missing."""
     require_minari()
     from minari.dataset.minari_dataset import DATASET_ID_RE
     from minari.storage import get_dataset_path
@@ -76,7 +76,7 @@ def check_new(dataset_id: str) -> Path:
         raise UsageError(f"--out must be the id of a Minari dataset, such as pendulum/sac-v0, got {dataset_id!r}")
     path: Path = get_dataset_path(dataset_id)
     if path.exists():
-        raise UsageError(f"{path} exists already: choose another --out, or `minari delete {dataset_id}` first")
+        raise UsageError(f"{path} already exists: choose another --out, or run `minari delete {dataset_id}` first")
     return path
 
 
@@ -89,21 +89,21 @@ def _make_namespace(dataset_id: str) -> None:
 
 
 class Recorder:
-    """Writes each episode into Minari's storage when it has ended."""
+    """Writes each episode to Minari's storage when it ends."""
 
     def __init__(self, path: Path, config: Config) -> None:
-        """Make nothing yet.
+        """Store the arguments; the storage is created later.
 
         Args:
-            path: of the storage.
-            config: of the agent that plays.
+            path: the directory of the storage.
+            config: the agent's settings.
         """
         self._path, self._config = path, config
         self._storage: Any = None
         self._episodes: dict[int, _Episode] = {}
 
     def watch(self, envs: VectorEnv, step: Step | None, counts: Bools) -> None:
-        """Keep one step of the environments that count (see `fastsac.evaluate.Watch`)."""
+        """Record one step of the environments that count (see `fastsac.evaluate.Watch`)."""
         if self._storage is None:
             self._storage = self._create(envs)
         obs_space, action_space = envs.own_spaces
@@ -137,7 +137,7 @@ class Recorder:
         self._storage.update_episodes([EpisodeBuffer(observations=stack(obs), actions=np.stack(action), **columns)])
 
     def describe(self, dataset_id: str, description: str) -> None:
-        """Write what the dataset is."""
+        """Write the dataset's metadata."""
         import minari
 
         self._storage.update_metadata(
@@ -168,7 +168,7 @@ def _of_one(space: Any, batch: Any, index: int) -> Any:
 
 
 def _env_spec(config: Config, backend_name: str) -> EnvSpec | None:
-    """Return what makes the environment again with Gymnasium alone, or None if that cannot be said."""
+    """Return the spec that creates the environment with Gymnasium alone, or None if there is none."""
     if config.env_wrappers or (backend_name == "envpool" and config.env_kwargs):
         return None
     try:
@@ -178,7 +178,7 @@ def _env_spec(config: Config, backend_name: str) -> EnvSpec | None:
         spec.kwargs.update(config.env_kwargs)
         spec.max_episode_steps = config.max_episode_steps or spec.max_episode_steps
         spec.to_json()
-    except Exception:  # it is EnvPool's alone, or has arguments that JSON cannot hold
+    except Exception:  # only EnvPool has it, or its arguments are not JSON
         return None
     return spec
 

@@ -1,4 +1,4 @@
-"""Completion in the shell: the script that tyro writes, with two mistakes of its own mended."""
+"""Shell completion: the script that tyro writes, with two of its bugs fixed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHELLS = ("bash", "zsh", "fish")
 #: tyro's options, and what each takes
 OPTIONS = {"--tyro-print-completion": ("SHELL",), "--tyro-write-completion": ("SHELL", "FILE")}
 
-#: where tyro has nothing to offer, bash completes names of files: `fastsac eval runs/...`
+#: if tyro has no suggestion, bash completes file names: `fastsac eval runs/...`
 BASH_FILES = """
 _fastsac() {
   _tyro_fastsac
@@ -26,14 +26,14 @@ complete -o default -F _fastsac fastsac
 
 
 def complete(arguments: Sequence[str], cli: Callable[[Sequence[str]], Any]) -> bool:
-    """Print or write the script if the arguments ask for it, and return whether they do.
+    """Print or write the completion script if the arguments request it, and return whether they do.
 
     Args:
-        arguments: of the command line.
-        cli: tyro's, which prints the script.
+        arguments: the command-line arguments.
+        cli: tyro's command line, which prints the script.
 
     Raises:
-        UsageError: if it is not said for which shell, or where to.
+        UsageError: if the shell or the output file is missing.
     """
     option = arguments[0].replace("_", "-") if arguments else ""
     if option not in OPTIONS:
@@ -56,7 +56,7 @@ def complete(arguments: Sequence[str], cli: Callable[[Sequence[str]], Any]) -> b
 
 
 def _mend(script: str) -> str:
-    """Let each description be one line, since each line is offered, and offer files where nothing else fits."""
+    """Put each description on one line, since each line is offered, and offer files if nothing else fits."""
     script = re.sub("^.*COMPLETION_SPEC = .*$", lambda line: re.sub(r"\\+n", " ", line[0]), script, flags=re.MULTILINE)
     end = "    return completions\n\n\ndef main"
     return script.replace(end, end.replace("completions", "completions or ['__TYRO_COMPLETE_FILES__']"))

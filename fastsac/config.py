@@ -1,4 +1,4 @@
-"""Everything that can be set, in one frozen dataclass. The docstrings are the command line's help."""
+"""All settings, in one frozen dataclass. The docstrings of its fields are the command-line help."""
 
 from __future__ import annotations
 
@@ -10,144 +10,145 @@ from typing import Any, Literal
 
 from fastsac.errors import UsageError
 
-#: the baseline with the sign that the note prints: unbiased, and worse than none; `fastsac compare` alone takes it
+#: the value baseline with the sign printed in the note: unbiased, but worse than none; only for `fastsac compare`
 AS_PRINTED = "value-as-printed"
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of a run. The defaults are those of SAC's second version (arXiv 1812.05905)."""
+    """Settings of a run. The defaults are those of the second SAC paper (arXiv 1812.05905)."""
 
     env_id: str = "HalfCheetah-v5"
     """Environment: an EnvPool or Gymnasium id, or `module:Id-v0` to import `module` first."""
     total_steps: int = 1_000_000
-    """Environment steps, over all environments."""
+    """Environment steps, summed over all environments."""
     estimator: str = "pathwise"
-    """The actor's gradient estimator: `pathwise`, `score`, `pathwise-stl`, `pathwise-antithetic`, `score-antithetic`,
-    `mix` or `measure-valued`; or your own, as `module:name`, where `module` registers it."""
+    """Gradient estimator of the actor: `pathwise`, `score`, `pathwise-stl`, `pathwise-antithetic`, `score-antithetic`,
+    `mix` or `measure-valued`; or your own as `module:name`, where `module` registers it."""
     baseline: str = "auto"
-    """Baseline of the score function: `none`, `constant`, `value`, `mean-action` or `loo`, which `auto` takes."""
+    """Baseline of the score function: `none`, `constant`, `value`, `mean-action` or `loo`; `auto` selects `loo`."""
     num_action_samples: int | None = None
-    """Action samples per state in the actor's update (K). Default: as few as estimator and baseline need, which is 1,
-    or 2 with `loo`, in pairs or in a mix, or 4 with `loo` over pairs."""
+    """Action samples per state in the actor update (K). Default: the fewest that the estimator and the baseline need:
+    1; or 2 with `loo`, antithetic pairs or `mix`; or 4 with `loo` over pairs."""
     entropy_split: float | Literal["auto"] = "auto"
-    """How much of the Gaussian's log-density is sampled in the actor's gradient, from 1 (all) to 0 (the exact gradient
-    of its entropy). `auto`: 1 for the score function and `pathwise-stl`, which is `pathwise` with 1; else 0."""
+    """Fraction of the Gaussian's log-density that is sampled in the actor gradient, from 1 (all) to 0 (the exact
+    gradient of its entropy). `auto`: 1 for the score function and `pathwise-stl` (`pathwise` with 1), otherwise 0."""
     seed: int = 0
-    """Seeds the environments, the networks' initial weights and all noise."""
+    """Random seed for the environments, the initial weights and all noise."""
 
     num_envs: int = 16
-    """Parallel environments."""
+    """Number of parallel environments."""
     env_backend: Literal["auto", "envpool", "gymnasium", "gymnasium-async", "python"] = "auto"
-    """`auto` takes EnvPool where it has the id, else Gymnasium. `gymnasium-async` steps each environment in a process
-    of its own, for slow simulators. `python` stands for environments that were handed to `SAC(config, envs=...)`."""
+    """`auto` uses EnvPool if it has the environment, otherwise Gymnasium. `gymnasium-async` steps each environment in
+    its own process, for slow simulators. `python` means environments passed to `SAC(config, envs=...)`."""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the environment, as a JSON object: '{"frame_skip": 2}'."""
+    """Keyword arguments for the environment, as a JSON object: '{"frame_skip": 2}'."""
     env_wrappers: tuple[str, ...] = ()
-    """Gymnasium wrappers, the innermost first, as `module:Wrapper`; they are called with the environment only."""
+    """Gymnasium wrappers as `module:Wrapper`, innermost first. Each is called with the environment only."""
     max_episode_steps: int | None = None
-    """Steps after which an episode is truncated, in place of the environment's own limit."""
+    """Truncate episodes after this many steps, instead of at the environment's own time limit."""
     utd: float = 1.0
-    """Gradient updates per environment step; below 1 they are spread evenly."""
+    """Gradient updates per environment step (update-to-data ratio); below 1, updates are spread evenly."""
     utd_end: float | None = None
-    """Let the updates per step go linearly from --utd to this over --total-steps."""
+    """Change the updates per step linearly from --utd to this value over --total-steps."""
     learning_starts: int = 1000
-    """Environment steps with uniformly random actions before the first update. With --offline, 0 updates from the first
-    step on."""
+    """Environment steps with uniformly random actions before the first update. With --offline, 0 starts updates at the
+    first step."""
     buffer_size: int = 1_000_000
-    """Transitions that the replay buffer holds."""
+    """Size of the replay buffer, in transitions."""
     batch_size: int = 256
-    """Transitions per update."""
+    """Transitions per update (minibatch size)."""
     offline: str | None = None
-    """Minari dataset that fills the replay buffer before the first environment step: the id of a local dataset, or its
-    directory. Its transitions do not count as steps."""
+    """Minari dataset to load into the replay buffer before the first environment step: the id of a local dataset, or
+    its directory. Its transitions do not count as steps."""
 
     gamma: float = 0.99
-    """Discount per step."""
+    """Discount factor per step."""
     n_step: int = 1
-    """Rewards that are summed before the target critics' value is added (n-step returns)."""
+    """Number of rewards summed before bootstrapping from the target critics (n-step returns)."""
     normalize_obs: bool = False
-    """Normalise observations by their running mean and standard deviation, and clip them to [-10, 10]."""
+    """Normalise observations with their running mean and standard deviation, and clip them to [-10, 10]."""
     normalize_reward: bool = False
     """Divide rewards by the running standard deviation of the discounted return."""
     reward_scale: float = 1.0
-    """Multiply rewards by this."""
+    """Multiply rewards by this factor."""
     tau: float = 0.005
-    """Fraction of the new weights in each update of the target critics."""
+    """Soft update coefficient of the target critics: the share of the new weights in each update."""
     alpha: float | Literal["auto"] = "auto"
-    """Entropy temperature: a number keeps it fixed, `auto` learns it."""
+    """Entropy temperature: a fixed number, or `auto` to learn it."""
     initial_alpha: float = 1.0
-    """Where an automatic alpha begins."""
+    """Initial value of a learned alpha."""
     target_entropy: float | Literal["auto"] = "auto"
-    """Entropy that an automatic alpha aims at, in nats; `auto` is minus the action size."""
+    """Target entropy of a learned alpha, in nats; `auto` is minus the action size."""
     actor_lr: float = 3e-4
     """Learning rate of the actor."""
     critic_lr: float = 3e-4
     """Learning rate of the critics."""
     value_lr: float = 1e-3
-    """Learning rate of the value network of `--baseline value`, which has to follow the critics."""
+    """Learning rate of the value network of `--baseline value`, which must keep up with the critics."""
     alpha_lr: float = 3e-4
-    """Learning rate of an automatic alpha."""
+    """Learning rate of a learned alpha."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What becomes of all learning rates over --total-steps: `linear` and `cosine` go down to 0."""
+    """Schedule of all learning rates over --total-steps; `linear` and `cosine` decay to 0."""
     optimizer: Literal["adam", "adamw"] = "adam"
-    """`adamw` also lets the weights of actor, critics and value network decay."""
+    """`adamw` adds weight decay to the actor, the critics and the value network."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the means of gradients and of their squares."""
+    """Decay rates for the running means of the gradients and of their squares."""
     weight_decay: float | None = None
-    """Weight decay of `--optimizer adamw`, times the learning rate in each update. Default: 0.01."""
+    """Weight decay of `--optimizer adamw`, multiplied by the learning rate in each update. Default: 0.01."""
     max_grad_norm: float | None = None
-    """Scale a network's gradient down if its norm is larger; the norm is over all critics."""
+    """Gradient clipping: scale down a network's gradient if its norm is larger. All critics share one norm."""
     actor_every: int = 1
     """Critic updates per actor and alpha update (policy delay)."""
     hidden_sizes: tuple[int, ...] = (256, 256)
-    """Hidden layers of every network."""
+    """Hidden layer sizes of every network."""
     activation: Literal["relu", "elu", "silu", "tanh"] = "relu"
-    """Activation of every hidden layer."""
+    """Activation function of every hidden layer."""
     layer_norm: bool = False
-    """Layer normalisation before every activation of actor and critics."""
+    """Apply layer normalisation before every activation of the actor and the critics."""
     num_critics: int = 2
-    """Critics (E)."""
+    """Number of critics (E)."""
     critic_reduction: Literal["min", "mean"] = "min"
-    """Which value of the critics counts, for their targets and for the actor: the smallest, or the mean. With `mean`,
+    """How the critics' values are combined, for their targets and for the actor: the minimum or the mean. With `mean`,
     each categorical critic learns from its own target."""
     critic: Literal["scalar", "categorical"] = "scalar"
     """`categorical` critics learn the distribution of the return over --num-atoms values from --v-min to --v-max."""
     num_atoms: int = 101
-    """Values of the return that a categorical critic tells apart."""
+    """Number of values (atoms) in a categorical critic's distribution of the return."""
     v_min: float | None = None
-    """Lowest discounted return, entropy included, of a categorical critic, in the units of scaled rewards."""
+    """Lowest discounted return of a categorical critic, entropy included, in units of the scaled rewards."""
     v_max: float | None = None
     """Highest discounted return of a categorical critic."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes CUDA where there is a GPU."""
+    """`auto` uses CUDA if there is a GPU."""
     engine: Literal["auto", "reference", "graphed", "fused"] = "auto"
-    """`reference`: PyTorch with autograd. `fused`: gradients written out by hand; on CUDA an update is six launches.
-    `graphed`: a Triton kernel for each operation, in CUDA graphs. `auto` takes `fused` if it serves the settings, else
-    `graphed` on CUDA and `reference` on a CPU. On CUDA an engine has to pass a check, or the next one is taken."""
+    """`reference`: PyTorch with autograd. `fused`: hand-written gradients; on CUDA, six kernel launches per update.
+    `graphed`: one Triton kernel per operation, in CUDA graphs. `auto` uses `fused` if it supports the settings,
+    otherwise `graphed` on CUDA and `reference` on a CPU. On CUDA an engine must pass a check; if it fails, `auto` uses
+    the next one."""
     precision: Literal["auto", "fp32", "bf16", "tf32"] = "auto"
     """Precision of matrix products: `fp32`; `bf16` with engine `fused`, on CUDA and on CPUs that have it in hardware;
-    `tf32` on CUDA. `auto` takes `tf32` with `fused` on an A100, H100 or B200; on a CPU `bf16` where a measurement at
-    start-up finds it faster; else `fp32`."""
+    `tf32` on CUDA. `auto` uses `tf32` with `fused` on an A100, H100 or B200; `bf16` on a CPU if a measurement at
+    start-up finds it faster; otherwise `fp32`."""
     num_threads: int = 0
-    """CPU threads of PyTorch; 0 measures which number is fastest."""
+    """CPU threads for PyTorch; 0 measures which number is fastest."""
 
     eval_every: int = 10_000
-    """Steps between evaluations of the deterministic policy; 0 never evaluates."""
+    """Steps between evaluations of the deterministic policy; 0 disables evaluation."""
     eval_episodes: int = 10
-    """Episodes of an evaluation."""
+    """Episodes per evaluation."""
     target_return: float | None = None
-    """Stop once an evaluation's mean return reaches this."""
+    """Early stopping: end training once an evaluation's mean return reaches this value."""
     log_every: int = 1000
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 50_000
     """Steps between checkpoints; 0 saves only at the end."""
     checkpoint_replay: bool = False
-    """Store the replay buffer in checkpoints too, so that a resumed run need not refill it."""
+    """Save the replay buffer in checkpoints, too, so that a resumed run does not need to refill it."""
 
     def __post_init__(self) -> None:
-        """Raise UsageError for the first setting that is out of its range."""
+        """Raise UsageError for the first setting that is out of range."""
         for name in ("env_id", "estimator", "baseline"):
             value = getattr(self, name)
             if not isinstance(value, str):
@@ -184,7 +185,7 @@ class Config:
         if self.buffer_size < self.num_envs:
             raise UsageError(f"--buffer-size must be at least --num-envs ({self.num_envs}), got {self.buffer_size}")
         if self.target_return is not None and not self.eval_every:
-            raise UsageError("--target-return is compared with evaluations, and --eval-every 0 never evaluates")
+            raise UsageError("--target-return needs evaluations, and --eval-every 0 disables them")
         self._check_environment()
         self._check_optimizer()
         self._check_critic()
@@ -194,7 +195,7 @@ class Config:
         try:
             if not isinstance(kwargs, dict) or any(not isinstance(key, str) for key in kwargs):
                 raise ValueError
-            object.__setattr__(self, "env_kwargs", json.loads(json.dumps(kwargs, allow_nan=False)))  # a copy of its own
+            object.__setattr__(self, "env_kwargs", json.loads(json.dumps(kwargs, allow_nan=False)))  # its own copy
         except (TypeError, ValueError):
             raise UsageError(
                 f"--env-kwargs must be a JSON object such as '{{\"frame_skip\": 2}}', got {kwargs!r}"
@@ -241,7 +242,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-#: the least value of each whole number
+#: the smallest value of each whole number
 _INTEGERS = {
     "total_steps": 1,
     "num_action_samples": 1,
@@ -261,17 +262,17 @@ _INTEGERS = {
     "log_every": 1,
     "checkpoint_every": 0,
 }
-#: starting a million threads crashes the process; a batch takes as many operations as there are steps
+#: a million threads would crash the process; a batch of n-step returns needs n operations
 _MOST = {"num_threads": 1024, "n_step": 1000, "num_atoms": 4096}
 _FLAGS = ("checkpoint_replay", "normalize_obs", "normalize_reward", "layer_norm")
-#: the numbers that may be left out
+#: the numbers that may be None
 _OPTIONAL = (
     *("num_action_samples", "max_episode_steps", "target_return", "utd_end", "weight_decay", "max_grad_norm"),
     *("v_min", "v_max"),
 )
-#: the real numbers that may be left to the program
+#: the real numbers that may be `auto`
 _AUTOMATIC = ("alpha", "target_entropy", "entropy_split")
-#: the values of each choice, for those who come by way of Python
+#: the allowed values of each choice, for callers from Python
 _CHOICES = {
     "env_backend": ("auto", "envpool", "gymnasium", "gymnasium-async", "python"),
     "lr_schedule": ("constant", "linear", "cosine"),
@@ -284,7 +285,7 @@ _CHOICES = {
     "precision": ("auto", "fp32", "bf16", "tf32"),
 }
 _TINY, _HUGE = sys.float_info.min, sys.float_info.max
-#: the range of each real number, which also refuses NaN and infinities
+#: the range of each real number; it also excludes NaN and infinities
 _REALS = {
     "utd": (_TINY, 1e6, "above 0 and at most a million"),
     "utd_end": (0.0, 1e6, "at least 0 and at most a million"),

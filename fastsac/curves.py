@@ -1,4 +1,4 @@
-"""`fastsac plot`: learning curves of any number of runs, those that differ in their random seeds only as one."""
+"""`fastsac plot`: learning curves of any number of runs; runs that differ only in their random seed form one curve."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fastsac.results import RETURN, find_runs, printable
 from fastsac.run_dir import METRICS, is_held, read_config, read_rows
 
 FORMATS = (".png", ".svg", ".pdf")
-#: settings that do not change what a run computes, but what is written of it; and the CPU threads
+#: settings that do not change what a run computes, only what it writes; and the CPU threads
 WRITING = ("eval_every", "eval_episodes", "log_every", "checkpoint_every", "checkpoint_replay", "num_threads")
-#: settings by which a run's end changes what comes before
+#: settings with which `total_steps` changes the whole run
 SCHEDULES = {"lr_schedule": "constant", "utd_end": None}
-#: names in a message
+#: maximum number of names in a message
 NAMED = 3
 
 
@@ -37,7 +37,7 @@ class Run(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that two runs of one curve have in common, but for the environment's id."""
+        """All settings that the runs of one curve have in common, except the environment's id."""
         left_out = {"env_id", "seed", "target_return", *WRITING}
         if all(getattr(self.config, name) == plain for name, plain in SCHEDULES.items()):
             left_out.add("total_steps")
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Runs of one environment that differ in their random seeds only."""
+    """Runs of one environment that differ only in their random seed."""
 
     env_id: str
     settings: dict[str, Any]
@@ -53,11 +53,11 @@ class Group(NamedTuple):
 
 
 def plot(command: Plot) -> None:
-    """Carry out the command.
+    """Run the command.
 
     Raises:
         UsageError: if a directory does not exist, there are no runs, or none of them has the metric.
-        FastsacError: if the picture cannot be written.
+        FastsacError: if the figure cannot be written.
     """
     out = command.out if command.out is not None or command.json else Path("curves.png")
     if out is not None and out.suffix.lower() not in FORMATS:
@@ -84,9 +84,9 @@ def plot(command: Plot) -> None:
 
 
 def _read(command: Plot) -> tuple[list[Run], dict[str, list[Path]]]:
-    """Return the runs that have the metric, and by a reason the directories of those that are left out."""
+    """Return the runs that have the metric, and the directories of the others by the reason they are left out."""
     if not command.directories:
-        raise UsageError("name run directories, or directories below which there are runs: fastsac plot runs")
+        raise UsageError("name run directories, or directories that contain runs: fastsac plot runs")
     paths: dict[str, Path] = {}
     for directory in command.directories:
         below = find_runs(directory)
@@ -119,7 +119,7 @@ def _read(command: Plot) -> tuple[list[Run], dict[str, list[Path]]]:
 
 
 def _increasing(curve: Curve) -> Curve:
-    """Return the curve in the order of its steps, each once."""
+    """Return the curve sorted by step, with each step once."""
     values = dict(zip(*curve, strict=True))
     steps = sorted(values)
     return steps, [values[step] for step in steps]
@@ -148,7 +148,7 @@ def differing(groups: Sequence[Group]) -> list[str]:
 
 
 def label_of(settings: dict[str, Any], names: Sequence[str]) -> str:
-    """Return these settings as options, without those that are left to the program where there are others."""
+    """Return these settings as options; automatic ones are left out if there are others."""
     chosen = [name for name in names if settings.get(name) not in (None, "auto")]
     return " ".join(_option(name, settings.get(name)) for name in chosen or names)
 
@@ -161,7 +161,7 @@ def _option(name: str, value: Any) -> str:
         return f"{flag}={','.join(map(str, value))}"
     if isinstance(value, dict):
         return f"{flag}={json.dumps(value)}"
-    short = isinstance(value, float) and float(f"{value:g}") == value  # two values never look the same
+    short = isinstance(value, float) and float(f"{value:g}") == value  # different values never look the same
     return f"{flag}={value:g}" if short else f"{flag}={value}"
 
 
@@ -177,7 +177,7 @@ def _curve(group: Group, label: str, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _cut_short(group: Group, curve: dict[str, Any]) -> str:
-    """Return in words that a curve ends where its shortest run does, if others have at least two points more."""
+    """Return a message if a curve ends with its shortest run although others have at least two more points."""
     ends = [run.curve[0][-1] for run in group.runs]
     shortest = group.runs[ends.index(min(ends))]
     if not any(sum(step > min(ends) for step in run.curve[0]) > 1 for run in group.runs):
@@ -213,7 +213,7 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
 
 
 def _finite(value: Any) -> Any:
-    """Return the same for JSON: null in place of numbers that are not finite."""
+    """Return the value for JSON, with null instead of numbers that are not finite."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,8 +1,8 @@
-"""Minari datasets as the first content of a replay buffer: `fastsac train --offline`.
+"""Loads Minari datasets into a replay buffer: `fastsac train --offline`.
 
-The episodes are dealt out over the buffer's N columns as if N environments played them: a column that has come to the
-end of its episode takes the next one, after a row that is no transition. So the buffer holds them as it holds those of
-environments, and no episode joins another. All columns end with the same row; those that have less to play begin later.
+The episodes are distributed over the buffer's N columns as if N environments played them: when an episode ends, its
+column gets the next one, after a row that is not a transition. The buffer therefore looks as if environments had filled
+it, and episodes never join. All columns end at the same row; those with fewer steps start later.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from fastsac.replay import Replay
 from fastsac.spaces import Bools, Floats, Spaces, read_spaces
 from fastsac.transfer import to_device
 
-#: rows that are put together before they are written
+#: rows that are collected before they are written
 MOST_ROWS = 1024
 
 
 class Rows(NamedTuple):
-    """T rows of the replay buffer, or a part of an episode in one of its columns (without N)."""
+    """T rows of the replay buffer, or part of an episode in one of its columns (without N)."""
 
-    obs: Floats  # [T, N, O]: what follows the action
+    obs: Floats  # [T, N, O]: the observation after the action
     action: Floats  # [T, N, A] in [-1, 1]
     reward: Floats  # [T, N]
     terminated: Bools  # [T, N]
-    valid: Bools  # [T, N]: whether there is a transition; the first row of an episode is its reset
+    valid: Bools  # [T, N]: whether it is a transition; the first row of an episode is its reset
     present: Bools  # [T, N]: whether there is an observation
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], obs_size: int, action_size: int) -> Rows:
-        """Return rows without transitions and observations."""
+        """Return rows without transitions or observations."""
         numbers = [np.zeros((*shape, *more), np.float32) for more in ((obs_size,), (action_size,), ())]
         return cls._make([*numbers, *(np.zeros(shape, np.bool_) for _ in range(3))])
 
@@ -61,18 +61,18 @@ def require_minari() -> Any:
 
 
 class Dataset:
-    """A Minari dataset on this machine, whose episodes fit an environment."""
+    """A local Minari dataset whose episodes fit an environment."""
 
     def __init__(self, name: str, env_id: str, spaces: Spaces) -> None:
-        """Open it.
+        """Open the dataset.
 
         Args:
-            name: its id, or a directory.
-            env_id: the environment's.
-            spaces: the environment's.
+            name: the dataset's id or directory.
+            env_id: the environment's id.
+            spaces: the environment's spaces.
 
         Raises:
-            UsageError: if there is none that can be read, or it does not fit the environment.
+            UsageError: if the dataset cannot be found or read, or does not fit the environment.
         """
         minari = require_minari()
         self.name, self._spaces = name, spaces
@@ -80,7 +80,7 @@ class Dataset:
         try:
             metadata = json.loads((path / "metadata.json").read_text())
             if not {"observation_space", "action_space"} <= metadata.keys():  # Minari would run its environment's code
-                raise ValueError("its metadata.json does not say which spaces it has")
+                raise ValueError("its metadata.json does not contain its spaces")
             self._data = minari.MinariDataset(path)
             self.num_episodes = int(self._data.total_episodes)
             self.num_steps = int(self._data.total_steps)
@@ -90,7 +90,7 @@ class Dataset:
         if not self.num_steps:
             raise UsageError(f"the Minari dataset {name} has no transitions")
         spec = json.loads(metadata.get("env_spec") or "{}")
-        #: the id of the environment that it comes from, as far as is known
+        #: the id of the environment that it was collected in, if known
         self.env_id = str(spec.get("id") or "")
 
     def _refuse_misfit(self, env_id: str) -> None:
@@ -104,23 +104,24 @@ class Dataset:
             kind, theirs, ours = "actions", _actions(found), _actions(self._spaces)
         else:
             return
-        raise UsageError(f"the Minari dataset {self.name} has {kind} {theirs}, and {env_id} has {ours}")
+        raise UsageError(f"the Minari dataset {self.name} has {kind} {theirs}, but {env_id} has {ours}")
 
     def _unreadable(self, error: Exception) -> UsageError:
         reason = " ".join(str(error).split()) or type(error).__name__
         return UsageError(f"the Minari dataset {self.name} cannot be read: {reason[:200]}")
 
     def arrange(self, num_rows: int, num_envs: int, rank: int = 0, num_ranks: int = 1) -> tuple[list[int], list[int]]:
-        """Plan which episodes fill how many rows of N columns, from the last one backwards.
+        """Plan which episodes to place in N columns, from the last episode backwards.
 
         Args:
-            num_rows: no further episode begins before the last so many rows.
+            num_rows: stop adding episodes once every column has this many rows.
             num_envs: N.
-            rank: which part of the episodes counts.
-            num_ranks: of so many.
+            rank: which share of the episodes to use.
+            num_ranks: the number of shares.
 
         Returns:
-            The indices of the episodes in the order in which they begin, and the rows [N] before each column's first.
+            The indices of the episodes in the order in which they start, and each column's number of empty rows [N]
+            before its first episode.
         """
         indices = self._data.episode_indices[rank::num_ranks]
         try:
@@ -139,10 +140,10 @@ class Dataset:
         return [index for *_, index in sorted(ends)], delays
 
     def episodes(self, indices: list[int]) -> Iterator[Rows]:
-        """Read one episode after the other, [L + 1, ...] each; where it was done in between, it is cut.
+        """Read the episodes one by one, [L + 1, ...] each; an episode is split where it is done before its end.
 
         Raises:
-            UsageError: if one is damaged, or holds a number that is not finite.
+            UsageError: if an episode is damaged, or contains a number that is not finite.
         """
         episodes = self._data.iterate_episodes(indices)
         while True:
@@ -204,9 +205,9 @@ def _same_bounds(ours: Spaces, theirs: Spaces) -> bool:
 
 
 def deal(episodes: Iterator[Rows], delays: Sequence[int], obs_size: int, action_size: int) -> Iterator[Rows]:
-    """Deal the episodes out over N columns; yield a number of rows at a time, the first of which is the reset of all.
+    """Distribute the episodes over N columns; yield several rows at a time, the very first being a reset of all.
 
-    At most N episodes are held at once.
+    At most N episodes are in memory at once.
     """
     columns = [Rows.empty((delay,), obs_size, action_size) if delay else next(episodes, None) for delay in delays]
     places = [0] * len(columns)
@@ -225,14 +226,14 @@ def deal(episodes: Iterator[Rows], delays: Sequence[int], obs_size: int, action_
 
 
 def fill(replay: Replay, rows: Iterator[Rows], normalizer: Normalizer | None = None) -> None:
-    """Write what `deal` yields into a replay that nothing was written to.
+    """Write the rows from `deal` to an empty replay buffer.
 
-    If it is too much, the oldest gives way, as it does to what environments give.
+    If they do not all fit, the newest overwrite the oldest, as always.
 
     Args:
-        replay: of as many columns.
-        rows: of N columns.
-        normalizer: sees them, too.
+        replay: a buffer with N columns.
+        rows: rows with N columns.
+        normalizer: also updated with these rows.
     """
     for some in rows:
         for obs, action, reward, terminated, valid, present in zip(*some, strict=True):
@@ -249,7 +250,7 @@ def fill(replay: Replay, rows: Iterator[Rows], normalizer: Normalizer | None = N
 
 
 def _find(name: str) -> Path:
-    """Return the directory with the dataset's files; UsageError if there is none."""
+    """Return the directory with the dataset's files; UsageError if it does not exist."""
     import minari
 
     for path in (Path(name), Path(name) / "data"):
@@ -265,10 +266,10 @@ def _find(name: str) -> Path:
     kept: Path = get_dataset_path(name) / "data"
     if (kept / "metadata.json").is_file():
         return kept
-    with warnings.catch_warnings():  # about directories that are no datasets
+    with warnings.catch_warnings():  # about directories that are not datasets
         warnings.simplefilter("ignore")
         known = minari.list_local_datasets()
     raise UsageError(
         f"the Minari dataset {name} is not in {get_dataset_path()}{did_you_mean(name, known) or ':'} "
-        f"`minari download {name}` fetches it"
+        f"`minari download {name}` downloads it"
     )

@@ -1,4 +1,4 @@
-"""Values that are not finite: which they are, and which setting they probably come from."""
+"""Values that are not finite: which ones, and which setting probably causes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastsac.config import Config
 from fastsac.errors import Divergence
 from fastsac.metrics import Value, read_scalars
 
-#: a loss or a group of parameters -> the learning rate behind it, in the order in which trouble spreads
+#: a loss or a group of parameters -> its learning rate, in the order in which divergence spreads
 _RATES = {
     "critic_loss": "critic_lr",
     "q": "critic_lr",
@@ -25,14 +25,14 @@ _RATES = {
     "alpha": "alpha_lr",
 }
 _LOSSES = ("critic_loss", "q", "value_loss", "actor_loss", "entropy", "alpha")
-#: a learning rate so many times its default is likelier to blame than the loss that shows it first
+#: a learning rate more than this many times its default is a likelier cause than the loss that diverged first
 _SUSPICIOUS = 3.0
 
 
 def finite_flags(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return for each group of a learner's state, say `actor`, whether its parameters and moments are finite.
+    """Return for each group of a learner's state, such as `actor`, whether its parameters and moments are finite.
 
-    Scalars on the device.
+    The flags are scalars on the device.
     """
     flags: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -46,10 +46,10 @@ def finite_flags(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_finite(
     metrics: Mapping[str, Value], state: Mapping[str, Tensor], config: Config, where: str, last_good: Callable[[], str]
 ) -> dict[str, float]:
-    """Read the metrics from the device, together with whether the learner's state is finite: one wait for all.
+    """Read the metrics from the device, and check that the learner's state is finite, in a single transfer.
 
     Raises:
-        Divergence: if anything is not (see `refuse_divergence`).
+        Divergence: if anything is not finite (see `refuse_divergence`).
     """
     flags = {f"finite {name}": flag for name, flag in finite_flags(state).items()}
     values = read_scalars({**metrics, **flags})
@@ -64,11 +64,11 @@ def refuse_divergence(
     """Raise Divergence if a metric or a group of parameters is not finite.
 
     Args:
-        metrics: the latest ones.
-        finite: what `finite_flags` returned, read.
-        config: of which a setting is named.
-        where: "step 1,000 (900 updates)", say.
-        last_good: says what to go back to.
+        metrics: the latest metrics.
+        finite: the values of the flags from `finite_flags`.
+        config: the settings, one of which the message suggests to change.
+        where: for example "step 1,000 (900 updates)".
+        last_good: returns which checkpoint to go back to.
     """
     bad = [name for name in _LOSSES if not math.isfinite(metrics.get(name, 0.0))]
     groups = list(dict.fromkeys(name.removeprefix("log_") for name, good in finite.items() if not good))

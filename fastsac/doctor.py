@@ -1,4 +1,4 @@
-"""`fastsac doctor`: what there is on this machine, what would run, how fast, and what is missing."""
+"""`fastsac doctor`: this machine's hardware and packages, what would run, how fast, and what is missing."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ envs.close()
 
 
 class Report:
-    """What was found, by topic, and the problems."""
+    """The findings by topic, and the problems."""
 
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {}
         self.problems: list[dict[str, Any]] = []
 
     def problem(self, what: str, fix: str, stops_training: bool = False) -> None:
-        """Add a problem, and what the user can do about it."""
+        """Add a problem, and how the user can fix it."""
         self.problems.append({"what": what, "fix": fix, "stops_training": stops_training})
 
     @property
@@ -73,7 +73,7 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at everything. Takes some seconds; on a GPU that has not been checked yet, up to a few minutes."""
+    """Examine everything. Takes some seconds; on a GPU that has not been checked yet, up to a few minutes."""
     report = Report()
     facts = report.facts
     facts["python"], facts["system"] = platform.python_version(), f"{platform.system()} {platform.release()}"
@@ -84,7 +84,7 @@ def examine() -> Report:
     except RuntimeError as error:  # CUDA's own
         facts["gpu"], usable = None, False
         what = f"the GPU cannot be used: {error}".splitlines()[0]
-        report.problem(what, "`nvidia-smi` shows whether it works; --device cpu does without", stops_training=True)
+        report.problem(what, "check it with `nvidia-smi`, or train with --device cpu", stops_training=True)
     cpu = describe_cpu()
     facts["cpu"] = cpu | {"memory_gib": memory_gib(), "bfloat16_products": has_bfloat16_products()}
     facts["environments"] = _environments(report)
@@ -99,16 +99,16 @@ def _gpu(report: Report) -> dict[str, Any] | None:
         free = torch.cuda.mem_get_info()[0]
         return gpu | {"driver": driver, "free_gib": round(free / 2**30, 1)}
     if torch.version.cuda is not None and (driver is not None or shutil.which("nvidia-smi")):
-        fix = "`nvidia-smi` shows whether the driver works; the driver must be new enough for this CUDA"
-        report.problem(f"PyTorch is built for CUDA {torch.version.cuda}, but sees no GPU", fix)
+        fix = "check the driver with `nvidia-smi`; it must be new enough for this CUDA version"
+        report.problem(f"PyTorch is built for CUDA {torch.version.cuda}, but finds no GPU", fix)
     elif driver is not None:
-        fix = "install a build of PyTorch for CUDA (its page Get Started has the command)"
-        report.problem(f"there is an NVIDIA driver, {driver}, but this build of PyTorch has no CUDA", fix)
+        fix = "install a CUDA build of PyTorch (the command is on PyTorch's Get Started page)"
+        report.problem(f"there is an NVIDIA driver, {driver}, but this build of PyTorch has no CUDA support", fix)
     return None
 
 
 def _child(env_id: str, what: str) -> tuple[str, str]:
-    """Step or draw an environment in a process of its own; return the backend's name, and what went wrong."""
+    """Step or render an environment in a separate process; return the backend's name, and what went wrong."""
     command = [sys.executable, "-P", "-c", STEP, env_id, what]
     try:
         paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
@@ -128,8 +128,8 @@ def _environments(report: Report) -> dict[str, Any]:
         import envpool
 
         tasks = len(envpool.list_all_envs())
-    except Exception as error:  # whatever a broken installation raises
-        fix = "pip install --force-reinstall envpool; until then Gymnasium's environments are used, which are slower"
+    except Exception as error:  # a broken installation may raise anything
+        fix = "pip install --force-reinstall envpool; until then, Gymnasium's slower environments are used"
         report.problem(f"EnvPool cannot be imported: {error}", fix)
     backend, wrong = _child("Pendulum-v1", "step")
     if wrong:
@@ -150,7 +150,7 @@ def _engine(report: Report, device: torch.device) -> dict[str, Any]:
     engine, reason = choose_engine(config, device)
     found: dict[str, Any] = {"device": device.type, "name": engine, "reason": reason, "self_check": None}
     if device.type == "cuda" and engine == "reference":
-        fix = "install what is named there; until then the reference engine, which is slower, makes the updates"
+        fix = "install what is missing; until then, the slower reference engine is used"
         report.problem(reason, fix)
     while device.type == "cuda" and engine != "reference":
         config = dataclasses.replace(config, engine=engine)  # type: ignore[arg-type]
@@ -160,8 +160,8 @@ def _engine(report: Report, device: torch.device) -> dict[str, Any]:
         if not verdict.problem:
             break
         following = self_check.FOLLOWING[engine]
-        fix = f"please send the output of `fastsac doctor --json`; until then the {following} engine is used"
-        what = "could not be checked" if verdict.crashed else "does not compute what the reference engine does"
+        fix = f"please report the output of `fastsac doctor --json`; until then, the {following} engine is used"
+        what = "could not be checked" if verdict.crashed else "does not agree with the reference engine"
         report.problem(f"engine {engine} {what}: {verdict.problem}", fix)
         found["reason"], engine = f"the check of {engine} failed", following
         found["name"] = engine
@@ -172,7 +172,7 @@ def _engine(report: Report, device: torch.device) -> dict[str, Any]:
         config = dataclasses.replace(config, precision=setup.precision)
         found |= setup._asdict()
         found["updates_per_s"] = round(_cuda_rate(config, device) if device.type == "cuda" else _cpu_rate(config))
-    except Exception as error:  # it would end training as well
+    except Exception as error:  # it would stop training, too
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         report.problem(f"no update can be made: {what}", "reinstall PyTorch", stops_training=True)
     return found
@@ -195,7 +195,7 @@ def _cuda_rate(config: Config, device: torch.device, updates: int = 256) -> floa
 
 
 def describe(report: Report) -> str:
-    """Return the report as a screen of text."""
+    """Return the report as text."""
     facts = report.facts
     versions, cpu, gpu, engine = facts["versions"], facts["cpu"], facts["gpu"], facts["engine"]
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
@@ -225,7 +225,7 @@ def describe(report: Report) -> str:
 
 def _gpu_row(gpu: dict[str, Any] | None) -> str:
     if gpu is None:
-        return "none that PyTorch sees"
+        return "none found by PyTorch"
     memory = f"{gpu['free_gib']} of {gpu['memory_gib']} GiB free"
     return f"{gpu['name']}, compute capability {gpu['capability']}, {memory}, driver {gpu['driver'] or 'unknown'}"
 
@@ -243,7 +243,7 @@ def run(as_json: bool, say: Callable[[str], None] = print) -> bool:
         report = examine()
     except UsageError as error:
         report = Report()
-        report.problem(str(error), "change what is named there", stops_training=True)
+        report.problem(str(error), "change the setting named there", stops_training=True)
         say(json.dumps(report.to_json(), indent=1) if as_json else f"fastsac: {error}")
         return False
     say(json.dumps(report.to_json(), indent=1) if as_json else describe(report))

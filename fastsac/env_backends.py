@@ -1,4 +1,4 @@
-"""Which environments a run asks for, what `VectorEnv` needs of a library, and EnvPool."""
+"""The environments of a run, the interface that `VectorEnv` needs from a library, and EnvPool."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastsac.errors import FastsacError, UsageError
 from fastsac.spaces import Bools, Floats, Spaces, read_spaces
 from fastsac.system import allowed_cores
 
-#: keyword arguments that are not the user's to give
+#: keyword arguments that a user must not set
 RESERVED = {
     **dict.fromkeys(("num_envs", "vectorization_mode", "vector_kwargs"), "--num-envs and --env-backend set it"),
     **dict.fromkeys(("num_threads", "batch_size", "thread_affinity_offset"), "fastsac sets it"),
@@ -31,7 +31,7 @@ RESERVED = {
 
 
 class EnvSpec(NamedTuple):
-    """Which environments a run asks for."""
+    """The environments of a run."""
 
     env_id: str
     backend: str = "auto"
@@ -42,29 +42,27 @@ class EnvSpec(NamedTuple):
 
     @classmethod
     def of(cls, config: Config, own: Any = None) -> EnvSpec:
-        """Return what the configuration says.
+        """Return the environments that the configuration describes.
 
         Raises:
-            UsageError: for keyword arguments that are not the user's to give, or wrappers without Gymnasium.
+            UsageError: for keyword arguments that a user must not set, or wrappers without Gymnasium.
         """
         for name in config.env_kwargs:
             if name in RESERVED:
                 raise UsageError(f"--env-kwargs must not contain {name!r}: {RESERVED[name]}")
         backend = config.env_backend
         if config.env_wrappers and backend == "envpool":
-            raise UsageError("--env-wrappers are Gymnasium's, and --env-backend is envpool: use gymnasium or auto")
+            raise UsageError("--env-wrappers needs Gymnasium, but --env-backend is envpool: use gymnasium or auto")
         if config.env_wrappers and backend == "auto":
             backend = "gymnasium"
         given = {"--env-kwargs": config.env_kwargs, "--env-wrappers": config.env_wrappers}
         for option, value in {**given, "--max-episode-steps": config.max_episode_steps}.items():
             if value and backend == "python":
-                raise UsageError(
-                    f"{option} does nothing to environments from Python: apply it before you hand them over"
-                )
+                raise UsageError(f"{option} has no effect on environments from Python: apply it before you pass them")
         return cls(config.env_id, backend, config.env_kwargs, config.env_wrappers, config.max_episode_steps, own)
 
     def refusal(self, library: str, error: Exception) -> FastsacError:
-        """Return what to raise where the environment cannot be made: a UsageError if the user's arguments are near."""
+        """Return the error for an environment that cannot be created: a UsageError if the user gave arguments."""
         message = one_line(error)
         message = message if len(message) <= 200 else f"{message[:200]} ..."
         what = f"{library} could not create {self.env_id}"
@@ -77,24 +75,24 @@ class EnvSpec(NamedTuple):
 
 
 class Backend(Protocol):
-    """What `VectorEnv` asks of a library; actions in the environment's own shape and units."""
+    """The interface that `VectorEnv` needs; actions are in the environment's own shape and units."""
 
-    #: why episodes under way cannot be played again, or nothing
+    #: why the current episodes cannot be played again, or an empty string
     cannot_rewind: str
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Of the environments."""
+        """The environments' metadata."""
 
     @property
     def spaces(self) -> tuple[Any, Any]:
-        """Gymnasium's spaces of one environment's observations and actions."""
+        """The Gymnasium observation and action space of one environment."""
 
     def reset(self, seeds: Sequence[int] | None) -> Any:
-        """Reset all environments, with random streams begun anew if there are seeds; return their observations."""
+        """Reset all environments, with new random streams if seeds are given; return their observations."""
 
     def streams(self) -> Any:
-        """Return for JSON what `rewind` needs to know of the random streams."""
+        """Return what `rewind` needs to know about the random streams, for JSON."""
 
     def rewind(self, resets: NDArray[np.int64], streams: Any) -> Any:
         """Bring new environments to their `resets`-th reset; return the observations after it."""
@@ -106,13 +104,13 @@ class Backend(Protocol):
         """Start a step."""
 
     def recv(self) -> tuple[Any, Any, Any, Any, Bools]:
-        """Return observation, reward, terminated, truncated and whether it was a step and no reset."""
+        """Return observation, reward, terminated, truncated and whether it was a step rather than a reset."""
 
     def render(self) -> Any:
-        """Return a picture of each environment."""
+        """Return a frame of each environment."""
 
     def close(self) -> None:
-        """Give the environments' resources back."""
+        """Close the environments."""
 
 
 class _EnvPool:
@@ -124,7 +122,7 @@ class _EnvPool:
         self._make = make
         self._pool = pool
         self._camera = camera
-        self._opengl_context = opengl_context  # destroyed with its last reference, and drawing aborts without it
+        self._opengl_context = opengl_context  # destroyed with its last reference; rendering aborts without it
         self.metadata: dict[str, Any] = pool.metadata
 
     @property
@@ -140,7 +138,7 @@ class _EnvPool:
             return self._pool.reset()[0]
 
     def streams(self) -> None:
-        """Their state cannot be had, but follows from the seed and the number of resets."""
+        """Their state is not accessible, but follows from the seed and the number of resets."""
 
     def rewind(self, resets: NDArray[np.int64], streams: None) -> Any:
         obs = self._pool.reset()[0]
@@ -168,7 +166,7 @@ class _EnvPool:
 
 
 def _put(batch: Any, indices: NDArray[np.int64], some: Any) -> None:
-    """Write some environments' observations over those of a batch."""
+    """Replace some environments' observations in a batch."""
     if isinstance(batch, Mapping):
         for key in batch:
             _put(batch[key], indices, some[key])
@@ -177,10 +175,10 @@ def _put(batch: Any, indices: NDArray[np.int64], some: Any) -> None:
 
 
 def envpool_tasks(needed: bool) -> list[str]:
-    """Return the ids of EnvPool's environments; none where it cannot be imported, which is told once.
+    """Return the ids of EnvPool's environments; none if EnvPool cannot be imported, with one warning.
 
     Raises:
-        UsageError: if it is needed and cannot be imported.
+        UsageError: if EnvPool is needed and cannot be imported.
     """
     try:
         import envpool
@@ -189,7 +187,7 @@ def envpool_tasks(needed: bool) -> list[str]:
         if needed:
             advice = "pip install envpool, or use --env-backend auto"
             raise UsageError(f"--env-backend envpool: {obstacle}: {advice}") from error
-        _warn_once(f"{obstacle}: Gymnasium's environments are used instead")
+        _warn_once(f"{obstacle}: using Gymnasium's environments instead")
         return []
     return list(envpool.list_all_envs())
 
@@ -203,7 +201,7 @@ def make_envpool(spec: EnvSpec, num_envs: int, seeds: list[int], render_mode: st
     """Create EnvPool's environments; FastsacError if that fails."""
     import envpool
 
-    threads = min(num_envs, allowed_cores())  # fewer gain at most 4 % (LOG.md)
+    threads = min(num_envs, allowed_cores())  # fewer threads gain at most 4 % (LOG.md)
     options = dict(spec.kwargs)
     if spec.max_episode_steps is not None:
         options["max_episode_steps"] = spec.max_episode_steps
@@ -225,21 +223,21 @@ def make_envpool(spec: EnvSpec, num_envs: int, seeds: list[int], render_mode: st
         raise spec.refusal("EnvPool", error) from error
     families = " ".join(base.__module__ for base in type(pool).__mro__)
     context = _make_opengl_context() if render_mode and ".mujoco." in families else None
-    # dm_control's own camera follows the body; the free one that is EnvPool's default stays behind
+    # dm_control's own camera follows the body; EnvPool's default, the free camera, does not move
     camera = 0 if "mujoco_dmc" in families else None
     spaces = read_spaces(spec.env_id, pool.observation_space, pool.action_space)
     return spaces, _EnvPool(make, pool, context, camera)
 
 
 def draw_off_screen() -> None:
-    """Tell MuJoCo and pygame that there may be no screen, unless the user has told them otherwise."""
+    """Tell MuJoCo and pygame that there may be no screen, unless the user has configured them."""
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 
 def _make_opengl_context() -> Any:
-    """EnvPool's MuJoCo tasks draw into the current context, and abort the process if there is none."""
+    """Make the OpenGL context that EnvPool's MuJoCo tasks need: without one, rendering aborts the process."""
     draw_off_screen()
     try:
         import mujoco
@@ -247,7 +245,7 @@ def _make_opengl_context() -> Any:
         context = mujoco.GLContext(64, 64)
         context.make_current()
     except Exception as error:
-        raise FastsacError(f"no OpenGL to draw with off-screen (EGL or OSMesa is needed): {one_line(error)}") from error
+        raise FastsacError(f"no OpenGL for off-screen rendering (needs EGL or OSMesa): {one_line(error)}") from error
     return context
 
 

@@ -1,4 +1,4 @@
-"""Gymnasium's environments, in this process or each in one of its own."""
+"""Gymnasium's environments, in this process or each in its own."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from fastsac.env_backends import Backend, EnvSpec, draw_off_screen, one_line
 from fastsac.errors import FastsacError, OtherShape, UsageError, WorkerError, did_you_mean
 from fastsac.spaces import Bools, Floats, Spaces, read_spaces
 
-#: seconds that processes have to end by themselves
+#: seconds for processes to end by themselves
 PATIENCE = 5.0
-#: a level above all that Gymnasium logs
+#: above every level that Gymnasium logs at
 SILENT = gymnasium.logger.ERROR + 1
 
 
 class Resumable(gymnasium.Wrapper):
-    """Keeps what bringing an environment back to its state takes, and looks at the shape of every observation."""
+    """Keeps what is needed to restore an environment's state, and checks the shape of every observation."""
 
     def __init__(self, env: gymnasium.Env[Any, Any], env_id: str, index: int) -> None:
-        """Wrap the environment of this number.
+        """Wrap the environment with this index.
 
         Raises:
             UsageError: if its spaces are not supported.
         """
         super().__init__(env)
         self._index, self._spaces = index, read_spaces(env_id, env.observation_space, env.action_space)
-        self._is_over = False  # played again to the end of an episode, so the next step is a reset
-        #: of `np_random` as it was before the last reset; None if that was a seeded one
+        self._is_over = False  # an episode was played again to its end, so the next step is a reset
+        #: the state of `np_random` before the last reset; None if that reset had a seed
         self.stream: Any = None
 
     @classmethod
@@ -74,7 +74,7 @@ class Resumable(gymnasium.Wrapper):
         return obs, reward, terminated, truncated, info
 
     def rewind(self, seeds: Sequence[int], streams: Sequence[Any]) -> Any:
-        """Go back to the beginning of an episode; return its first observation."""
+        """Go back to the start of an episode; return its first observation."""
         obs, _ = self.reset(seed=seeds[self._index])
         if (stream := streams[self._index]) is not None:
             generator = _bit_generator(self.env)
@@ -114,10 +114,10 @@ class GymnasiumEnvs:
         return self._envs.single_observation_space, self._envs.single_action_space
 
     def reset(self, seeds: Sequence[int] | None) -> Any:
-        """Reset all environments; without seeds their random streams go on."""
+        """Reset all environments; without seeds, their random streams continue."""
         seeds = self._seeds if seeds is None else list(seeds)
         obs, _ = self._envs.reset(seed=seeds)
-        self._seeds = None  # a second reset goes on with the streams
+        self._seeds = None  # a second reset continues the streams
         self._done[:] = False
         return obs
 
@@ -126,12 +126,12 @@ class GymnasiumEnvs:
         return list(self._envs.get_attr("stream"))
 
     def rewind(self, resets: NDArray[np.int64], streams: list[Any]) -> Any:
-        """Bring new environments to the beginning of their last episodes."""
+        """Bring new environments to the start of their last episodes."""
         seeds, self._seeds = self._seeds or [], None
         return stack(self._envs.call("rewind", seeds, streams))
 
     def step_some(self, indices: NDArray[np.int64], action: Floats) -> Any:
-        """Step some of them again, after `rewind`."""
+        """Step some of the environments again, after `rewind`."""
         actions = dict(zip(indices.tolist(), action.astype(self._envs.action_space.dtype), strict=True))
         obs = self._envs.call("step_again", actions)
         self._done = np.array(self._envs.call("is_over"), dtype=np.bool_)
@@ -153,39 +153,39 @@ class GymnasiumEnvs:
         return obs, reward, terminated, truncated, valid
 
     def render(self) -> Any:
-        """Return a picture of each environment."""
+        """Return a frame of each environment."""
         return self._envs.render()
 
     def close(self) -> None:
-        """Close the environments, unless they are the user's."""
+        """Close the environments, unless they belong to the user."""
         if not self._borrowed:
             self._envs.close()
 
 
 class _Processes(AsyncVectorEnv):
-    """Gymnasium's, which end with `_Async` once that has them: which of both is collected first is not known."""
+    """Gymnasium's processes. Once `_Async` owns them, it ends them: either object may be collected first."""
 
     taken = False
 
     def __del__(self) -> None:
-        """End the processes as Gymnasium does, if nobody else will."""
+        """End the processes as Gymnasium does, unless `_Async` will."""
         if not self.taken:
             super().__del__()
 
 
 class _Async(GymnasiumEnvs):
-    """Each environment in a process of its own; they step while the learner updates."""
+    """Each environment in its own process; they step while the learner updates."""
 
     def __init__(self, envs: Any, seeds: Sequence[int]) -> None:
         super().__init__(envs, seeds)
         envs.taken = True
         self._process = os.getpid()
-        # `multiprocessing` waits at the interpreter's end for processes that it has sent SIGTERM, which ours ignore
+        # at exit, `multiprocessing` sends SIGTERM, which our processes ignore, and waits for them to end
         close = weakref.WeakMethod(self.close)
         self._at_exit = atexit.register(lambda: (method := close()) and method())
 
     def __del__(self) -> None:
-        """End the processes with the last reference."""
+        """End the processes when the last reference is gone."""
         self.close()
 
     def reset(self, seeds: Sequence[int] | None) -> Any:
@@ -214,13 +214,13 @@ class _Async(GymnasiumEnvs):
 
     @contextmanager
     def _naming_the_dead(self) -> Iterator[None]:
-        """Say which process has ended; Gymnasium tells of a closed pipe, and prints tracebacks besides."""
+        """Say which process has ended; Gymnasium only reports a closed pipe, and prints tracebacks."""
         level, gymnasium.logger.min_level = gymnasium.logger.min_level, SILENT
         try:
             yield
         except (EOFError, ConnectionError) as error:
-            traceback.clear_frames(error.__traceback__)  # else Python 3.12.0 and 3.12.1 may crash: gh-111049
-            time.sleep(0.1)  # until the system knows how it ended
+            traceback.clear_frames(error.__traceback__)  # or Python 3.12.0 and 3.12.1 may crash: gh-111049
+            time.sleep(0.1)  # until the exit code is available
             ended = {index: process.exitcode for index, process in enumerate(self._envs.processes)}
             told = [
                 f"the process of environment {index} has ended with status {code}"
@@ -233,7 +233,7 @@ class _Async(GymnasiumEnvs):
 
     def close(self) -> None:
         """End the processes, by force if they do not end by themselves."""
-        if self._envs.closed or os.getpid() != self._process:  # what a forked process has is a copy
+        if self._envs.closed or os.getpid() != self._process:  # a forked process has only a copy
             return
         atexit.unregister(self._at_exit)
         self._envs.closed = True
@@ -249,7 +249,7 @@ class _Async(GymnasiumEnvs):
 
 
 def _worker(index: int, env_fn: Any, pipe: Any, *others: Any) -> None:
-    """Serve one environment until the parent closes its pipe, or dies; signals are the parent's to answer."""
+    """Serve one environment until the parent closes its pipe or dies; only the parent handles signals."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")
@@ -259,15 +259,15 @@ def _worker(index: int, env_fn: Any, pipe: Any, *others: Any) -> None:
 
 
 class Isolated(Resumable):
-    """In a process of its own: what it raises goes to another process, which may not know the type."""
+    """An environment in its own process: its exceptions go to another process, which may not know their type."""
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        """Reset the environment; WorkerError with what it raised."""
+        """Reset the environment; WorkerError with any exception that it raises."""
         with _for_another_process():
             return super().reset(seed=seed, options=options)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step the environment; WorkerError with what it raised."""
+        """Step the environment; WorkerError with any exception that it raises."""
         with _for_another_process():
             return super().step(action)
 
@@ -285,7 +285,7 @@ def _for_another_process() -> Iterator[None]:
 def make_gymnasium(
     spec: EnvSpec, num_envs: int, seeds: list[int], render_mode: str | None, also_known: Sequence[str]
 ) -> tuple[Spaces, Backend]:
-    """Create Gymnasium's environments; UsageError if it does not know them, FastsacError if that fails."""
+    """Create Gymnasium's environments; UsageError if the id is unknown, FastsacError if that fails."""
     if render_mode:
         draw_off_screen()
     module, _, name = spec.env_id.rpartition(":")
@@ -306,7 +306,7 @@ def make_gymnasium(
         raise
     except (EOFError, ConnectionError) as error:
         raise FastsacError(
-            f"a process for {spec.env_id} ended as it began; a script must make its environments within "
+            f"a process for {spec.env_id} ended at start-up; a script must create its environments inside "
             'if __name__ == "__main__":'
         ) from error
     except ModuleNotFoundError as error:
@@ -314,7 +314,7 @@ def make_gymnasium(
             f"cannot import {error.name!r} for environment {spec.env_id!r}: is it on PYTHONPATH?"
         ) from error
     except gymnasium.error.DependencyNotInstalled as error:
-        raise FastsacError(f"environment {spec.env_id!r} lacks a package: {one_line(error)}") from error
+        raise FastsacError(f"environment {spec.env_id!r} needs a missing package: {one_line(error)}") from error
     except gymnasium.error.Error as error:
         hint = did_you_mean(spec.env_id, [*gymnasium.registry, *also_known]) or f": {one_line(error)}"
         raise UsageError(f"unknown environment {spec.env_id!r}{hint}") from error
@@ -332,7 +332,7 @@ def _import(place: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise UsageError(f"--env-wrappers {place}: {one_line(error)}") from error
     if not callable(wrapper):
-        raise UsageError(f"--env-wrappers {place}: it cannot be called with an environment")
+        raise UsageError(f"--env-wrappers {place}: it is not callable")
     return wrapper
 
 
@@ -364,7 +364,7 @@ def _one_number(reward: Any) -> Any:
 
 
 def _bit_generator(env: Any) -> Any:
-    """Return what is behind the environment's `np_random`: its state is plain numbers if it is NumPy's default."""
+    """Return the bit generator of the environment's `np_random`, if it is NumPy's default, whose state is numbers."""
     generator = None
     with suppress(Exception):  # an environment's own property may raise anything
         generator = env.unwrapped.np_random.bit_generator
@@ -372,7 +372,7 @@ def _bit_generator(env: Any) -> Any:
 
 
 def stack(obs: Sequence[Any]) -> Any:
-    """Join observations, arrays or nested dicts and tuples of arrays, to a batch."""
+    """Stack observations, arrays or nested dicts and tuples of arrays, into a batch."""
     if isinstance(obs[0], Mapping):
         return {key: stack([each[key] for each in obs]) for key in obs[0]}
     if isinstance(obs[0], tuple):

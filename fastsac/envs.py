@@ -2,7 +2,7 @@
 
 Both libraries reset on the *next* step: at an episode's end the returned observation is the true last one, and the step
 after it ignores the action, returns reward 0 and the reset observation. Those rows are marked `valid = False`: they are
-no transitions and enter neither replay nor statistics.
+not transitions and never enter the replay buffer or the statistics.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastsac.env_backends import Backend, EnvSpec, envpool_tasks, make_envpool, 
 from fastsac.errors import EnvironmentFailure, EnvironmentMisfit, OtherShape, UsageError, WorkerError, did_you_mean
 from fastsac.spaces import Bools, Floats, Spaces
 
-#: observations [L + 1, O] of one environment's episode under way, and the L actions [L, A] between them
+#: observations [L + 1, O] of one environment's current episode, and the L actions [L, A] between them
 Episode = tuple[Floats, Floats]
 
 
@@ -39,12 +39,12 @@ class Raw(NamedTuple):
     """The last step or reset in the environments' own types and units; the next one may overwrite it."""
 
     obs: Any  # arrays, or nested dicts and tuples of them, with leading dimension N
-    action: Any = None  # [N, *S], as it was sent
+    action: Any = None  # [N, *S], as sent
     reward: Any = None  # [N]
 
 
 class VectorEnv:
-    """N environments that step together, with checks before and after every step."""
+    """N environments that are stepped together, with checks before and after every step."""
 
     def __init__(self, env_id: str, num_envs: int, backend_name: str, spaces: Spaces, backend: Backend) -> None:
         self.env_id = env_id
@@ -61,22 +61,22 @@ class VectorEnv:
 
     @property
     def own_spaces(self) -> tuple[Any, Any]:
-        """Gymnasium's spaces of one environment's observations and actions."""
+        """The Gymnasium observation and action space of one environment."""
         return self._backend.spaces
 
     @property
     def render_fps(self) -> float:
-        """Pictures a second at the environment's own speed, or 30 where it does not say."""
+        """Frames per second at the environment's own speed, or 30 if it does not say."""
         return float(self._backend.metadata.get("render_fps") or 30.0)
 
     def reset(self, seed: int | None = None) -> Floats:
         """Reset every environment and return the observations [N, O].
 
         Args:
-            seed: begins the environments' random streams anew; None goes on with them.
+            seed: random seed for the environments; None continues their random streams.
         """
         with self._naming_the_environment():
-            if self._pending:  # a step that was interrupted: its outcome must not be taken for the reset's
+            if self._pending:  # an interrupted step: its result must not be mistaken for that of the reset
                 self._backend.recv()
                 self._pending = False
             seeds = None if seed is None else environment_seeds(seed, self.num_envs)
@@ -88,7 +88,7 @@ class VectorEnv:
         return obs
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs beside the episodes under way, for JSON."""
+        """Return what `restore` needs besides the current episodes, for JSON."""
         with self._naming_the_environment():
             return {
                 "backend": self.backend_name,
@@ -98,30 +98,30 @@ class VectorEnv:
             }
 
     def restore(self, state: Mapping[str, Any], episodes: Sequence[Episode], most_resets: int) -> str:
-        """Bring environments that were just made from the same seed to where `state` was taken.
+        """Bring environments that were just created from the same seed to the point where `state` was taken.
 
-        Each is reset as often as it had been, and its episode under way is played again. That is exact if a step draws
-        no random numbers; Gymnasium's environments may draw them, too, from their `np_random`. Every observation of
+        Each environment is reset as often as before, and its current episode is played again. This is exact if steps
+        draw no random numbers; Gymnasium environments may also draw them from their `np_random`. Every observation of
         these episodes is compared, bit for bit.
 
         Args:
             state: what `state` returned.
-            episodes: of each environment.
-            most_resets: an environment cannot have been reset more often.
+            episodes: the current episode of each environment.
+            most_resets: the highest possible number of resets of an environment.
 
         Returns:
-            An empty string, or why it could not be done. They are to be reset then.
+            An empty string, or why it failed. In that case the environments must be reset.
         """
         if self._backend.cannot_rewind:
             return self._backend.cannot_rewind
         if state["backend"].removesuffix("-async") != self.backend_name.removesuffix("-async"):
-            return f"they ran in {state['backend']}, and now in {self.backend_name}"
+            return f"they ran in {state['backend']}, and now run in {self.backend_name}"
         resets, elapsed = np.array(state["resets"], dtype=np.int64), np.array(state["elapsed"], dtype=np.int64)
         lengths = [len(action) for _, action in episodes]
         if resets.shape != (self.num_envs,) or elapsed.tolist() != lengths:
-            return "the checkpoint holds others"
+            return "the checkpoint holds different ones"
         if min(resets) < 1 or max(resets) > most_resets:
-            return "the checkpoint counts resets that cannot have been"
+            return "the checkpoint has an impossible number of resets"
         with self._naming_the_environment():
             start = self.spaces.flatten(self._backend.rewind(resets, state["streams"]))
             same = np.array_equal(start, np.stack([obs[0] for obs, _ in episodes]))
@@ -134,13 +134,13 @@ class VectorEnv:
                 if not same:
                     break
         self._resets, self._elapsed = resets, elapsed
-        return "" if same else "played again, they give other observations"
+        return "" if same else "playing them again gives different observations"
 
     def send(self, action: Floats) -> None:
-        """Start a step with actions [N, A] in [-1, 1]; `recv` returns its outcome.
+        """Start a step with actions [N, A] in [-1, 1]; `recv` returns the result.
 
         Raises:
-            ValueError: if the shape or type is wrong (EnvPool itself accepts it without a word, or aborts).
+            ValueError: if the shape or dtype is wrong (EnvPool itself silently accepts it, or aborts).
             FastsacError: if an action is not finite.
         """
         shape = (self.num_envs, self.spaces.action_size)
@@ -154,10 +154,10 @@ class VectorEnv:
             self._pending = True
 
     def recv(self) -> Step:
-        """Return the outcome of the step that `send` started.
+        """Return the result of the step that `send` started.
 
         Raises:
-            FastsacError: if the environment raised, or an observation or a reward is not finite.
+            FastsacError: if the environment raised an exception, or an observation or a reward is not finite.
         """
         with self._naming_the_environment():
             self._pending = False
@@ -179,12 +179,12 @@ class VectorEnv:
         return step
 
     def render(self) -> NDArray[np.uint8]:
-        """Return a picture [H, W, 3] of the first environment, which must have been made with ``render=True``."""
+        """Return a frame [H, W, 3] of the first environment, which must have been created with ``render=True``."""
         with self._naming_the_environment():
             return np.asarray(self._backend.render()[0], dtype=np.uint8)
 
     def close(self) -> None:
-        """Give the environments' resources back."""
+        """Close the environments."""
         self._backend.close()
 
     def _check_finite(self, what: str, values: Floats) -> None:
@@ -213,27 +213,27 @@ class OwnEnvs(NamedTuple):
 
     @classmethod
     def of(cls, envs: Any, eval_envs: Any) -> OwnEnvs:
-        """Take what the user hands over.
+        """Check the environments that the user passed.
 
         Raises:
-            UsageError: if it is no environment, or the same one for both.
+            UsageError: if one is not an environment, or both are the same.
         """
         if envs is None and eval_envs is None:
             return cls(None, None)
         from fastsac.own_envs import Factory, describe_own
 
         if envs is None:
-            raise UsageError("eval_envs go with envs: the environments for training")
+            raise UsageError("eval_envs needs envs, the environments for training")
         is_function = [each is not None and describe_own(each)[1] is None for each in (envs, eval_envs)]
         if is_function[0]:
             envs, eval_envs = Factory(envs, "envs"), None if eval_envs is envs else eval_envs
         elif getattr(eval_envs, "unwrapped", None) is envs.unwrapped:
-            raise UsageError("eval_envs must be other environments than envs: evaluations would disturb the episodes")
+            raise UsageError("eval_envs must differ from envs: evaluations would disturb the training episodes")
         return cls(envs, Factory(eval_envs, "eval_envs") if is_function[1] and eval_envs is not None else eval_envs)
 
     @property
     def for_evaluation(self) -> Any:
-        """What evaluations may use: their own, or a function that makes further ones."""
+        """The environments for evaluations, or a function that creates new ones."""
         from fastsac.own_envs import describe_own
 
         if self.eval_envs is not None or self.envs is None:
@@ -241,10 +241,10 @@ class OwnEnvs(NamedTuple):
         return self.envs if describe_own(self.envs)[1] is None else None
 
     def config(self, config: Config) -> Config:
-        """Return the configuration for them.
+        """Return the configuration for these environments.
 
         Raises:
-            UsageError: if evaluations would disturb the episodes under way.
+            UsageError: if evaluations would disturb the training episodes.
         """
         if self.envs is None:
             return config
@@ -253,14 +253,14 @@ class OwnEnvs(NamedTuple):
         name, number = describe_own(self.envs)
         if config.eval_every and self.for_evaluation is None:
             raise UsageError(
-                "evaluations would disturb the episodes under way in envs: hand over eval_envs, too, or a function "
-                "that makes an environment; or set eval_every to 0"
+                "evaluations would disturb the training episodes in envs: pass eval_envs, too, or a function "
+                "that creates an environment; or set eval_every to 0"
             )
         return dataclasses.replace(config, env_id=name, env_backend="python", num_envs=number or config.num_envs)
 
 
 def environment_seeds(seed: int, num_envs: int) -> list[int]:
-    """Return one seed per environment such that runs with neighbouring seeds share none of their streams."""
+    """Return one seed per environment, such that runs with neighbouring seeds share no random streams."""
     state = np.random.SeedSequence(seed).generate_state(num_envs)
     return [int(value) & 0x7FFFFFFF for value in state]
 
@@ -269,15 +269,15 @@ def make_envs(spec: EnvSpec, num_envs: int, seed: int, render: bool = False) -> 
     """Create N environments.
 
     Args:
-        spec: which: an EnvPool or Gymnasium id, or `module:Id-v0` to import `module` first. Its backend "auto" takes
-            EnvPool where it has the id, else Gymnasium.
-        num_envs: N; environments from Python have their own number.
-        seed: the state of all environments' random streams follows from it.
-        render: whether pictures will be asked for; drawn off-screen.
+        spec: the environment: an EnvPool or Gymnasium id, or `module:Id-v0` to import `module` first. The backend
+            "auto" uses EnvPool if it has the id, otherwise Gymnasium.
+        num_envs: N; ignored for environments from Python whose number is fixed.
+        seed: random seed that determines the random streams of all environments.
+        render: whether the environments will be rendered, off-screen.
 
     Raises:
-        UsageError: if neither has it (with near matches), its spaces are not supported, or it does not take the
-            user's arguments.
+        UsageError: if neither library has it (with near matches), its spaces are not supported, or it does not accept
+            the user's arguments.
         FastsacError: if it cannot be created.
     """
     seeds, env_id = environment_seeds(seed, num_envs), spec.env_id
@@ -286,7 +286,7 @@ def make_envs(spec: EnvSpec, num_envs: int, seed: int, render: bool = False) -> 
     if spec.backend in ("auto", "envpool"):
         known = envpool_tasks(needed=spec.backend == "envpool")
     with warnings.catch_warnings():
-        # about float64 bounds cast to float32, and ids with a newer version: nothing that a user could change
+        # about float64 bounds cast to float32, and ids with a newer version: nothing that a user can change
         warnings.simplefilter("ignore")
         if spec.backend == "envpool" and env_id not in known:
             raise UsageError(f"EnvPool has no environment {env_id!r}{did_you_mean(env_id, known)}")
@@ -298,8 +298,8 @@ def make_envs(spec: EnvSpec, num_envs: int, seed: int, render: bool = False) -> 
         if spec.backend == "python":
             if spec.own is None:
                 raise UsageError(
-                    f"the environments {env_id} come from Python, and none were handed over: "
-                    "SAC(config, envs=..., eval_envs=...), or SAC.load(run_dir, envs=..., eval_envs=...)"
+                    f"the environments {env_id} come from Python, and none were passed: "
+                    "use SAC(config, envs=..., eval_envs=...) or SAC.load(run_dir, envs=..., eval_envs=...)"
                 )
             num_envs = describe_own(spec.own)[1] or num_envs
             seeds = environment_seeds(seed, num_envs)

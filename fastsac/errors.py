@@ -1,4 +1,4 @@
-"""What a user can cause, told in one line."""
+"""Errors that a user can cause, each with a one-line message."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 class FastsacError(Exception):
-    """A failed run: the message is one line that says what was wrong and what would be right."""
+    """A failed run. The one-line message says what is wrong and how to fix it."""
 
     exit_status = 1
 
 
 class EnvironmentFailure(FastsacError):
-    """An environment raised an exception, or returned what cannot be."""
+    """An environment raised an exception, or returned invalid values."""
 
 
 class Divergence(FastsacError):
@@ -22,27 +22,27 @@ class Divergence(FastsacError):
 
 
 class EnvironmentMisfit(EnvironmentFailure):
-    """An environment whose observations are not of the shape that its space has."""
+    """An environment returned observations that do not have the shape of its observation space."""
 
     exit_status = 2
 
 
 class OtherShape(ValueError):
-    """An observation of another shape, or with other keys, than its space."""
+    """An observation whose shape or keys differ from those of its space."""
 
 
 class WorkerError(Exception):
-    """What an environment raised in a process of its own; the message names the type."""
+    """An exception that an environment raised in its own process; the message names the type."""
 
 
 class UsageError(FastsacError):
-    """A request that cannot be served, found before anything was written; or code of the user's own that failed."""
+    """Invalid settings or arguments, found before anything was written; or an error in the user's own code."""
 
     exit_status = 2
 
 
 def told(error: Exception, *ours: str) -> str:
-    """Return an error of the user's code on one line, with the first place in its traceback outside `ours`."""
+    """Return an error of the user's code on one line, with the first traceback entry outside `ours`."""
     import traceback
 
     ours = (*ours, importlib.__file__)
@@ -53,7 +53,7 @@ def told(error: Exception, *ours: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean A, B or C?"``, or an empty string if nothing known is near `name`."""
+    """Return ``"; did you mean A, B or C?"``, or an empty string if no known name is similar."""
     import difflib
 
     by_lower = {candidate.lower(): candidate for candidate in known}

@@ -1,4 +1,4 @@
-"""Evaluation of a policy on environments of its own, and video."""
+"""Evaluation of a policy in separate environments, and video recording."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastsac.spaces import Bools, Floats, Spaces
 LONGEST_EPISODE = 100_000  # steps
 #: obs [N, O] -> action [N, A] in [-1, 1]
 Policy = Callable[[Floats], Floats]
-#: the environments; their last step, or None for their reset; and which of them [N] play an episode that counts
+#: the environments; their last step, or None after the reset; and which of them [N] play an episode that counts
 Watch = Callable[[VectorEnv, Step | None, Bools], None]
 
 
@@ -50,19 +50,19 @@ def evaluate(
     before_step: Callable[[], None] | None = None,
     watch: Watch | None = None,
 ) -> Evaluation:
-    """Play whole episodes from a reset on.
+    """Play complete episodes, starting with a reset.
 
-    Each environment plays a share of the episodes that is fixed in advance: taking those that end first would favour
-    the short ones.
+    The number of episodes of each environment is fixed in advance: taking those that end first would favour short
+    episodes.
 
     Args:
         policy: obs [N, O] -> action [N, A].
-        envs: they are reset first.
-        episodes: how many, over all environments.
-        should_stop: asked before every step; if it says so, only the episodes that have ended are returned.
-        seed: begins the environments' random streams anew; None goes on with them.
-        before_step: called before every step, for pictures.
-        watch: called after the reset and after every step, to keep what was played.
+        envs: the environments, which are reset first.
+        episodes: number of episodes, over all environments.
+        should_stop: called before every step; if it returns True, only the episodes that have ended are returned.
+        seed: random seed for the environments; None continues their random streams.
+        before_step: called before every step, for rendering.
+        watch: called after the reset and after every step, for recording.
 
     Raises:
         FastsacError: if an episode ends neither by itself nor by a time limit.
@@ -79,7 +79,7 @@ def evaluate(
         if episode_length[played < share].max() >= LONGEST_EPISODE:
             raise FastsacError(
                 f"{envs.env_id}: an episode has not ended after {LONGEST_EPISODE:,} steps, so it cannot be evaluated: "
-                "give the environment a time limit (max_episode_steps), or switch evaluations off (--eval-every 0)"
+                "give the environment a time limit (max_episode_steps), or disable evaluation (--eval-every 0)"
             )
         if before_step is not None:
             before_step()
@@ -100,11 +100,11 @@ def evaluate(
 
 
 def record_video(policy: Policy, envs: VectorEnv, path: Path) -> Evaluation:
-    """Play one episode of environments made with ``render=True`` and write its pictures as .mp4 or .gif.
+    """Play one episode in environments created with ``render=True`` and save its frames as .mp4 or .gif.
 
     Raises:
-        UsageError: for another kind of file.
-        FastsacError: if it cannot be drawn or written; no half file is left.
+        UsageError: for any other file type.
+        FastsacError: if it cannot be rendered or written; no partial file is left behind.
     """
     import imageio
 
@@ -112,11 +112,11 @@ def record_video(policy: Policy, envs: VectorEnv, path: Path) -> Evaluation:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     options: dict[str, Any] = {"duration": 1000.0 / envs.render_fps}
     if path.suffix.lower() == ".mp4":
-        # H.264 wants even sides; the encoder's default would rescale the pictures to multiples of 16
+        # H.264 needs even sides; by default, the encoder would rescale the frames to multiples of 16
         options = {"fps": envs.render_fps, "macro_block_size": 2}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # found out before the episode is played
+        temporary.touch()  # fail before the episode is played
         writer: Any = imageio.get_writer(temporary, **options)
         with writer:
             result = evaluate(policy, envs, episodes=1, before_step=lambda: writer.append_data(envs.render()))
@@ -130,10 +130,10 @@ def record_video(policy: Policy, envs: VectorEnv, path: Path) -> Evaluation:
 
 
 class Evaluator:
-    """Plays with a policy on environments of its own, which it keeps."""
+    """Evaluates a policy in its own environments, which it keeps."""
 
     def __init__(self, spec: EnvSpec, spaces: Spaces) -> None:
-        """Make nothing yet; `spaces` are those that the policy is for."""
+        """Store the arguments; `spaces` are those of the policy. Environments are created later."""
         self._spec, self._spaces, self._made_for = spec, spaces, 0
         self._envs: VectorEnv | None = None
 
@@ -145,10 +145,10 @@ class Evaluator:
         should_stop: Callable[[], bool] | None = None,
         watch: Watch | None = None,
     ) -> Evaluation:
-        """Play episodes that depend on the policy and the seed only; see the function `evaluate`.
+        """Play episodes that depend only on the policy and the seed; see the function `evaluate`.
 
         Raises:
-            UsageError: for less than one episode, or if the environments do not fit the policy.
+            UsageError: if `episodes` is less than 1, or the environments do not fit the policy.
         """
         if episodes < 1:
             raise UsageError(f"an evaluation needs at least 1 episode, got {episodes}")
@@ -156,12 +156,12 @@ class Evaluator:
         if self._envs is not None and num_envs == self._made_for:
             return evaluate(policy, self._envs, episodes, should_stop, seed, watch=watch)
         self.close()
-        self._made_for = num_envs  # environments from Python have their own number
+        self._made_for = num_envs  # the number of environments from Python is fixed
         self._envs = self._make(num_envs, seed)
         return evaluate(policy, self._envs, episodes, should_stop, watch=watch)
 
     def record_video(self, policy: Policy, path: Path, seed: int) -> None:
-        """Play one episode and write it; see the function `record_video`."""
+        """Play one episode and save it; see the function `record_video`."""
         envs = self._make(1, seed, render=True)
         try:
             record_video(policy, envs, path)
@@ -169,27 +169,27 @@ class Evaluator:
             envs.close()
 
     def refuse_misfits(self) -> None:
-        """Raise UsageError unless the environments can be made and fit the policy."""
+        """Raise UsageError unless the environments can be created and fit the policy."""
         self._make(1, 0).close()
 
     def _make(self, num_envs: int, seed: int, render: bool = False) -> VectorEnv:
         if self._spec.backend == "python" and self._spec.own is None:
             raise UsageError(
-                f"the environments {self._spec.env_id} come from Python, and none were handed over for evaluations: "
-                "SAC(config, envs=..., eval_envs=...), or SAC.load(run_dir, envs=..., eval_envs=...)"
+                f"the environments {self._spec.env_id} come from Python, and none were passed for evaluations: "
+                "use SAC(config, envs=..., eval_envs=...) or SAC.load(run_dir, envs=..., eval_envs=...)"
             )
         envs = make_envs(self._spec, num_envs, seed, render)
         if not self._spaces.same_as(envs.spaces):
             envs.close()
             own = self._spec.own is not None
             raise UsageError(
-                f"{'the environments for evaluations have' if own else f'{self._spec.env_id} has'} other "
+                f"{'the evaluation environments have' if own else f'{self._spec.env_id} has'} different "
                 "observations or actions than this agent was trained with"
             )
         return envs
 
     def close(self) -> None:
-        """Give the environments' resources back."""
+        """Close the environments."""
         if self._envs is not None:
             self._envs.close()
             self._envs = None

@@ -1,4 +1,4 @@
-"""A trained policy as one file that runs without fastsac: ONNX, or a program of `torch.export`."""
+"""Export of a trained policy to one file that runs without fastsac: ONNX, or a `torch.export` program."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from fastsac.spaces import Spaces
 if TYPE_CHECKING:
     from fastsac.train import SAC
 
-#: the kind of file for each ending
+#: the kind of file for each suffix
 KINDS = {".onnx": "onnx", ".pt2": "torch"}
 
 
 class Policy(nn.Module):
-    """The deterministic policy from the environment's observations to its actions, both in the environment's own units.
+    """The deterministic policy: maps the environment's observations to its actions, in the environment's own units.
 
-    It concatenates the parts of an observation, normalises, takes tanh of the Gaussian's mean, and scales it.
+    It concatenates the parts of an observation, normalises, applies tanh to the Gaussian's mean, and scales it.
     """
 
     low: Tensor
@@ -44,18 +44,18 @@ class Policy(nn.Module):
     def __init__(
         self, names: Iterable[str], actor: nn.Module, spaces: Spaces, normalisation: tuple[Tensor, Tensor] | None
     ) -> None:
-        """Take a copy of the actor.
+        """Copy the actor.
 
         Args:
-            names: of the observation's parts, in the order of the spaces; `forward` takes them by these.
+            names: names of the observation's parts, in the order of the spaces; the parameters of `forward`.
             actor: obs [N, O] -> mean and log_std, each [N, A].
-            spaces: of the environment.
+            spaces: the environment's spaces.
             normalisation: mean and inverse standard deviation of the observations, each [O], or None.
         """
         super().__init__()
         self.actor = copy.deepcopy(actor).cpu().eval()
         for each in [*self.actor.parameters(), *self.actor.buffers()]:
-            each.data = each.data.contiguous().clone()  # not views of what the learner writes
+            each.data = each.data.contiguous().clone()  # not views of memory that the learner writes
             each.requires_grad_(False)
         self._normalises = normalisation is not None
         mean, inverse = normalisation or (torch.zeros(()), torch.ones(()))
@@ -83,37 +83,38 @@ class Policy(nn.Module):
 
 
 class Exported(NamedTuple):
-    """What is in the file."""
+    """A description of the exported file."""
 
     path: Path
-    inputs: dict[str, tuple[int, ...]]  # the shape of one observation's part by its name
+    inputs: dict[str, tuple[int, ...]]  # the shape of each part of one observation, by name
     output: tuple[int, ...]  # the shape of one action
 
 
 def export_policy(agent: SAC, path: Path) -> Exported:
-    """Write the agent's deterministic policy as ONNX (`.onnx`) or as a program of `torch.export` (`.pt2`).
+    """Export the agent's deterministic policy as ONNX (`.onnx`) or as a `torch.export` program (`.pt2`).
 
-    Inputs are float32, [N, *shape] with any N: `obs`, or the parts of a Dict or Tuple observation by their names, with
-    `_` for what is no letter or digit (`robot_arm`). The output is `action`, [N, *S], in the environment's own units.
+    Inputs are float32, [N, *shape] with any N: `obs`, or the parts of a Dict or Tuple observation by name, with `_` in
+    place of characters other than letters and digits (`robot_arm`). The output is `action`, [N, *S], in the
+    environment's own units.
 
     Raises:
-        UsageError: for another ending, if a package is missing, or PyTorch cannot export an actor of your own.
-        FastsacError: if the file cannot be written; none is left.
+        UsageError: if the suffix is unknown, a package is missing, or PyTorch cannot export your own actor.
+        FastsacError: if the file cannot be written; no partial file is left behind.
     """
     if path.suffix not in KINDS:
-        raise UsageError(f"the file's name must end in .onnx or .pt2, got {path.name!r}")
+        raise UsageError(f"the file name must end in .onnx or .pt2, got {path.name!r}")
     spaces = agent.spaces
     names = {re.sub(r"\W", "_", name) or "obs": shape for name, shape in spaces.obs_shapes.items()}
     if len(names) != len(spaces.obs_shapes):
         raise UsageError(
-            f"the observation's parts {', '.join(spaces.obs_shapes)} have no names that a file could give them"
+            f"the observation's parts {', '.join(spaces.obs_shapes)} would not have unique names in the file"
         )
     policy = Policy(names, agent.actor, spaces, agent.learner.normalizer.obs_normalisation()).eval()
     example = {name: torch.zeros(2, *shape) for name, shape in names.items()}
     temporary = temporary_sibling(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # found out before the work is done
+        temporary.touch()  # fail before the work is done
         with _quietly(), torch.no_grad():
             (_write_torch if KINDS[path.suffix] == "torch" else _write_onnx)(policy, example, agent, temporary)
         temporary.replace(path)
@@ -156,12 +157,12 @@ def _naming_the_actor() -> Iterator[None]:
         yield
     except OSError:
         raise
-    except Exception as error:  # of PyTorch's, or of the user's own actor
+    except Exception as error:  # from PyTorch, or from the user's own actor
         raise UsageError(f"PyTorch cannot export this actor: {told(error, __file__)}") from error
 
 
 def _metadata(agent: SAC) -> dict[str, str]:
-    """Return what tells a file's origin."""
+    """Return metadata about the file's origin."""
     config = agent.config
     return {
         "env_id": config.env_id,
@@ -174,7 +175,7 @@ def _metadata(agent: SAC) -> dict[str, str]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep what PyTorch tells of its own insides to itself."""
+    """Silence PyTorch's messages about its own internals."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)

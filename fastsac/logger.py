@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, its trackers, and a live display or plain lines."""
+"""The output of a run: metrics.jsonl, its trackers, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastsac.trackers import BY_DEFAULT, Trackers, Tracking
 class Logger:
     """Writes one line of metrics at a time.
 
-    A line that cannot be written, because the disk is full, say, waits for the next one.
+    A line that cannot be written, for example because the disk is full, is written with the next one.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class Logger:
         """Open the files, and start the trackers.
 
         Args:
-            run_dir: where they go; None writes none.
+            run_dir: the run directory; None writes no files.
             total_steps: for the progress display.
-            step: where a resumed run goes on; lines behind it are dropped from metrics.jsonl.
+            step: where a resumed run continues; later lines are dropped from metrics.jsonl.
             time_s: seconds that the run had taken by then.
-            progress: whether anything is displayed.
-            name: of one of several runs in a process, which its messages begin with.
-            tracking: which trackers there are.
-            settings: of the run, for the trackers.
+            progress: whether to show progress.
+            name: prefix of all messages, if a process has several runs.
+            tracking: the trackers.
+            settings: the run's settings, for the trackers.
 
         Raises:
             FastsacError: if a file cannot be opened, or a tracker cannot be started.
@@ -76,11 +76,11 @@ class Logger:
 
     @property
     def time_s(self) -> float:
-        """Seconds of training so far, earlier parts of a resumed run included."""
+        """Seconds of training so far, including earlier parts of a resumed run."""
         return time.perf_counter() - self._started
 
     def start_rates(self, step: int, updates: int) -> None:
-        """Begin a new interval for steps/s and updates/s."""
+        """Start a new interval for steps/s and updates/s."""
         self._last = (time.perf_counter(), step, updates)
 
     def log(self, step: int, updates: int, values: Mapping[str, float]) -> None:
@@ -94,31 +94,31 @@ class Logger:
             row["updates_per_s"] = (updates - updates_before) / seconds
             self._last = (now, step, updates)
         row |= values
-        # JSON has no word for NaN
+        # JSON has no NaN
         row = {key: value for key, value in row.items() if math.isfinite(value)}
         written, problem = self._file.add(row) if self._file is not None else ([], "")
         if self._trackers is not None:
             self._trackers.log(written)
         if problem and problem != self._problem:
-            self.warn(f"{problem}; training goes on, and the line is tried again with the next one")
+            self.warn(f"{problem}; training continues, and the line is retried with the next one")
         self._problem = problem
         if self._display is not None:
             self._display.show(row)
 
     def video(self, step: int, path: Path) -> None:
-        """Hand a video to the trackers."""
+        """Send a video to the trackers."""
         if self._trackers is not None:
             self._trackers.video(step, path)
 
     def say(self, message: str) -> None:
-        """Tell the user something that is no metric."""
+        """Show a message to the user."""
         if self._display is not None:
             self._display.say(f"{self._name}: {message}" if self._name else message)
         elif self._name:
             print(f"{self._name}: {message}", file=sys.stderr, flush=True)
 
     def warn(self, message: str) -> None:
-        """Tell the user what went wrong, also where nothing is displayed."""
+        """Show a warning to the user, even if progress is not shown."""
         message = f"{self._name}: {message}" if self._name else message
         if self._display is not None:
             self._display.say(f"warning: {message}")
@@ -142,7 +142,7 @@ class Logger:
 
 
 class EpisodeStatistics:
-    """Returns and lengths of the training environments' episodes."""
+    """Returns and lengths of the training episodes."""
 
     def __init__(self, num_envs: int) -> None:
         self._return = np.zeros(num_envs)
@@ -166,7 +166,7 @@ class EpisodeStatistics:
         return {"episode_return": float(returns), "episode_length": float(lengths)}
 
     def restart(self) -> None:
-        """Forget the episodes under way: all environments were reset."""
+        """Forget the current episodes, because all environments were reset."""
         self._return[:], self._length[:] = 0.0, 0
 
     def state(self) -> dict[str, Any]:
@@ -178,9 +178,9 @@ class EpisodeStatistics:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned."""
+        """Load what `state` returned."""
         if not len(state["returns"]) == len(state["lengths"]) == len(self._return):
-            raise ValueError("it has another number of environments")
+            raise ValueError("it has a different number of environments")
         self._return[:], self._length[:] = state["returns"], state["lengths"]
         self._finished = [(float(returns), int(length)) for returns, length in state["finished"]]
 

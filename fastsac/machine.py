@@ -1,4 +1,4 @@
-"""What this machine is, for results: no host name and no path. None is what cannot be read. And writing such files."""
+"""Describes this machine for results, without host name or paths, and writes result files. None means unknown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from fastsac.system import allowed_cores
 
 PACKAGES = ("torch", "numpy", "triton", "gymnasium", "envpool", "fastsac")
-NOT_RESULTS = ":(top,exclude)benchmarks/results"  # what a benchmark writes is no change of the code
+NOT_RESULTS = ":(top,exclude)benchmarks/results"  # a benchmark's output is not a change of the code
 # The instruction sets that decide how fast a small fp32 or bf16 matrix product is.
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16")
 
@@ -26,7 +26,7 @@ CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile",
 def describe_machine() -> dict[str, Any]:
     """Hardware, operating system, package versions, commit, date and load: all values JSON-serialisable.
 
-    What cannot be read (no /proc, no git, no GPU) is None rather than an error. Memory is in GiB.
+    Anything that cannot be read (no /proc, no git, no GPU) is None. Memory is in GiB.
     """
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -43,12 +43,12 @@ def describe_machine() -> dict[str, Any]:
 
 
 def load_average() -> list[float] | None:
-    """1, 5 and 15 minute load averages, or None where the system has none."""
+    """1, 5 and 15 minute load averages, or None if the system has none."""
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write the whole file or none of it, also when the run is stopped half-way."""
+    """Write the file completely or not at all, even if the run is stopped half-way."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
         json.dump(result, file, indent=1)
         file.write("\n")
@@ -57,25 +57,25 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
 
 def portable(path: Path) -> str:
-    """Return a path as it was given, for a command that is published; of an absolute one only the name."""
+    """Return a relative path as it was given, or only the name of an absolute one, for a published command."""
     return path.as_posix() if not path.is_absolute() and path.name not in ("", "..") else path.resolve().name
 
 
 def package_versions(packages: tuple[str, ...]) -> dict[str, str | None]:
-    """Return the installed version of each package, or None; nothing is imported."""
+    """Return the installed version of each package, or None, without importing it."""
     versions: dict[str, str | None] = {}
     for package in packages:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    # The imported module knows more than the metadata, the build for instance (+cpu, +cu126).
+    # The imported module knows more than the metadata, for example the build (+cpu, +cu126).
     loaded = {"torch": torch.__version__, "numpy": np.__version__}
     return versions | {name: str(version) for name, version in loaded.items() if name in versions}
 
 
 def describe_cpu() -> dict[str, Any]:
-    """Return the model, the cores, and which instruction sets of interest there are."""
+    """Return the model, the cores, and the relevant instruction sets that are available."""
     fields = _first_fields(Path("/proc/cpuinfo"))
     present = set(fields.get("flags", fields.get("Features", "")).split())
     return {
@@ -88,13 +88,13 @@ def describe_cpu() -> dict[str, Any]:
 
 
 def memory_gib() -> float | None:
-    """Return the machine's memory."""
+    """Return the machine's memory in GiB."""
     total = _first_fields(Path("/proc/meminfo")).get("MemTotal")  # macOS and Windows have no such file
     return round(int(total.split()[0]) / 2**20, 1) if total else None
 
 
 def describe_gpu() -> dict[str, Any] | None:
-    """Return the GPU that PyTorch takes, or None without one."""
+    """Return the GPU that PyTorch uses, or None without one."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

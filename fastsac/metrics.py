@@ -1,4 +1,4 @@
-"""metrics.jsonl, which every tracker follows."""
+"""Writes metrics.jsonl, from which every tracker gets its data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Value = float | int | Tensor
 
 
 def read_scalars(values: Mapping[str, Value]) -> dict[str, float]:
-    """Read scalars, those that are on a device all at once."""
+    """Read scalars; those on a device are read in one transfer."""
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     read = torch.stack([value.detach().double() for value in tensors.values()]).tolist() if tensors else []
     on_device = dict(zip(tensors, read, strict=True))
@@ -26,10 +26,10 @@ def read_scalars(values: Mapping[str, Value]) -> dict[str, float]:
 
 
 class MetricsFile:
-    """A run's metrics.jsonl; a line that cannot be written waits for the next one."""
+    """A run's metrics.jsonl; a line that cannot be written is written with the next one."""
 
     def __init__(self, run_dir: Path, step: int) -> None:
-        """Open the file, without what it holds behind `step`; OSError if that fails."""
+        """Open the file and drop all lines after `step`; OSError if that fails."""
         self._path = run_dir / METRICS
         self._waiting: list[Row] = []
         rows = [row for row in read_rows(self._path) if row["step"] <= step]
@@ -43,7 +43,7 @@ class MetricsFile:
         self._file: IO[bytes] | None = self._path.open("ab")
 
     def add(self, row: Row) -> tuple[list[Row], str]:
-        """Write the line and those that wait; return what has been written, and what went wrong or an empty string."""
+        """Write the line and all waiting ones; return the lines written, and an error message or an empty string."""
         self._waiting.append(row)
         return self._write()
 
@@ -69,7 +69,7 @@ class MetricsFile:
         return written, ""
 
     def _close_metrics(self, size: int) -> None:
-        """Close the file without the half line that it may hold."""
+        """Close the file, without a partial line at its end."""
         file, self._file = self._file, None
         if file is not None:
             with suppress(OSError):
@@ -78,7 +78,7 @@ class MetricsFile:
                 os.truncate(self._path, size)
 
     def close(self) -> tuple[list[Row], str]:
-        """Close the file, after a last try to write the lines that wait; return the same as `add`."""
+        """Close the file after a last attempt to write the waiting lines; return the same as `add`."""
         written = self._write() if self._waiting else ([], "")
         if self._file is not None:
             self._file.close()

@@ -1,4 +1,4 @@
-"""The README.md of a shared policy, with the metadata that model hubs read (Hugging Face's model cards)."""
+"""The README.md of a shared policy, with the metadata that model hubs read (as in Hugging Face model cards)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from fastsac.evaluate import Evaluation
 from fastsac.machine import PACKAGES, package_versions
 from fastsac.spaces import Spaces
 
-#: settings that say nothing of the policy
+#: settings that say nothing about the policy
 _UNTOLD = ("env_id", "log_every", "checkpoint_every", "checkpoint_replay", "device", "num_threads")
 
 
 def model_card(config: Config, spaces: Spaces, steps: int, updates: int, evaluation: Evaluation | None) -> str:
-    """Return the card: task, use, evaluation, settings and versions.
+    """Return the model card: task, usage, evaluation, settings and versions.
 
     Args:
-        config: of the run.
-        spaces: of the environment.
-        steps: environment steps of the training.
+        config: the run's settings.
+        spaces: the environment's spaces.
+        steps: environment steps of training.
         updates: gradient updates.
-        evaluation: of the deterministic policy, if there was one.
+        evaluation: the evaluation of the deterministic policy, if any.
     """
     sections = [
         f"# Soft Actor-Critic agent for {config.env_id}",
@@ -96,9 +96,9 @@ def _settings(config: Config) -> str:
     defaults = dataclasses.asdict(Config())
     given = {k: v for k, v in dataclasses.asdict(config).items() if v != defaults[k] and k not in _UNTOLD}
     if not given:
-        return "## Settings\n\nThe defaults of fastsac; `config.json` has all of them."
+        return "## Settings\n\nfastsac's defaults; `config.json` has all of them."
     return _table("Settings", "setting", {f"`{k}`": f"`{json.dumps(v)}`" for k, v in given.items()}) + (
-        "\n\nAll others have fastsac's defaults; `config.json` has all of them."
+        "\n\nAll other settings are fastsac's defaults; `config.json` has all of them."
     )
 
 

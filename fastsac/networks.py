@@ -19,7 +19,7 @@ LOG_STD_HALF_RANGE = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
 #: a layer of a stack of E networks: weight [E, I, O] and bias [E, 1, O]
 StackLayer = tuple[Tensor, Tensor]
 
-#: in place where autograd allows it: its derivative is taken from the output
+#: in place if autograd allows it, because the derivative is computed from the output
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "elu": F.elu_,
@@ -43,7 +43,7 @@ class StackedLayerNorm(nn.Module):
 
 
 class StackedMLP(nn.Module):
-    """E independent networks of equal shape, each layer one batched product."""
+    """E independent networks of equal shape; each layer is one batched matrix product."""
 
     def __init__(self, num_networks: int, sizes: Sequence[int], activation: str, layer_norm: bool = False) -> None:
         """Initialise like `torch.nn.Linear`: uniform within 1 / sqrt(fan-in), weights and biases."""
@@ -58,7 +58,7 @@ class StackedMLP(nn.Module):
         self.norms = nn.ModuleList(StackedLayerNorm(num_networks, size) for size in sizes[1:-1]) if layer_norm else None
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """Map x [B, I] to [E, B, last size]. `frozen` lets gradients through to x, but not to the weights."""
+        """Map x [B, I] to [E, B, last size]. `frozen` passes gradients to x, but not to the weights."""
         x = x.expand(self.weights[0].shape[0], *x.shape)
         last = len(self.weights) - 1
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -97,7 +97,7 @@ class Actor(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(size) for size in hidden_sizes) if layer_norm else None
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log_std; the latter within [-5, 2] by tanh, since a clamp has no gradient outside."""
+        """Return mean and log_std; tanh keeps log_std in [-5, 2], since a clamp has no gradient outside."""
         x = obs
         for index, layer in enumerate(self.layers[:-1]):
             x = layer(x)
@@ -106,7 +106,7 @@ class Actor(nn.Module):
         return mean, LOG_STD_MIN + LOG_STD_HALF_RANGE * (1.0 + torch.tanh(raw))
 
     def stack(self) -> list[StackLayer]:
-        """Return the parameters' values as a stack of one network; the last layer makes mean and raw log_std."""
+        """Return the parameters' values as a stack of one network; the last layer outputs mean and raw log_std."""
         stack = []
         for layer in self.layers:
             assert isinstance(layer, nn.Linear)
@@ -140,7 +140,7 @@ class Critic(StackedMLP):
 
 
 class CategoricalCritic(Critic):
-    """E critics that each give a distribution of the return over M fixed values, the atoms (arXiv 1707.06887)."""
+    """E critics that each predict a distribution of the return over M fixed values, the atoms (arXiv 1707.06887)."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class CategoricalCritic(Critic):
         v_max: float,
         num_atoms: int,
     ) -> None:
-        """Take the lowest and the highest atom and their number M beside what a `Critic` takes."""
+        """Create the critics; `v_min` and `v_max` are the lowest and highest atom, `num_atoms` is M."""
         super().__init__(num_critics, obs_size, action_size, hidden_sizes, activation, layer_norm, num_atoms)
         self.v_min, self.v_max = v_min, v_max
         self.register_buffer("atoms", torch.linspace(v_min, v_max, num_atoms), persistent=False)

@@ -1,14 +1,14 @@
 """Running normalisation of observations and rewards, on the learner's device.
 
-The replay buffer stores what the environment gave. What is drawn from it, and what the policy acts on, is normalised by
-the moments of that moment, as Stable-Baselines3's VecNormalize does::
+The replay buffer stores raw values. Sampled batches, and the policy's observations, are normalised with the current
+moments, as in Stable-Baselines3's VecNormalize::
 
     obs'    = clip((obs - mean) / sqrt(var + 1e-8), -10, 10)
     reward' = reward_scale * reward / sqrt(var of G + 1e-8),   G <- reward + gamma G, from 0 in each episode
 
-Rewards are neither centred nor clipped, so sums of several (n-step returns) may be normalised after summation.
-Moments are float64. They begin as those of 1e-4 numbers with mean 0 and variance 1, and are merged with each step's by
-the parallel formula of Chan, Golub and LeVeque (1983).
+Rewards are neither centred nor clipped, so their sums (n-step returns) can be normalised after summation. Moments are
+float64. They start as those of 1e-4 samples with mean 0 and variance 1, and are merged with those of each step by the
+parallel formula of Chan, Golub and LeVeque (1983).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ EPSILON, LARGEST, FIRST_COUNT = 1e-8, 10.0, 1e-4
 
 
 class Moments:
-    """Count, mean and variance of all numbers seen so far, of each column by itself."""
+    """Count, mean and variance of all numbers seen so far, per column."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        """Begin with the moments of almost nothing."""
+        """Start with almost no weight."""
         self.mean = torch.zeros(size, dtype=torch.float64, device=device)
         self.var = torch.ones(size, dtype=torch.float64, device=device)
         self.count = torch.full((), FIRST_COUNT, dtype=torch.float64, device=device)
 
     def add(self, numbers: Tensor, valid: Tensor | None = None) -> None:
-        """Take further rows [N, size]; only those that are `valid` [N, 1], if that is given."""
+        """Add rows [N, size]; only those that are `valid` [N, 1], if given."""
         numbers = numbers.double()
         if valid is None:
             var, mean = torch.var_mean(numbers, 0, correction=0)
@@ -55,22 +55,22 @@ class Moments:
 
 
 class Normalizer:
-    """Moments of observations and of the discounted return, and what they make of a batch."""
+    """Normalises batches with the running moments of observations and of the discounted return."""
 
     def __init__(self, config: Config, obs_size: int, num_envs: int, device: torch.device) -> None:
-        """Take what the settings need.
+        """Allocate what the settings need.
 
         Args:
-            config: its `normalize_obs`, `normalize_reward`, `reward_scale` and `gamma` are used.
+            config: `normalize_obs`, `normalize_reward`, `reward_scale` and `gamma` are used.
             obs_size: O.
             num_envs: N.
-            device: where everything lives.
+            device: the device of all tensors.
         """
         self.device, self.gamma, self.reward_scale = device, config.gamma, config.reward_scale
         self._obs = Moments(obs_size, device) if config.normalize_obs else None
         self._return = Moments(1, device) if config.normalize_reward else None
         self._returns = torch.zeros(num_envs, dtype=torch.float64, device=device)
-        # written in place: recorded graphs hold their addresses
+        # written in place: captured CUDA graphs hold their addresses
         self._mean, self._inverse = torch.zeros(obs_size, device=device), torch.ones(obs_size, device=device)
         self._scale = torch.full((), config.reward_scale, device=device)
         #: whether there is anything to do
@@ -100,11 +100,11 @@ class Normalizer:
 
     @torch.no_grad()
     def begin(self, obs: Tensor, present: Tensor | None = None) -> None:
-        """Take the observations [N, O] after a reset of all environments.
+        """Add the observations [N, O] after a reset of all environments.
 
         Args:
             obs: [N, O].
-            present: [N]: False where there is no observation; None: there is one everywhere.
+            present: [N]: False where there is no observation; None if all are present.
         """
         self._returns.zero_()
         if self._obs is not None:
@@ -113,13 +113,13 @@ class Normalizer:
 
     @torch.no_grad()
     def add(self, next_obs: Tensor, reward: Tensor, valid: Tensor, present: Tensor | None = None) -> None:
-        """Take one step of all environments; nothing waits for the device.
+        """Add one step of all environments, without waiting for the device.
 
         Args:
             next_obs: [N, O].
             reward: [N].
-            valid: [N]: False where the environment was reset instead of stepped; its return begins at 0 again.
-            present: [N]: False where there is no observation; None: there is one everywhere.
+            valid: [N]: False where the environment was reset instead of stepped; its return starts at 0 again.
+            present: [N]: False where there is no observation; None if all are present.
         """
         if self._obs is not None:
             self._obs.add(next_obs, None if present is None else present[:, None])
@@ -129,7 +129,7 @@ class Normalizer:
         self._refresh()
 
     def _refresh(self) -> None:
-        """Bring what `obs` and `batch` read up to date."""
+        """Update the tensors that `obs` and `batch` read."""
         if self._obs is not None:
             self._mean.copy_(self._obs.mean)
             self._inverse.copy_(self._obs.inverse_deviation())
@@ -145,10 +145,10 @@ class Normalizer:
         return tensors | ({} if self._return is None else {"returns": self._returns})
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` returned; what is missing begins anew.
+        """Load what `state` returned; missing tensors keep their initial values.
 
         Raises:
-            UsageError: if a tensor does not fit, or is none that moments can be.
+            UsageError: if a tensor does not fit, or its values are impossible for moments.
         """
         for name, tensor in self.state().items():
             other = tensors.get(name)
@@ -157,6 +157,6 @@ class Normalizer:
             fits = other.dtype == tensor.dtype and (other.shape == tensor.shape or name == "returns")
             if not fits or not other.isfinite().all() or (name.endswith(("_var", "_count")) and (other < 0.0).any()):
                 raise UsageError(f"the checkpoint's normalisation does not fit this configuration: {name}")
-            if other.shape == tensor.shape:  # with another number of environments, new episodes start
+            if other.shape == tensor.shape:  # with a different number of environments, new episodes start
                 tensor.copy_(other)
         self._refresh()

@@ -1,4 +1,4 @@
-"""Environments that come from Python: one, a vector of them, or a function that makes one."""
+"""Environments from Python: one, a vector environment, or a function that creates one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastsac.spaces import Spaces, read_spaces
 
 
 def make_own(spec: EnvSpec, num_envs: int, seeds: list[int], render: bool) -> tuple[Spaces, Backend]:
-    """Take environments from Python: one, a vector of them, or a function that makes one.
+    """Use environments from Python: one, a vector environment, or a function that creates one.
 
     Raises:
         UsageError: if they are none of these, or cannot be used.
@@ -38,7 +38,7 @@ def make_own(spec: EnvSpec, num_envs: int, seeds: list[int], render: bool) -> tu
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"{env_id} could not be made: {type(error).__name__}: {one_line(error)}") from error
+        raise UsageError(f"{env_id} could not be created: {type(error).__name__}: {one_line(error)}") from error
     _refuse_blind(envs, env_id, render)
     spaces = read_spaces(env_id, envs.single_observation_space, envs.single_action_space)
     return spaces, GymnasiumEnvs(envs, seeds, borrowed)
@@ -46,39 +46,39 @@ def make_own(spec: EnvSpec, num_envs: int, seeds: list[int], render: bool) -> tu
 
 def _refuse_blind(envs: Any, env_id: str, render: bool) -> None:
     if render and envs.render_mode != "rgb_array":
-        raise UsageError(f"{env_id} was made with render_mode {envs.render_mode!r}, and a video needs 'rgb_array'")
+        raise UsageError(f"{env_id} was created with render_mode {envs.render_mode!r}, but a video needs 'rgb_array'")
 
 
 class Factory:
-    """A user's function that makes an environment, watched: each time it must be a new one."""
+    """A user's function that creates an environment, checked to return a new one on every call."""
 
     def __init__(self, make: Callable[[], Any], argument: str) -> None:
-        """Take the function, and the name under which it was handed over."""
+        """Store the function, and the name of the argument it was passed as."""
         self._make, self._argument = make, argument
         self.__name__ = str(getattr(make, "__name__", type(make).__name__))
         self._made: list[weakref.ref[Any]] = []
 
     def __call__(self) -> Any:
-        """Make one; UsageError if it is none, or one that was made before."""
+        """Create an environment; UsageError if it is not one, or was returned before."""
         env = self._make()
         if not isinstance(env, gymnasium.Env):
-            raise UsageError(f"{self._argument} must make a gymnasium.Env, got {env!r}")
+            raise UsageError(f"{self._argument} must return a gymnasium.Env, got {env!r}")
         self._made = [reference for reference in self._made if reference() is not None]
         if any(reference() is env.unwrapped for reference in self._made):
-            raise UsageError(f"{self.__name__} gave the same environment twice, and must make a new one each time")
+            raise UsageError(f"{self.__name__} returned the same environment twice: it must create a new one each time")
         self._made.append(weakref.ref(env.unwrapped))
         return env
 
 
 def describe_own(envs: object) -> tuple[str, int | None]:
-    """Return the name of environments from Python, and their number; None for a function that makes any number.
+    """Return the name of environments from Python, and their number: None for a function, which creates any number.
 
     Raises:
-        UsageError: if they are none.
+        UsageError: if they are not environments.
     """
     if not isinstance(envs, gymnasium.Env | gymnasium.vector.VectorEnv) and not callable(envs):
         raise UsageError(
-            f"envs must be a gymnasium.Env, a gymnasium.vector.VectorEnv or a function that makes one Env, got {envs!r}"
+            f"envs must be a gymnasium.Env, a gymnasium.vector.VectorEnv or a function returning an Env, got {envs!r}"
         )
     if not isinstance(envs, gymnasium.Env | gymnasium.vector.VectorEnv):
         return str(getattr(envs, "__name__", type(envs).__name__)), None
@@ -87,16 +87,16 @@ def describe_own(envs: object) -> tuple[str, int | None]:
 
 
 class _OwnVector(GymnasiumEnvs):
-    """A vector environment of the user's own, of which no single environment can be reached."""
+    """The user's own vector environment, whose single environments cannot be accessed."""
 
-    cannot_rewind = "a vector environment of your own cannot be brought back to them"
+    cannot_rewind = "the state of your own vector environment cannot be restored"
 
     def reset(self, seeds: Sequence[int] | None) -> Any:
         seeds = self._seeds if seeds is None else seeds
-        obs, _ = self._envs.reset(seed=None if seeds is None else seeds[0])  # not all take a list
+        obs, _ = self._envs.reset(seed=None if seeds is None else seeds[0])  # not all accept a list
         self._seeds = None
         self._done[:] = False
         return obs
 
     def streams(self) -> None:  # type: ignore[override]
-        """Nothing is known of them."""
+        """Their state is unknown."""

@@ -1,4 +1,4 @@
-"""Networks of the user's own, in place of the actor or the critics."""
+"""The user's own networks, which replace the actor or the critics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastsac.errors import UsageError
 
 
 class OwnNetworks(NamedTuple):
-    """Modules that take the place of the actor and of the critics; None keeps what the configuration describes."""
+    """Modules that replace the actor and the critics; None keeps the network that the configuration describes."""
 
     actor: nn.Module | None = None  # obs [B, O] -> mean and log_std, each [B, A]
     critic: nn.Module | None = None  # obs [B, O], action [B, A] -> q [E, B]
@@ -25,20 +25,20 @@ class OwnNetworks(NamedTuple):
         return self.actor is not None or self.critic is not None
 
     def refuse_misfits(self, obs_size: int, action_size: int, num_critics: int) -> None:
-        """Raise UsageError unless the modules do what is asked of them, tried on the CPU or wherever they are."""
-        for batch in (1 + max(num_critics, action_size), 1):  # the former is neither E nor A: [B, E] is no [E, B]
+        """Raise UsageError unless the modules meet the requirements; they are tried on the device where they are."""
+        for batch in (1 + max(num_critics, action_size), 1):  # the former is neither E nor A: [B, E] is not [E, B]
             if self.actor is not None:
                 found, pair = _shapes("actor", self.actor, batch, [obs_size]), [[batch, action_size]] * 2
                 if found != pair:
                     raise UsageError(
-                        f"the actor must map obs [B, O] to mean and log_std, {pair} here, but gave {found}"
+                        f"the actor must map obs [B, O] to mean and log_std, {pair} here, but returned {found}"
                     )
             if self.critic is not None:
                 found, wanted = _shapes("critic", self.critic, batch, [obs_size, action_size]), [num_critics, batch]
                 if found != wanted:
                     raise UsageError(
                         f"the critic must map obs [B, O] and action [B, A] to q [E, B], {wanted} here with "
-                        f"--num-critics {num_critics}, but gave {found}"
+                        f"--num-critics {num_critics}, but returned {found}"
                     )
 
 
@@ -46,10 +46,10 @@ STANDARD = OwnNetworks()
 
 
 class OwnCritic(nn.Module):
-    """A critic of the user's own, with the one more argument that the update gives its critics."""
+    """The user's own critic, with the extra argument `frozen` that the update needs."""
 
     def __init__(self, module: nn.Module) -> None:
-        """Take a module with obs [B, O], action [B, A] -> q [E, B]."""
+        """Wrap a module that maps obs [B, O], action [B, A] -> q [E, B]."""
         super().__init__()
         self.module = module
 
@@ -69,7 +69,7 @@ def _place(name: str, module: object) -> torch.device:
     for part in module.modules():
         if isinstance(part, _BatchNorm | _DropoutNd) and part.training:
             raise UsageError(
-                f"the {name} has a {type(part).__name__} in training mode, and must be a function of its inputs alone: "
+                f"the {name} has a {type(part).__name__} in training mode, but must depend on its inputs alone: "
                 "use layer normalisation, or call eval()"
             )
     parameters = list(module.parameters())
@@ -81,33 +81,33 @@ def _place(name: str, module: object) -> torch.device:
 
 
 def _shapes(name: str, module: nn.Module, batch: int, sizes: Sequence[int]) -> Any:
-    """Return the shape of the output, or a list of shapes if there are several.
+    """Return the shape of the output, or a list of shapes if there are several outputs.
 
     Raises:
-        UsageError: if the module fails, draws random numbers, writes to its inputs or gives no gradients.
+        UsageError: if the module fails, draws random numbers, modifies its inputs or has no gradients.
     """
     place, generator = _place(name, module), torch.Generator().manual_seed(0)
     inputs = [(2.0 * torch.rand(batch, size, generator=generator) - 1.0).to(place) for size in sizes]
     try:
         with torch.no_grad():
-            output = module(*inputs)  # lazy ones make their parameters now
+            output = module(*inputs)  # lazy modules create their parameters now
         first, second = (_of_copy(module, inputs, seed) for seed in range(2))
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"the {name} failed for inputs {[list(each.shape) for each in inputs]}: {what}") from error
     if any(each._version for each in inputs):
-        raise UsageError(f"the {name} writes to its inputs: leave out what changes them in place")
+        raise UsageError(f"the {name} modifies its inputs: remove in-place operations on them")
     if not any(isinstance(each, Tensor) and each.requires_grad for each in first):
-        raise UsageError(f"the {name} gives outputs without gradients: leave out no_grad and detach")
+        raise UsageError(f"the {name} returns outputs without gradients: remove no_grad and detach")
     for one, other in zip(first, second, strict=True):
         if isinstance(one, Tensor) and not torch.equal(one.nan_to_num(), other.nan_to_num()):
-            raise UsageError(f"the {name} gives other outputs for the same inputs: leave dropout out, or call eval()")
+            raise UsageError(f"the {name} returns different outputs for equal inputs: remove dropout, or call eval()")
     shapes = [list(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in first]
     return shapes[0] if isinstance(output, Tensor) else shapes
 
 
 def _of_copy(module: nn.Module, inputs: Sequence[Tensor], seed: int) -> Sequence[Any]:
-    """Return what a copy gives; with another seed, other random numbers are drawn if it draws any."""
+    """Return the outputs of a copy; a different seed gives different random numbers if it draws any."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         output = copy.deepcopy(module)(*inputs)

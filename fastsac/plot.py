@@ -1,4 +1,4 @@
-"""Learning curves: read from runs, brought to common steps and drawn."""
+"""Learning curves: read from runs, interpolated to common steps and drawn."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fastsac.run_dir import METRICS, read_rows, temporary_sibling
 
 #: steps, and a value at each
 Curve = tuple[Sequence[float], Sequence[float]]
-#: Okabe and Ito's colours, which the colour-blind can tell apart, but for the yellow, which is faint on white
+#: Okabe and Ito's colours for the colour-blind, without the yellow, which is faint on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ((), (5, 1.5), (1.5, 1.5), (6, 1.5, 1.5, 1.5), (9, 2.5))
-#: a line of its own has markers up to so many points
+#: a single line has markers if it has at most this many points
 MANY = 40
-#: characters of a label's line, of which six take about half an inch
+#: maximum characters per line of a label; six take about half an inch
 WIDEST = 90
 
 
 class Line(NamedTuple):
-    """A line, with its band where `low` and `high` are numbers; each [S]."""
+    """A line, with a band where `low` and `high` are numbers; each [S]."""
 
     label: str
     steps: Any
@@ -36,15 +36,15 @@ class Line(NamedTuple):
 
 
 def read_metric(run_dir: Path, metric: str) -> Curve:
-    """Return the steps and values of one metric of a run's metrics.jsonl."""
+    """Return the steps and values of one metric from a run's metrics.jsonl."""
     rows = read_rows(run_dir / METRICS, metric)
     return [row["step"] for row in rows], [row[metric] for row in rows]
 
 
 def common_steps(curves: Sequence[Curve]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return steps [S] that all curves cover, those of the longest one, and values [curves, S] there.
+    """Return steps [S] that all curves cover, taken from the longest curve, and the values [curves, S] there.
 
-    Runs pass an evaluation's step by a few, so values are interpolated. Where no step is covered by all, S is 0.
+    Runs evaluate a few steps late, so values are interpolated. S is 0 if no step is covered by all.
     """
     longest = max((curve[0] for curve in curves), key=len)
     first, last = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
@@ -53,7 +53,7 @@ def common_steps(curves: Sequence[Curve]) -> tuple[NDArray[np.float64], NDArray[
 
 
 def plot_curves(groups: Mapping[str, Sequence[Curve]], path: Path, title: str, ylabel: str) -> Path | None:
-    """Draw one line per group of curves, the mean with the range from the lowest to the highest.
+    """Draw one line per group of curves: the mean, with a band from the minimum to the maximum.
 
     Returns:
         The path, or None if there is nothing to draw.
@@ -67,15 +67,15 @@ def plot_curves(groups: Mapping[str, Sequence[Curve]], path: Path, title: str, y
 
 
 def draw(panels: Mapping[str, Sequence[Line]], path: Path, ylabel: str, note: str = "") -> Path:
-    """Draw a panel for each title, with a key below if there are several labels, and write it to `path`.
+    """Draw a panel for each title, with a legend below if there are several labels, and write it to `path`.
 
-    Lines of one label look the same in all panels.
+    Lines with the same label look the same in all panels.
 
     Args:
-        panels: the lines of each title.
-        path: its suffix is the format: png, svg or pdf.
-        ylabel: what the values are.
-        note: how the lines were made, in small letters.
+        panels: the lines for each title.
+        path: the output file; its suffix is the format: png, svg or pdf.
+        ylabel: label of the y axis.
+        note: how the lines were computed, in small letters.
     """
     import matplotlib
 

@@ -16,7 +16,7 @@ from fastsac.errors import UsageError, did_you_mean
 FILE = Path(__file__).with_name("presets.toml")
 AUTO, DEFAULTS = "auto", "sac"
 NO_BREAK = "\N{NO-BREAK SPACE}"
-#: a setting -> those that go only with one value of it, and that value
+#: a setting -> the one value that other settings need, and those settings
 _NEEDED = {
     "critic": ("categorical", ("num_atoms", "v_min", "v_max")),
     "optimizer": ("adamw", ("weight_decay",)),
@@ -28,18 +28,18 @@ class Preset(NamedTuple):
     """Settings that were tuned together; all others have their defaults."""
 
     name: str
-    env_ids: tuple[str, ...]  # what a task's preset is for; empty for a recipe
+    env_ids: tuple[str, ...]  # the environments of a task's preset; empty for a recipe
     source: str
     settings: dict[str, Any]
 
     def config(self, env_id: str | None = None, **settings: Any) -> Config:
-        """Return the configuration; `settings` win.
+        """Return the configuration; `settings` override the preset.
 
         Raises:
-            UsageError: if the preset is for another environment, or a setting is out of its range.
+            UsageError: if the preset is for another environment, or a setting is out of range.
         """
         if self.env_ids and env_id is not None and env_id not in self.env_ids:
-            other = "`auto` takes what there is for an environment"
+            other = "`auto` selects the environment's own preset, if there is one"
             raise UsageError(f"preset {self.name} is not for {env_id}, but for {', '.join(self.env_ids)}; {other}")
         if env_id is None:
             env_id = self.env_ids[0] if self.env_ids else Config.env_id
@@ -47,10 +47,10 @@ class Preset(NamedTuple):
 
 
 def presets() -> dict[str, Preset]:
-    """Return all presets by their names: first the recipes, then the tasks.
+    """Return all presets by name: first the recipes, then the tasks.
 
     Raises:
-        UsageError: if presets.toml has a setting that is unknown or out of its range.
+        UsageError: if presets.toml has a setting that is unknown or out of range.
     """
     found = {}
     for name, values in tomllib.loads(FILE.read_text(encoding="utf-8")).items():
@@ -64,10 +64,10 @@ def presets() -> dict[str, Preset]:
 
 
 def find(name: str, env_id: str | None = None) -> Preset:
-    """Return the preset of this name; `auto` is the environment's own one where there is one, else `sac`.
+    """Return the preset with this name; `auto` is the environment's own preset if there is one, otherwise `sac`.
 
     Raises:
-        UsageError: if there is none of this name.
+        UsageError: if there is no preset with this name.
     """
     known = presets()
     if name == AUTO:
@@ -80,26 +80,26 @@ def find(name: str, env_id: str | None = None) -> Preset:
 
 
 def preset(name: str, env_id: str | None = None, **settings: Any) -> Config:
-    """Return the configuration that presets.toml has under a name.
+    """Return the configuration of a preset.
 
     Args:
         name: `sac` (the defaults), `sac-large`, a task such as `Hopper` (`fastsac presets` lists them), or `auto`: the
-            environment's own preset if it has one, else `sac`; the logger "fastsac" then says so.
+            environment's own preset if it has one, otherwise `sac`, with a warning from the logger "fastsac".
         env_id: the environment; by default the first one that the preset is for.
-        settings: of `Config`; they win. With another `critic`, `optimizer` or `alpha` than the preset's, what goes only
-            with that one is left out.
+        settings: fields of `Config` that override the preset. With a different `critic`, `optimizer` or `alpha`, the
+            preset's settings that need its own choice are dropped.
 
     Raises:
-        UsageError: if there is no such preset, it is for other environments, or a setting is out of its range.
+        UsageError: if there is no such preset, it is for other environments, or a setting is out of range.
     """
     found = find(name, env_id)
     if name == AUTO and not found.env_ids:
-        logging.getLogger("fastsac").warning(f"there is no preset for {env_id}: {found.name} is taken, the defaults")
+        logging.getLogger("fastsac").warning(f"there is no preset for {env_id}: using {found.name}, the defaults")
     return found.config(env_id, **settings)
 
 
 def without_unused(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` without what serves no purpose beside what is given explicitly."""
+    """Return `values` without the settings that have no effect with those given explicitly."""
     kept = dict(values)
     for name, (needed, others) in _NEEDED.items():
         if given.get(name, needed) != needed:
@@ -109,7 +109,7 @@ def without_unused(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[
 
 
 def table() -> str:
-    """Return all presets for people to read, the settings as options of the command line."""
+    """Return all presets as a table, with the settings as command-line options."""
     rows = [("preset", "environments", "settings", "source")]
     for preset in presets().values():
         settings = " ".join(option.replace(" ", NO_BREAK) for option in options(preset))
@@ -125,7 +125,7 @@ def table() -> str:
 
 
 def options(preset: Preset) -> list[str]:
-    """Return the settings as options of the command line, one string each."""
+    """Return the settings as command-line options, one string each."""
     found = []
     for name, value in preset.settings.items():
         flag = name.replace("_", "-")

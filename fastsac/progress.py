@@ -1,4 +1,4 @@
-"""Where a run stands, beside what the learner, the replay and the environments hold themselves."""
+"""The progress of a run, apart from the state of the learner, the replay buffer and the environments."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Progress:
     steps: int = 0
     updates_due: float = 0.0
     time_s: float = 0.0
-    evaluation_due: bool = False  # a signal cut it short
+    evaluation_due: bool = False  # a signal interrupted the evaluation
     reached: float | None = None  # the target return that an evaluation has reached
     metrics: dict[str, Tensor | float] = field(default_factory=dict)  # the latest ones
 
     def state(self) -> dict[str, Any]:
-        """Return everything but the metrics, which may be on a device, for JSON."""
+        """Return everything for JSON, except the metrics, which may be on a device."""
         return {
             "env_seed": self.env_seed,
             "exploration": self.exploration.bit_generator.state,
@@ -42,10 +42,10 @@ class Progress:
         }
 
     def load_state(self, state: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Take over what `state` returned, and the metrics, but not the episodes, which may start anew.
+        """Load what `state` returned, and the metrics, but not the episodes, which may start again.
 
         Raises:
-            ValueError: if it cannot be that.
+            ValueError: if the state is invalid.
         """
         self.steps, self.warm_up_left, self.env_seed = state["steps"], state["warm_up_left"], state["env_seed"]
         self.updates_due, self.time_s = float(state["updates_due"]), float(state["time_s"])

@@ -1,7 +1,7 @@
-"""Processes that train one agent together, as `torchrun` starts them: gradients are averaged over all of them.
+"""Distributed training of one agent with `torchrun`: gradients are averaged over all processes (ranks).
 
 Every rank steps its own environments, fills its own replay buffer and draws its own batches. Gradients are averaged
-before Adam takes its step, so the parameters of all ranks stay equal, bit for bit. Rank 0 evaluates, logs and saves.
+before each Adam step, so the parameters of all ranks stay equal, bit for bit. Rank 0 evaluates, logs and saves.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from fastsac.errors import FastsacError, UsageError
 from fastsac.system import allowed_cores
 
 T = TypeVar("T")
-#: an evaluation may take long; that a rank has ended shows at once, since its connections close
+#: an evaluation may take long; a rank that ends is noticed at once, because its connections close
 PATIENCE = datetime.timedelta(hours=2)
 
 
 class RankLost(FastsacError):
-    """Another rank has ended: this one cannot go on, and it is not the one to say why."""
+    """Another rank has ended: this one cannot continue, and does not know the reason."""
 
 
 def _or_lost(method: Callable[..., T]) -> Callable[..., T]:
-    """Let a failed exchange be an error of one line."""
+    """Turn a failed exchange into a one-line error."""
 
     @functools.wraps(method)
     def guarded(self: Ranks, *arguments: Any) -> T:
         try:
             return method(self, *arguments)
         except RuntimeError as error:
-            raise RankLost(f"rank {self.rank} of {self.size} ends, since another one has: {_line(error)}") from error
+            raise RankLost(f"rank {self.rank} of {self.size} ends because another one has: {_line(error)}") from error
 
     return guarded
 
@@ -50,7 +50,7 @@ def _line(error: RuntimeError) -> str:
 
 
 class Ranks:
-    """This process's rank, from 0, and how many there are."""
+    """This process's rank, counted from 0, and the number of ranks."""
 
     def __init__(self, rank: int = 0, size: int = 1, on_this_machine: int = 1) -> None:
         self.rank, self.size, self.on_this_machine = rank, size, on_this_machine
@@ -58,10 +58,10 @@ class Ranks:
     @staticmethod
     @functools.cache
     def join() -> Ranks:
-        """Return the ranks that `torchrun` has started, once they have found one another; or this process alone.
+        """Return the ranks that `torchrun` has started, once they are connected; or this process alone.
 
         Raises:
-            UsageError: if this build of PyTorch cannot do it.
+            UsageError: if this build of PyTorch does not support it.
         """
         if not under_torchrun():
             return Ranks()
@@ -72,12 +72,12 @@ class Ranks:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-            atexit.register(_leave)  # its threads must not outlive the interpreter
+            atexit.register(_leave)  # the group's threads must not outlive the interpreter
         return Ranks(dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
     @property
     def alone(self) -> bool:
-        """Whether there is one process only."""
+        """Whether there is only one process."""
         return self.size == 1
 
     @property
@@ -86,12 +86,12 @@ class Ranks:
         return self.rank == 0
 
     def average(self, tensor: Tensor) -> None:
-        """Put the mean over all ranks in the tensor's place."""
+        """Replace the tensor with its mean over all ranks."""
         self._add(tensor)
         tensor.div_(self.size)
 
     def sum(self, number: int) -> int:
-        """Return the sum over all ranks; in one process the number itself."""
+        """Return the sum over all ranks; in a single process, the number itself."""
         if self.alone:
             return number
         total = torch.tensor(number)
@@ -99,7 +99,7 @@ class Ranks:
         return int(total.item())
 
     def of_leader(self, numbers: list[float]) -> list[float]:
-        """Return rank 0's numbers, of which there are as many on every rank."""
+        """Return rank 0's numbers; every rank must pass the same number of values."""
         if self.alone:
             return numbers
         shared = self._broadcast(torch.tensor(numbers, dtype=torch.float64))
@@ -118,8 +118,8 @@ class Ranks:
         """
         if name := self._first_difference({name: _checksum(tensor) for name, tensor in tensors.items()}):
             raise FastsacError(
-                f"the ranks have different parameters ({name}); networks of your own have to start with the same ones: "
-                "torch.manual_seed(0) before they are made"
+                f"the ranks have different parameters ({name}); your own networks must start with the same ones: "
+                "call torch.manual_seed(0) before you create them"
             )
 
     def refuse_other_settings(self, settings: dict[str, Any]) -> None:
@@ -135,7 +135,10 @@ class Ranks:
             raise UsageError(f"--{name.replace('_', '-')} must be the same on all ranks")
 
     def _first_difference(self, numbers: dict[str, Tensor]) -> str:
-        """Return the name of the first number that is not rank 0's on some rank; on all ranks the same, or nothing."""
+        """Return the name of the first number that differs from rank 0's on any rank, or an empty string.
+
+        The result is the same on all ranks.
+        """
         if self.alone or not numbers:
             return ""
         own = torch.stack(list(numbers.values()))
@@ -149,24 +152,24 @@ class Ranks:
 
 
 def for_ranks(config: Config, ranks: Ranks, device: torch.device) -> Config:
-    """Return the settings of one of several processes: nothing is measured, which could come out differently on each.
+    """Return the settings for one of several processes: nothing is measured, since each could get another result.
 
     Raises:
-        UsageError: for what several processes cannot do.
+        UsageError: for settings that several processes do not support.
     """
     if ranks.alone:
         return config
     refused = {
-        "--checkpoint-replay stores one replay buffer": config.checkpoint_replay,
-        "--normalize-obs has one process's moments": config.normalize_obs,
-        "--normalize-reward has one process's moments": config.normalize_reward,
+        "--checkpoint-replay stores a single replay buffer": config.checkpoint_replay,
+        "--normalize-obs uses the moments of a single process": config.normalize_obs,
+        "--normalize-reward uses the moments of a single process": config.normalize_reward,
         f"--buffer-size {config.buffer_size} may be empty on one rank": config.buffer_size < 3 * config.num_envs,
-        f"--engine {config.engine} averages no gradients on CUDA": device.type == "cuda"
+        f"--engine {config.engine} does not average gradients on CUDA": device.type == "cuda"
         and config.engine in ("graphed", "fused"),
     }
     for why, asked in refused.items():
         if asked:
-            raise UsageError(f"{why}, and torchrun has started {ranks.size}: leave it out")
+            raise UsageError(f"{why}, but torchrun has started {ranks.size}: leave it out")
     threads = max(1, allowed_cores() // ranks.on_this_machine)
     return dataclasses.replace(
         config,
@@ -182,14 +185,14 @@ def under_torchrun() -> bool:
 
 
 def first_to_end() -> bool:
-    """Return whether no other rank has said yet why all of them end; before they have met, rank 0 is the one to say."""
+    """Return whether this rank is the first to report why all of them end; before they connect, that is rank 0."""
     if not under_torchrun():
         return True
     if not (dist.is_available() and dist.is_initialized()):
         return os.environ.get("RANK") == "0"
     try:
         return int(dist.distributed_c10d._get_default_store().add("fastsac: ended", 1)) == 1
-    except RuntimeError:  # it is gone with the process that kept it
+    except RuntimeError:  # the store is gone with the process that held it
         return True
 
 
@@ -199,7 +202,7 @@ def _leave() -> None:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """Return a number that another value of any bit changes, and another order most likely."""
+    """Return a number that changes if any bit does, and most likely if the order does."""
     bits = tensor.detach().cpu().flatten().view(torch.uint8).to(torch.int64)
     place = torch.arange(bits.numel()) % 1_000_003 + 1
     return (bits * place).sum()

@@ -1,6 +1,6 @@
-"""The runs that are stored below a directory, and how far each has come: `fastsac ls`.
+"""Lists the runs in a directory tree and their progress: `fastsac ls`.
 
-Nothing here imports PyTorch, writes a file or follows a symbolic link, and any file may be damaged or under way.
+Nothing here imports PyTorch, writes a file or follows a symbolic link, and any file may be damaged or incomplete.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ NO_CHECKPOINT, EMPTY, DAMAGED = "stopped, no checkpoint", "empty", "damaged"
 COLOURS = {RUNNING: "cyan", FINISHED: "green", REACHED: "green", EMPTY: "yellow", DAMAGED: "red"}
 RETURN = "eval_return"
 NONE = "-"
-#: bytes of a checkpoint's state.json; with the actions of long episodes it has some megabytes
+#: maximum bytes of a checkpoint's state.json; with the actions of long episodes it has a few megabytes
 LONGEST_STATE = 64 * 2**20
 
 
 class Entry(NamedTuple):
-    """What the files tell of a run; None is what they do not tell."""
+    """What the files say about a run; None if they do not say."""
 
     run: str  # its directory, relative to the one that was searched
     state: str
@@ -55,15 +55,15 @@ class Entry(NamedTuple):
     total_steps: int | None = None
     last_return: float | None = None
     best_return: float | None = None
-    checkpoint: int | None = None  # step of the newest one, from which --resume goes on
+    checkpoint: int | None = None  # step of the newest one, from which --resume continues
     problem: str = ""  # what is damaged
 
 
 def find_runs(directory: Path) -> list[Path]:
-    """Return the run directories at and below a directory, sorted by path, numbers by their value.
+    """Return the run directories in a directory tree, sorted by path, with numbers sorted by value.
 
-    A run directory has a config.json that can be read, or metrics or checkpoints beside one that cannot. Symbolic links
-    and hidden directories below `directory` are left out. What may not be read is told on standard error.
+    A run directory has a readable config.json, or metrics or checkpoints next to an unreadable one. Symbolic links and
+    hidden directories below `directory` are skipped. Unreadable directories are reported on standard error.
 
     Raises:
         UsageError: if there is no such directory.
@@ -102,8 +102,8 @@ def _newest(run_dir: Path) -> int | None:
 
 
 def look_at(run_dir: Path, name: str) -> Entry:
-    """Return what a run directory's files tell of the run, which may go on meanwhile."""
-    running = is_held(run_dir)  # asked first: a run that ends now has all its files by then
+    """Return what a run directory's files say about the run, which may still be running."""
+    running = is_held(run_dir)  # checked first: if the run ends after this, all its files are read below
     try:
         config = read_config(run_dir)
         lines = read_lines(run_dir / METRICS)
@@ -137,7 +137,7 @@ def look_at(run_dir: Path, name: str) -> Entry:
 
 
 def _ended(config: Config, state: dict[str, Any]) -> str:
-    """Return how a run came to its end, as `SAC.finished` has it."""
+    """Return how a run ended, as in `SAC.finished`."""
     steps, reached, due = state["steps"], state["reached"], state["evaluation_due"]
     if steps >= config.total_steps and not due:
         return FINISHED
@@ -155,7 +155,7 @@ def _read_state(run_dir: Path, step: int) -> dict[str, Any]:
     with os.fdopen(descriptor, "rb") as file:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_size > LONGEST_STATE:
-            raise ValueError("it is no plain file, or too large")
+            raise ValueError("it is not a regular file, or is too large")
         return parse_json(file.read())
 
 
@@ -179,7 +179,7 @@ def ls(directory: Path, as_json: bool) -> None:
 
 
 def _print_table(entries: Sequence[Entry]) -> None:
-    """Print a row for each run, on a terminal with colours."""
+    """Print a row for each run, with colours on a terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -194,18 +194,18 @@ def _print_table(entries: Sequence[Entry]) -> None:
         cells = [entry.run, entry.env_id or NONE, _estimator(entry), NONE if entry.seed is None else f"{entry.seed}"]
         cells += [steps, *(NONE if each is None else f"{each:,.1f}" for each in (entry.last_return, entry.best_return))]
         table.add_row(*(Text(printable(cell)) for cell in cells), Text(entry.state, COLOURS.get(entry.state, "")))
-    console = Console(width=100_000)  # nothing is folded or cut off, in no terminal and in no file
+    console = Console(width=100_000)  # never wrap or cut off, in a terminal or a file
     with console.capture() as printed:
         console.print(table)
     print("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
 def _estimator(entry: Entry) -> str:
-    """Return `estimator[:baseline[:K]]`, as far as they were chosen."""
+    """Return `estimator[:baseline[:K]]`, without the parts that are automatic."""
     parts = [entry.estimator, entry.baseline, entry.num_action_samples]
     return ":".join(str(part) for part in parts if part not in (None, "auto")) or NONE
 
 
 def printable(text: str) -> str:
-    """Return the text with what cannot be printed, in the names of files for example, replaced by question marks."""
+    """Replace unprintable characters, for example in file names, with question marks."""
     return "".join(character if character.isprintable() else "?" for character in text)

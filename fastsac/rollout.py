@@ -1,4 +1,4 @@
-"""The training environments, the replay that they fill, and where a run stands."""
+"""The training environments, the replay buffer that they fill, and the progress of a run."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from fastsac.replay import Replay
 from fastsac.spaces import Floats, Spaces
 from fastsac.transfer import to_device
 
-#: children of the one seed; new episodes of a resumed run and evaluations need streams of their own
+#: children of the run's seed; new episodes of a resumed run and evaluations need their own random streams
 ENVS, LEARNER, REPLAY, EXPLORATION, EVALUATION, RANK = range(6)
-#: of an environment that is brought back to its state: it takes minutes
+#: most resets of an environment that are repeated to restore its state: they take minutes
 MOST_RESETS = 10_000_000
 
 
 def child_seed(seed: int, *path: int) -> int:
-    """Return one of the seeds that follow from a run's seed."""
+    """Derive a seed from a run's seed."""
     return int(np.random.SeedSequence([seed, *path]).generate_state(1)[0])
 
 
 class Rollout:
-    """Steps the environments and writes the replay; neither is made before it is needed."""
+    """Steps the environments and writes the replay buffer; both are created when they are first needed."""
 
     def __init__(
         self, config: Config, spec: EnvSpec, device: torch.device, spaces: Spaces | None, ranks: Ranks | None = None
     ) -> None:
         """Create the environments, unless `spaces` are known from a checkpoint.
 
-        With several `ranks`, what is counted are the steps of all of them.
+        With several `ranks`, the steps of all ranks are counted.
 
         Raises:
-            UsageError: if they cannot be served.
+            UsageError: if the environments are not supported.
         """
         self.config, self._spec, self.device = config, spec, device
         self.progress = Progress(
@@ -56,12 +56,12 @@ class Rollout:
         self._envs: VectorEnv | None = None
         self._replay: Replay | None = None
         self.normalizer: Normalizer | None = None  # the learner's, which sees every step
-        self._cut = False  # a step or a reset that has not come to its end: the environments are in no known state
-        self._obs: Tensor | None = None  # [N, O] to go on from; None while a step is made and where one was cut
+        self._cut = False  # a step or reset was interrupted: the environments' state is unknown
+        self._obs: Tensor | None = None  # [N, O] to continue from; None during a step or after an interrupted one
         self.stored_envs: dict[str, Any] | None = None  # the environments' state in the checkpoint that was loaded
-        self._begun = False  # the environments' episodes
+        self._begun = False  # whether the environments' episodes have started
         self.seen: str | None = None  # the dataset that the stored normalisation has seen
-        self.filled = ""  # what the replay was filled with, in words
+        self.filled = ""  # what the replay buffer was filled with, in words
         self.spaces: Spaces = spaces  # type: ignore[assignment]
         if spaces is None:
             self.spaces = self.envs.spaces
@@ -74,19 +74,21 @@ class Rollout:
         return self._envs
 
     def refuse_misfits(self) -> None:
-        """Raise UsageError unless the environments can be made and fit the spaces."""
+        """Raise UsageError unless the environments can be created and fit the spaces."""
         self._make(1, 0).close()
 
     def _make(self, num_envs: int, seed: int) -> VectorEnv:
         envs = make_envs(self._spec, num_envs, seed)
         if self.spaces is not None and not self.spaces.same_as(envs.spaces):
             envs.close()
-            raise UsageError(f"{self.config.env_id} has other observations or actions than this agent was trained with")
+            raise UsageError(
+                f"{self.config.env_id} has different observations or actions than this agent was trained with"
+            )
         return envs
 
     @property
     def replay(self) -> Replay:
-        """The replay, allocated when it is first needed."""
+        """The replay buffer, allocated when it is first needed."""
         if self._replay is None:
             generator = torch.Generator(self.device).manual_seed(
                 child_seed(self.config.seed, REPLAY, self.progress.steps)
@@ -98,13 +100,13 @@ class Rollout:
         return self._replay
 
     def fill(self) -> bool:
-        """Write the dataset that `offline` names into the replay, if nothing was written to it yet.
+        """Load the dataset that `offline` names into the replay buffer, if the buffer is still empty.
 
         Returns:
-            Whether all of it is there, or nothing had to be done.
+            False if the dataset did not fit completely, otherwise True.
 
         Raises:
-            UsageError: if it cannot be read, or does not fit.
+            UsageError: if the dataset cannot be read, or does not fit the environment.
         """
         name, replay, ranks = self.config.offline, self.replay, self._ranks
         if name is None or replay.newest:
@@ -112,7 +114,7 @@ class Rollout:
         dataset = Dataset(name, self.config.env_id, self.spaces)
         if dataset.num_episodes < ranks.size:
             raise UsageError(
-                f"the Minari dataset {name} has {dataset.num_episodes} episodes, and each of {ranks.size} ranks needs 1"
+                f"the Minari dataset {name} has {dataset.num_episodes} episodes, but each of {ranks.size} ranks needs 1"
             )
         normalizer = self.normalizer
         if normalizer is not None and (not normalizer.active or (self.seen == name and not normalizer.fresh)):
@@ -124,7 +126,7 @@ class Rollout:
             fill(replay, rows, normalizer)
             if not replay.size:
                 raise UsageError(f"the Minari dataset {name} has no transitions")
-        except BaseException:  # a half of it must not count as the whole
+        except BaseException:  # a partly filled buffer must not count as complete
             self._replay = None
             if normalizer is not None:
                 normalizer.load_state(before)
@@ -136,11 +138,11 @@ class Rollout:
         return kept == total
 
     def begin(self, updates: int, logger: Logger) -> Tensor:
-        """Return the observations [N, O] to go on from, on the device: of the episodes under way, or of new ones.
+        """Return the observations [N, O] to continue from, on the device: of the current episodes, or of new ones.
 
         Args:
-            updates: made so far.
-            logger: tells the user if something cannot be gone on with.
+            updates: number of updates so far.
+            logger: warns the user if the current episodes cannot be resumed.
         """
         obs, self._obs = self._obs, None
         if obs is not None:
@@ -153,13 +155,15 @@ class Rollout:
             if not (problem := self._restore(stored)):
                 self._begun = True
                 return self.replay.newest_obs()
-            logger.warn(f"the episodes under way cannot be resumed ({problem}): new ones are started")
+            logger.warn(f"the current episodes cannot be resumed ({problem}): starting new ones")
             self.new_episodes()
         self.progress.episodes.restart()
         if self.replay.size == 0:
             steps = self.progress.warm_up_left = self.config.learning_starts
             if updates and steps:
-                logger.say(f"the replay buffer is empty: {steps} steps refill it before updates go on, in new episodes")
+                logger.say(
+                    f"the replay buffer is empty: {steps} steps in new episodes refill it before updates continue"
+                )
         self._cut = True
         obs = self.replay.begin(self.envs.reset())
         self._cut, self._begun = False, True
@@ -168,21 +172,21 @@ class Rollout:
         return obs
 
     def _restore(self, stored: dict[str, Any]) -> str:
-        """Bring the environments to where the checkpoint left them; return why that cannot be done."""
+        """Restore the environments' state from the checkpoint; return why that fails, or an empty string."""
         episodes = [self.replay.episode(index, length) for index, length in enumerate(stored["elapsed"])]
         found = [episode for episode in episodes if episode is not None]
         if len(found) < len(episodes):
-            return "one is longer than what is left of it in the replay buffer"
+            return "one of them is no longer completely in the replay buffer"
         try:
             return self.envs.restore(stored, found, most_resets=min(self.replay.newest, MOST_RESETS))
         except EnvironmentFailure as error:
             return str(error)
 
     def new_episodes(self, tries: int = 0) -> None:
-        """Let the next call of `learn` begin new episodes, in environments made anew.
+        """Make the next call of `learn` start new episodes in newly created environments.
 
         Args:
-            tries: another number gives other episodes.
+            tries: a different number gives different episodes.
         """
         path = (self.progress.steps, tries) if tries else (self.progress.steps,)
         self.progress.env_seed = child_seed(self.config.seed, ENVS, *path)
@@ -206,7 +210,7 @@ class Rollout:
         """Finish the step that was started with this action, which may still be on the device.
 
         Returns:
-            What follows, [N, O] on the device.
+            The next observations [N, O], on the device.
         """
         step = self.envs.recv()
         self._cut = False
@@ -222,7 +226,7 @@ class Rollout:
         return next_obs
 
     def _utd(self) -> float:
-        """Return the updates per step, which may go linearly from one number to another."""
+        """Return the updates per step, which may change linearly during training."""
         first, last = self.config.utd, self.config.utd_end
         if last is None:
             return first
@@ -233,13 +237,13 @@ class Rollout:
         self._obs = obs
 
     def close(self) -> None:
-        """Give the environments' resources back; they are made anew, and brought to the same state, if need be."""
+        """Close the environments; they are created again, in the same state, when they are needed."""
         if self._envs is None:
             return
         if self._obs is not None:
             try:
                 stored = self._envs.state()
-            except EnvironmentFailure:  # one has died, and cannot be brought back
+            except EnvironmentFailure:  # an environment has died, and cannot be restored
                 self.new_episodes()
                 return
             self.stored_envs, self._obs = stored, None
@@ -247,7 +251,7 @@ class Rollout:
         self._envs = None
 
     def envs_state(self) -> dict[str, Any] | None:
-        """Return the environments' state for a checkpoint that holds the replay."""
-        if self.stored_envs is not None:  # they have not been brought there yet
+        """Return the environments' state for a checkpoint that holds the replay buffer."""
+        if self.stored_envs is not None:  # not restored yet
             return self.stored_envs
         return self._envs.state() if self._envs is not None and self._begun else None

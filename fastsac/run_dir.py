@@ -1,4 +1,4 @@
-"""A run's directory: whose it is, who writes it, and its config.json."""
+"""A run directory: which run it belongs to, which process writes it, and its config.json."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 NO_LINK, NO_WAIT = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK"))  # which Windows lacks
 LONGEST_CONFIG = 2**20  # bytes
-#: seconds until a lock that another process has is tried again, once: `is_held` has it for a moment
+#: seconds before a lock held by another process is tried again, once: `is_held` takes it for a moment
 PATIENCE = 0.05
 #: a learner's run directory, within that of a run with several
 SEED = re.compile(r"seed-([0-9]{1,20})")
@@ -39,13 +39,13 @@ Row = dict[str, float | int]
 
 
 class RunLock:
-    """Holds a run directory for this process; the system lets go of it when the process ends, however it ends."""
+    """Locks a run directory for this process; the system releases the lock when the process ends, however it ends."""
 
     def __init__(self, directory: Path) -> None:
-        """Make the directory if need be, and lock it.
+        """Create the directory if necessary, and lock it.
 
         Raises:
-            UsageError: if another process has it, or a part of it is a symbolic link, which may lead anywhere.
+            UsageError: if another process holds it, or a part of it is a symbolic link, which may lead anywhere.
             FastsacError: if it cannot be written.
         """
         self.directory = directory
@@ -58,7 +58,7 @@ class RunLock:
                 )
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            while not self.holds():  # whoever had it before removes the file
+            while not self.holds():  # the previous owner removes the file
                 self.release()
                 self._descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
                 self._lock()
@@ -81,15 +81,15 @@ class RunLock:
             raise UsageError(f"{self.directory} is being written by {advice}")
 
     def holds(self) -> bool:
-        """Whether the directory is still there, and ours."""
-        if WINDOWS:  # removes no open file
+        """Whether the directory still exists, and is ours."""
+        if WINDOWS:  # which never removes an open file
             return self._descriptor >= 0
         with suppress(OSError):
             return os.path.samestat(os.fstat(self._descriptor), os.stat(self.directory / LOCK))
         return False
 
     def release(self) -> None:
-        """Let go of it."""
+        """Release the lock."""
         if self._descriptor >= 0:
             if not WINDOWS and self.holds():
                 with suppress(OSError):
@@ -102,7 +102,7 @@ class RunLock:
 
 
 def is_held(directory: Path) -> bool:
-    """Return whether a process holds the run directory now; False where that cannot be known."""
+    """Return whether a process holds the run directory now; False if that cannot be determined."""
     try:
         descriptor = os.open(directory / LOCK, os.O_RDONLY | NO_LINK | NO_WAIT)
     except OSError:
@@ -120,26 +120,26 @@ def _this_process() -> str:
 
 
 def refuse_if_taken(directory: Path) -> None:
-    """Raise UsageError if the directory already holds a run, or is none."""
+    """Raise UsageError if the directory already holds a run, or is a file."""
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory} is a file: choose another --run-dir")
     if any((directory / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS)):
-        advice = "choose another directory, or go on with it (--resume, SAC.load)"
+        advice = "choose another directory, or continue it (--resume, SAC.load)"
         raise UsageError(f"{directory} already holds a run: {advice}")
     if learners_in(directory):
         raise UsageError(
-            f"{directory} already holds several runs: choose another directory, or go on with it (--resume)"
+            f"{directory} already holds several runs: choose another directory, or continue them (--resume)"
         )
 
 
 def learners_in(directory: Path) -> list[Path]:
-    """Return the run directories of the learners in a directory, in the order of their seeds."""
+    """Return the run directories of the learners in a directory, sorted by seed."""
     found = [(int(match[1]), path) for path in directory.glob("seed-*") if (match := SEED.fullmatch(path.name))]
     return [path for _, path in sorted(found) if (path / CONFIG).exists()]
 
 
 def newest_step(directory: Path) -> int | None:
-    """Return the step of the newest checkpoint, or None where there is none."""
+    """Return the step of the newest checkpoint, or None if there is none."""
     names = [path.parent.name for path in (directory / CHECKPOINTS).glob("*/manifest.json")]
     steps = [
         int(match[1]) for name in names if (match := STEP.fullmatch(name.removeprefix(".").removesuffix(".replaced")))
@@ -148,7 +148,7 @@ def newest_step(directory: Path) -> int | None:
 
 
 def temporary_sibling(path: Path) -> Path:
-    """Return a name beside `path` that `checkpoint.remove_temporaries` knows."""
+    """Return a temporary name next to `path` that `checkpoint.remove_temporaries` recognises."""
     return path.with_name(f".{path.name}.tmp-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
@@ -170,15 +170,15 @@ def write_config(directory: Path, config: Config) -> None:
 
 
 def read_config(directory: Path) -> Config:
-    """Read config.json back.
+    """Read config.json.
 
     Raises:
-        UsageError: if there is none that can be read.
+        UsageError: if it is missing or cannot be read.
     """
     path = directory / CONFIG
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise ValueError("it is no plain file")
+            raise ValueError("it is not a regular file")
         if path.stat().st_size > LONGEST_CONFIG:
             raise ValueError("it is too large")
         values = parse_json(path.read_bytes())
@@ -194,7 +194,7 @@ def read_config(directory: Path) -> Config:
 
 
 def parse_json(encoded: bytes) -> dict[str, Any]:
-    """Parse an object without duplicate keys and non-finite numbers; ValueError for all else."""
+    """Parse a JSON object without duplicate keys or non-finite numbers; raise ValueError for anything else."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(found := dict(pairs)) != len(pairs):
@@ -209,16 +209,16 @@ def parse_json(encoded: bytes) -> dict[str, Any]:
 
 
 def first_config(directory: Path) -> Config:
-    """Return a run's configuration, or its first learner's; UsageError if there is none that can be read."""
+    """Return a run's configuration, or its first learner's; UsageError if it is missing or cannot be read."""
     learners = [] if (directory / CONFIG).exists() else learners_in(directory)
     return read_config(learners[0] if learners else directory)
 
 
 def config_from_dict(values: Any) -> Config:
-    """Return the configuration that `dataclasses.asdict` was taken of.
+    """Return the configuration for a dict that `dataclasses.asdict` made.
 
     Raises:
-        UsageError: if a setting is unknown or out of its range.
+        UsageError: if a setting is unknown or out of range.
     """
     if not isinstance(values, dict):
         raise UsageError("the stored configuration is not a JSON object")
@@ -229,7 +229,7 @@ def config_from_dict(values: Any) -> Config:
 
 
 def read_rows(path: Path, having: str = "") -> list[Row]:
-    """Return the lines of a metrics.jsonl that are whole: all of them, or those with the metric `having`.
+    """Return the complete lines of a metrics.jsonl: all of them, or those with the metric `having`.
 
     Lines without that metric are not parsed, which is much faster.
     """
@@ -239,7 +239,7 @@ def read_rows(path: Path, having: str = "") -> list[Row]:
 
 
 def read_lines(path: Path) -> list[bytes]:
-    """Return a file's lines; none if it does not exist, or is a symbolic link or no plain file."""
+    """Return a file's lines; none if it does not exist, is a symbolic link or is not a regular file."""
     return path.read_bytes().splitlines() if path.is_file() and not path.is_symlink() else []
 
 

@@ -1,8 +1,8 @@
-"""Writes a run's checkpoints beside the training, from copies that training does not touch.
+"""Writes a run's checkpoints in the background, from copies that training does not touch.
 
-The replay is stored in blocks of rows: a file each, written once when it is full, and linked into every later
-checkpoint until the ring has passed it. Only rows that came since, and the block that is not full yet, are copied and
-written.
+The replay buffer is stored in blocks of rows, one file each. A block is written once when it is full, and linked into
+every later checkpoint until the ring has overwritten it. Only new rows, and the block that is not full yet, are copied
+and written.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from fastsac.errors import FastsacError, UsageError
 from fastsac.replay import Replay
 from fastsac.run_dir import CONFIG, RunLock, newest_step, refuse_if_taken, write_config
 
-#: blocks of a full ring, about, and the fewest transitions in one
+#: approximate number of blocks in a full ring, and minimum number of transitions per block
 BLOCKS, LEAST = 64, 1024
-#: newest checkpoints that stay
+#: number of newest checkpoints to keep
 KEEP = 2
 _BLOCK = re.compile(r"replay-([0-9]{1,18})-([0-9]{1,18})")
 
-#: groups of tensors and a state for JSON, neither of them a copy, and the replay if it is to be stored
+#: groups of tensors and a state for JSON, neither of them a copy, and the replay buffer if it is stored
 Contents = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any], Replay | None]
 
 
 class _Snapshot(NamedTuple):
-    """What a checkpoint holds, in memory of its own."""
+    """A copy in memory of a checkpoint's contents."""
 
     groups: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
-    unchanged: list[str]  # groups to be taken over from the checkpoint before
+    unchanged: list[str]  # groups to link from the previous checkpoint
 
 
 class Ours(NamedTuple):
-    """A run that this process may go on writing: the newest checkpoint it knows of, and what tells it from others."""
+    """A run that this process may continue to write: its newest known checkpoint, and that checkpoint's identity."""
 
     checkpoint: Path | None
     identity: str = ""
@@ -55,7 +55,7 @@ class Ours(NamedTuple):
         return cls(path, "" if path is None else checkpoint.identity(path))
 
     def refuse_another(self, run_dir: Path) -> None:
-        """Raise UsageError if the directory holds anything else by now: another process may have gone on with it."""
+        """Raise UsageError if the directory has changed: another process may have continued the run."""
         now = Ours.newest(run_dir)
         if now.identity == self.identity or (now.checkpoint is None and not (run_dir / CONFIG).exists()):
             return
@@ -63,35 +63,35 @@ class Ours(NamedTuple):
 
 
 class Saver:
-    """Holds a run directory's lock and writes its checkpoints, one at a time, in a thread of its own."""
+    """Holds a run directory's lock and writes its checkpoints, one at a time, in a background thread."""
 
     def __init__(self, run_dir: Path, config: Config, ours: Ours | None, warn_user: Callable[[str], None]) -> None:
-        """Say where checkpoints go; nothing is written before the context is entered.
+        """Store the arguments; nothing is written before the context is entered.
 
         Args:
             run_dir: the run directory.
-            config: goes into it.
-            ours: the run that it holds already, if it may hold one.
-            warn_user: tells what went wrong without being an error yet.
+            config: the settings to write to it.
+            ours: the run that the directory already holds, if any.
+            warn_user: shows a warning about a failure that is not an error yet.
         """
         self.run_dir, self.warn_user = run_dir, warn_user
         self._config, self._ours = config, ours
         self.newest: Path | None = None  # checkpoint of this run
-        self._saved: int | None = None  # the step of the last one that was written
+        self._saved: int | None = None  # the step of the last checkpoint that was written
         self._written: list[Path] = []  # since the last call of `take_written`
         self._blocks: frozenset[str] = frozenset()
         self._lock: RunLock | None = None
-        self._lost = ""  # why the run directory cannot be made anew
+        self._lost = ""  # why the run directory cannot be created again
         self._executor = ThreadPoolExecutor(1, "fastsac-saver")
         self._pending: Future[None] | None = None
         self.best_return = -math.inf
         self._best: _Snapshot | None = None  # not written yet
 
     def __enter__(self) -> Saver:
-        """Take the run directory.
+        """Lock the run directory.
 
         Raises:
-            UsageError: if it holds another run, or another process writes it.
+            UsageError: if it holds another run, or another process is using it.
             FastsacError: if it cannot be written.
         """
         self._take()
@@ -100,7 +100,7 @@ class Saver:
             _, state = checkpoint.load_checkpoint(checkpoint.best_checkpoint(self.run_dir), groups=())
             self.best_return = float(state["eval_return"])
         except (FastsacError, KeyError, TypeError, ValueError):
-            pass  # there is none that could be used
+            pass  # there is no usable one
         return self
 
     def __exit__(
@@ -124,7 +124,7 @@ class Saver:
             raise
 
     def last_good(self) -> str:
-        """Return words that name the newest checkpoint, when nothing is being written any more."""
+        """Wait until nothing is being written, and return a phrase that names the newest checkpoint."""
         self.wait()
         step = newest_step(self.run_dir)
         if step is None:
@@ -132,7 +132,7 @@ class Saver:
         return f"the last good checkpoint is {checkpoint.step_directory(self.run_dir, step)}"
 
     def save(self, contents: Callable[[], Contents]) -> None:
-        """Copy what a checkpoint holds and begin to write it; a failure becomes a warning, before the next one."""
+        """Copy a checkpoint's contents and start writing; a failure becomes a warning before the next checkpoint."""
         self._settle()
         if not self._still_there():
             return
@@ -141,7 +141,7 @@ class Saver:
         self._pending = self._executor.submit(self._write, path, snapshot)
 
     def save_best(self, contents: Callable[[], Contents], best_return: float) -> None:
-        """Copy the policy with the highest evaluation so far and begin to write it, without the replay."""
+        """Copy the policy with the highest evaluation so far and start writing it, without the replay buffer."""
         self._settle()
         still_there = self._still_there()
         self.best_return = best_return
@@ -151,12 +151,12 @@ class Saver:
             self._pending = self._executor.submit(self._write_best)
 
     def finish(self, contents: Callable[[], Contents], step: int) -> None:
-        """Wait for what is being written, and write a checkpoint unless that was the one of this step.
+        """Wait for the current write, and write a checkpoint unless that was the one for this step.
 
-        What fails is tried once more.
+        A failed write is retried once.
 
         Raises:
-            FastsacError: if that does not help either; what was saved before stays.
+            FastsacError: if it fails again; earlier checkpoints are kept.
         """
         if not self._settle() and self._saved == step and self._best is None:
             return
@@ -174,18 +174,18 @@ class Saver:
             self._pending.exception()
 
     def take_written(self) -> list[Path]:
-        """Return the checkpoints that have been written whole since the last call, without waiting."""
+        """Return the checkpoints that have been completed since the last call, without waiting."""
         written = self._written[:]
-        del self._written[: len(written)]  # the thread may have added one meanwhile
+        del self._written[: len(written)]  # the thread may have added one in the meantime
         return written
 
     def warn(self) -> None:
-        """Tell of a write that has failed since, without waiting."""
+        """Warn about a write that has failed, without waiting."""
         if self._pending is not None and self._pending.done():
             self._settle()
 
     def _still_there(self) -> bool:
-        """Make the run directory anew if somebody has removed it; return whether there is one now."""
+        """Create the run directory again if it has been removed; return whether it exists now."""
         if self._lock is not None and self._lock.holds():
             return True
         if self._lock is not None:
@@ -197,17 +197,17 @@ class Saver:
             raise
         except FastsacError as error:
             self._lost = str(error)
-            self.warn_user(f"{self.run_dir} was removed, and it cannot be made anew: {error}")
+            self.warn_user(f"{self.run_dir} was removed, and cannot be created again: {error}")
             return False
-        self.warn_user(f"{self.run_dir} or its lock was removed; it is made anew")
+        self.warn_user(f"{self.run_dir} or its lock was removed; creating it again")
         self._remember(self.newest)
         self.best_return = -math.inf
         return True
 
     def _settle(self) -> bool:
-        """Wait until nothing is being written; warn of a failure, and return whether there was one."""
+        """Wait until nothing is being written; warn about a failure, and return whether there was one."""
         if error := self._failure():
-            self.warn_user(f"{error}; it is tried again with the next checkpoint")
+            self.warn_user(f"{error}; it will be retried with the next checkpoint")
         return error is not None
 
     def _failure(self) -> FastsacError | None:
@@ -237,7 +237,7 @@ class Saver:
         checkpoint.prune_checkpoints(self.run_dir, KEEP)
 
     def _remember(self, path: Path | None) -> None:
-        """Take over the blocks of the checkpoint; if there is none, the next one is written in full."""
+        """Remember the blocks of the checkpoint; if there is none, the next one is written in full."""
         try:
             groups = checkpoint.groups_of(path) if path is not None else []
         except FastsacError:
@@ -259,7 +259,7 @@ class Saver:
         return _Snapshot(copies, {**state, "replay": {**counters, "blocks": names}}, unchanged)
 
     def _blocks_of(self, replay: Replay) -> tuple[list[str], list[str]]:
-        """Return the names of the blocks that make up the ring, and of those that are stored already."""
+        """Return the names of all blocks of the ring, and of those that are already stored."""
         length = max(-(-replay.num_rows // BLOCKS), -(-LEAST // replay.num_envs))
         stored = {stop: (start, name) for name in self._blocks for start, stop in [_span(name)]}
         names, unchanged = [], []
@@ -274,14 +274,14 @@ class Saver:
 
 
 def first_row(block: str) -> int:
-    """Return the first row that a block of the replay holds; ValueError if that is no block's name."""
+    """Return the first row of a replay block; ValueError if the name is invalid."""
     return _span(block)[0]
 
 
 def _span(block: str) -> tuple[int, int]:
     match = _BLOCK.fullmatch(block)
     if match is None:
-        raise ValueError(f"{block!r} is no block of the replay")
+        raise ValueError(f"{block!r} is not a block of the replay buffer")
     return int(match[1]), int(match[2])
 
 

@@ -1,7 +1,7 @@
-"""Agents that differ in their random seeds only, and train in one loop: `fastsac train --num-learners`.
+"""Agents that differ only in their random seed, and train in one loop: `fastsac train --num-learners`.
 
-Each has its own environments, replay buffer, random numbers and run directory, and becomes what it would be alone, bit
-for bit. What they share are the launches of their updates (see `fastsac.learner.together`).
+Each has its own environments, replay buffer, random numbers and run directory, and trains exactly as it would alone,
+bit for bit. They share only the launches of their updates (see `fastsac.learner.together`).
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from fastsac.train import SAC
 
 
 class Learner(NamedTuple):
-    """One of the agents, and where its run goes."""
+    """One of the agents, and its run directory."""
 
     agent: SAC
     run_dir: Path
 
     @property
     def name(self) -> str:
-        """Return it in words."""
+        """The name in messages."""
         return f"seed {self.agent.config.seed}"
 
 
 class _Running(NamedTuple):
-    """A learner that has not come to its end."""
+    """A learner that is still training."""
 
     steps: Iterator[int]  # see `SAC.training`
     held: ExitStack  # its run directory and files
 
 
 class Seeds:
-    """Several agents in one loop. `failures` has what went wrong with a run, by its directory; the others go on."""
+    """Several agents in one loop. `failures` maps a run directory to its error; the other agents continue."""
 
     def __init__(self, num_learners: int) -> None:
-        """Wait for up to so many agents."""
+        """Prepare for up to `num_learners` agents."""
         self.learners: list[Learner] = []
         self.failures: dict[Path, FastsacError] = {}
         self._num_learners = num_learners
@@ -55,35 +55,35 @@ class Seeds:
 
     @property
     def how(self) -> str:
-        """How the updates are made, in words; once all agents have been added."""
+        """How the updates are made, in words; available once all agents have been added."""
         agent = self.learners[0].agent
         if len(self.learners) == 1:
             return "by itself"
         if isinstance(agent.learner, FusedCudaLearner):
-            return "all in the launches of one"
+            return "updated together, with the launches of one"
         if agent.device.type == "cpu":
-            return "one after the other; on a CPU separate processes are faster"
-        return f"one after the other, since engine {agent.engine} has no launch for several"
+            return "updated one after the other; on a CPU, separate processes are faster"
+        return f"updated one after the other, because engine {agent.engine} cannot update several in one launch"
 
     def add(self, config: Config, run_dir: Path, resume: bool, say: Callable[[str], None] | None = None) -> SAC | None:
-        """Make the next agent, or load it, and take the memory that it needs.
+        """Create or load the next agent, and allocate the memory that it needs.
 
         Args:
-            config: differs from the others' in the seed only.
-            run_dir: where its run goes.
-            resume: whether it goes on with what is there; if that is damaged, it is one of the `failures`.
+            config: differs from that of the other agents only in the seed.
+            run_dir: its run directory.
+            resume: whether to resume the run that is there; if it is damaged, it is added to `failures`.
             say: tells the user what takes time, and what has failed.
 
         Returns:
-            The agent, or None if it cannot go on.
+            The agent, or None if it cannot be resumed.
 
         Raises:
-            UsageError: as `SAC` and `SAC.prepare` do; and if the replay buffers of all do not fit.
+            UsageError: as for `SAC` and `SAC.prepare`; and if the replay buffers do not all fit into memory.
         """
         first, measured, several = None, config, self._num_learners > 1
         if self.learners:
             first = self.learners[0].agent
-        if first is not None and first.device.type == "cpu":  # what was measured once holds for all
+        if first is not None and first.device.type == "cpu":  # measured once for all agents
             precision = first.setup.precision if config.precision == "auto" else config.precision
             measured = dataclasses.replace(config, num_threads=first.num_threads, precision=precision)
         try:
@@ -96,7 +96,7 @@ class Seeds:
         agent.config = config
         agent.prepare(say)
         if first is None and several:
-            # on a GPU, rings are copied to where all lie side by side; on a CPU, memory is taken when it is written
+            # on a GPU, the rings are copied side by side; on a CPU, memory is taken only when it is written
             rings = self._num_learners if agent.device.type == "cuda" else self._num_learners - 1
             sizes = agent.replay.num_rows, config.num_envs, agent.spaces.obs_size, agent.spaces.action_size
             check_memory(*sizes, agent.device, config.n_step, rings)
@@ -112,17 +112,17 @@ class Seeds:
         supervised: bool = False,
         tracking: Tracking = BY_DEFAULT,
     ) -> None:
-        """Train all agents to their ends, as `SAC.learn` does with each.
+        """Train all agents to the end, as `SAC.learn` does for one.
 
         Args:
-            make_callbacks: makes each agent's own.
-            say: tells the user of a learner that has failed, in one line.
-            progress: whether the first learner's progress is displayed.
-            supervised: whether all are to stop, and save, when an environment of one of them fails.
-            tracking: which trackers each has.
+            make_callbacks: creates the callbacks of each agent.
+            say: tells the user about a failed learner, in one line.
+            progress: whether to show the progress of the first learner.
+            supervised: whether all agents stop and save when an environment of one of them fails.
+            tracking: the trackers of each agent.
 
         Raises:
-            UsageError: if a run directory holds another run, or is written by another process.
+            UsageError: if a run directory holds another run, or is in use by another process.
         """
         self._together.complete()
         several = len(self.learners) > 1

@@ -1,4 +1,4 @@
-"""Signals that stop a run, and the heartbeat that tells a supervising parent that it goes on."""
+"""Signals that stop a run, and the heartbeat that tells a supervising parent that it is alive."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-#: what the parent tells its child: the descriptor that it listens to, and how often the same steps have been tried
+#: what the parent passes to its child: the descriptor it listens on, and how often the same steps have been tried
 SUPERVISOR = "FASTSAC_SUPERVISOR"
 ALIVE, BUSY, ENVIRONMENT_FAILED = b".", b"B", b"E"
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that SIGINT and SIGTERM are added to; a second one acts at once."""
+    """Yield a list to which SIGINT and SIGTERM are added; a second signal takes effect at once."""
     received: list[int] = []
     before: dict[int, Any] = {}
 
@@ -26,7 +26,7 @@ def stop_signals() -> Iterator[list[int]]:
     try:
         for number in (int(signal.SIGINT), int(signal.SIGTERM)):
             before[number] = signal.signal(number, receive)
-    except ValueError:  # only the main thread may; elsewhere the caller stops its own way
+    except ValueError:  # only the main thread may; in other threads, the caller stops in its own way
         pass
     try:
         yield received
@@ -36,7 +36,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 class Heartbeat:
-    """Tells the parent, if there is one, that the run goes on."""
+    """Tells the parent process, if there is one, that the run is alive."""
 
     def __init__(self) -> None:
         """Find out whether there is a parent."""
@@ -48,17 +48,17 @@ class Heartbeat:
 
     @property
     def supervised(self) -> bool:
-        """Whether a parent listens."""
+        """Whether a parent is listening."""
         return self._descriptor is not None
 
     def beat(self, stop: list[int]) -> bool:
-        """Send a sign of life, and return whether the run is to stop: a parent that is gone counts as a signal."""
+        """Send a heartbeat, and return whether the run should stop: a parent that is gone counts as a signal."""
         if not stop and not self.send(ALIVE):
             stop.append(signal.SIGHUP)
         return bool(stop)
 
     def send(self, message: bytes) -> bool:
-        """Send a message; return whether there is a parent to hear it, or there never was one."""
+        """Send a message; return False only if there was a parent and it is gone."""
         if self._descriptor is not None:
             with suppress(BlockingIOError):  # the parent is slow, and has enough to read
                 try:

@@ -1,4 +1,4 @@
-"""How a policy's numbers map to an environment's, and which environments can be served."""
+"""The mapping between a policy's and an environment's observations and actions, and which spaces are supported."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fastsac.errors import OtherShape, UsageError
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
-#: what makes numbers of other spaces
+#: how to convert other spaces
 FLATTEN = (
-    "gymnasium.wrappers.FlattenObservation makes one of it (--env-wrappers gymnasium.wrappers:FlattenObservation, or "
-    "around an environment from Python)"
+    "convert it with --env-wrappers gymnasium.wrappers:FlattenObservation, or wrap an environment from Python in "
+    "gymnasium.wrappers.FlattenObservation"
 )
 
 
 class Spaces(NamedTuple):
-    """How the policy's numbers map to the environment's."""
+    """The mapping between the policy's and the environment's observations and actions."""
 
-    obs_shapes: dict[str, tuple[int, ...]]  # of each part, "robot/arm/0", in alphabetical order; a single "" for a Box
+    obs_shapes: dict[str, tuple[int, ...]]  # of each part, such as "robot/arm/0", sorted by name; a single "" for a Box
     action_low: Floats  # in the environment's own shape S
     action_high: Floats  # S
 
@@ -46,7 +46,7 @@ class Spaces(NamedTuple):
         """Flatten observations, arrays or nested dicts and tuples of them with leading dimension N, to [N, O] float32.
 
         Raises:
-            OtherShape: if a part is missing or its shape does not fit; a ValueError.
+            OtherShape: if a part is missing or has the wrong shape; a ValueError.
         """
         columns = []
         for (key, part), shape in zip(self._parts(obs).items(), self.obs_shapes.values(), strict=True):
@@ -63,10 +63,10 @@ class Spaces(NamedTuple):
                 raise OtherShape(f"observation {key or 'array'} must be {list(shape)}, got {list(part.shape)}")
 
     def batch(self, obs: Any) -> tuple[Floats, bool]:
-        """Flatten one observation or a batch of them; return [N, O] and whether it was one.
+        """Flatten one observation or a batch of observations; return [N, O] and whether it was a single one.
 
         Raises:
-            OtherShape: if a part is missing or its shape does not fit; a ValueError.
+            OtherShape: if a part is missing or has the wrong shape; a ValueError.
         """
         parts = self._parts(obs)
         key, shape = next(iter(self.obs_shapes.items()))
@@ -79,7 +79,7 @@ class Spaces(NamedTuple):
         """Map actions [N, A] from the policy's [-1, 1] to the environment's own shape and units, [N, *S]."""
         action = action.reshape(len(action), *self.action_low.shape)
         scaled = self.action_low + 0.5 * (action + 1.0) * (self.action_high - self.action_low)
-        return np.clip(scaled, self.action_low, self.action_high)  # rounding must not lead out of the space
+        return np.clip(scaled, self.action_low, self.action_high)  # rounding must not leave the space
 
     def unscale(self, action: NDArray[Any]) -> Floats:
         """Map actions [N, *S] from the environment's units to the policy's, [N, A], clipped to [-1, 1]."""
@@ -109,10 +109,10 @@ class Spaces(NamedTuple):
 
 
 def read_spaces(env_id: str, obs_space: Any, action_space: Any) -> Spaces:
-    """Check one environment's Gymnasium spaces and return what is needed of them.
+    """Check one environment's Gymnasium spaces and return what is needed from them.
 
     Raises:
-        UsageError: for a discrete or unbounded action space, or observations that are no numbers.
+        UsageError: for a discrete or unbounded action space, or observations that are not numbers.
     """
     kind = type(action_space).__name__
     if kind != "Box":
@@ -120,13 +120,13 @@ def read_spaces(env_id: str, obs_space: Any, action_space: Any) -> Spaces:
     if action_space.dtype.kind != "f" or not 1 <= len(action_space.shape) <= 4:
         what = f"{action_space.dtype} {list(action_space.shape)}"
         raise UsageError(f"{env_id} has a Box of {what} as its action space; SAC needs a bounded Box of floats")
-    # rounded inwards: an environment may refuse what is beyond its own bounds by a bit
+    # rounded inwards: an environment may reject actions just outside its own bounds
     low, high = _rounded(action_space.low, np.inf), _rounded(action_space.high, -np.inf)
-    # some specifications say "unbounded" with the largest finite number
+    # some specifications use the largest finite number for "unbounded"
     if not (np.isfinite(low).all() and np.isfinite(high).all() and (high - low < 1e30).all()):
         raise UsageError(f"{env_id} has an unbounded action space; SAC needs finite bounds")
     if not (low < high).all():
-        raise UsageError(f"{env_id} has an action whose lowest value is not below its highest: leave it out")
+        raise UsageError(f"{env_id} has an action whose low bound is not below its high bound: remove it")
     shapes: dict[str, tuple[int, ...]] = {}
     _read_obs(env_id, obs_space, "", shapes)
     if not sum(math.prod(shape) for shape in shapes.values()):
@@ -135,7 +135,7 @@ def read_spaces(env_id: str, obs_space: Any, action_space: Any) -> Spaces:
 
 
 def _rounded(bound: NDArray[Any], towards: float) -> Floats:
-    with np.errstate(over="ignore"):  # what is beyond float32 is as good as unbounded
+    with np.errstate(over="ignore"):  # bounds beyond float32 count as unbounded
         single = bound.astype(np.float32)
     beyond = single < bound if towards > 0.0 else single > bound
     return np.where(beyond, np.nextafter(single, np.float32(towards)), single)
@@ -147,13 +147,13 @@ def _read_obs(env_id: str, space: Any, path: str, shapes: dict[str, tuple[int, .
         parts = space.spaces.items() if kind == "Dict" else enumerate(space.spaces)
         for key, part in parts:
             if key == "":
-                raise UsageError(f"{env_id} has an observation whose name is empty")
+                raise UsageError(f"{env_id} has an observation with an empty name")
             _read_obs(env_id, part, f"{path}/{key}" if path else str(key), shapes)
     elif kind != "Box":
-        raise UsageError(f"{env_id} has a {kind} observation {path}".rstrip() + f", and SAC needs a Box; {FLATTEN}")
+        raise UsageError(f"{env_id} has a {kind} observation {path}".rstrip() + f", but SAC needs a Box: {FLATTEN}")
     elif len(space.shape) > 2:
         raise UsageError(f"{env_id} has observations of shape {space.shape}: pixels are not supported")
     elif path in shapes:
-        raise UsageError(f"{env_id} has two observations that are both called {path!r} once they are flattened")
+        raise UsageError(f"{env_id} has two observations that are both named {path!r} after flattening")
     else:
         shapes[path] = tuple(space.shape)

@@ -1,4 +1,4 @@
-"""What a checkpoint's state.json holds, checked before any of it is used: it may come from anybody."""
+"""The schema of a checkpoint's state.json, checked before use: it may come from an untrusted source."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _BEST = {**_STATE, "eval_return": _NUMBER}
 
 
 def refuse_other_state(state: dict[str, Any]) -> None:
-    """Raise ValueError unless this has the form of a state.json, no key more and none less."""
+    """Raise ValueError unless this has exactly the keys and types of a state.json."""
     schema = _BEST if "eval_return" in state else _STATE
     for name in schema.keys() | state.keys():
         if name not in schema or name not in state or not _fits(state[name], schema[name]):
-            raise ValueError(f"{name!r} is not what a checkpoint holds")
+            raise ValueError(f"{name!r} is missing, unknown or of the wrong type")
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The parent of a training process: it starts it again from its last checkpoint when it dies or hangs."""
+"""The parent of a training process. It restarts the process from the last checkpoint when it dies or hangs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fastsac.run_dir import CONFIG, learners_in, newest_step
 from fastsac.signals import BUSY, ENVIRONMENT_FAILED, SUPERVISOR
 from fastsac.system import kill_group
 
-#: how a process ends that knows why: success, a failed run, invalid arguments
+#: exit statuses of a process that reports its own error: success, a failed run, invalid arguments
 _TOLD = (0, 1, 2)
 POLL_SECONDS = 0.2
-#: a process that starts, brings environments back to their state, or saves, has at least so much time
+#: a process has at least this long to start, to restore the environments' state or to save
 BUSY_SECONDS = 600.0
 
 
@@ -28,20 +28,20 @@ class _End(NamedTuple):
     """How a child ended."""
 
     status: int  # as `subprocess` gives it: negative for a signal
-    hung: float  # after so many seconds, or 0
+    hung: float  # after how many seconds it was killed, or 0
     environment_failed: bool
 
 
 class Supervisor:
-    """Runs one training process after the other until one ends by itself."""
+    """Runs one training process after another until one ends normally."""
 
     def __init__(self, run_dir: Path, restarts: int, step_timeout: float) -> None:
-        """Say what is supervised.
+        """Set up the supervisor.
 
         Args:
-            run_dir: where the run goes.
-            restarts: give up after so many restarts in a row that led to no further checkpoint.
-            step_timeout: seconds without a step after which a process counts as hung; 0 waits for ever. Starting and
+            run_dir: the run directory.
+            restarts: give up after this many restarts in a row without a new checkpoint.
+            step_timeout: seconds without a step after which a process counts as hung; 0 waits forever. Starting and
                 saving may take longer.
         """
         self._run_dir, self._restarts, self._step_timeout = run_dir, restarts, step_timeout
@@ -49,7 +49,7 @@ class Supervisor:
         self._stopped = 0  # signals received
 
     def run(self, arguments: Sequence[str]) -> int:
-        """Train with the command line's arguments; return the exit status."""
+        """Train with these command-line arguments; return the exit status."""
         before = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self._run(arguments)
@@ -74,11 +74,11 @@ class Supervisor:
                 told = f"no progress after {self._restarts} of {self._restarts} restarts"
                 self._say(f"{self._describe(end)}; gave up at {where}: {told}")
                 return 1
-            how = ", in new episodes" if failures > 1 else ""
-            self._say(f"{self._describe(end)}; going on from {where}{how} (restart {failures} of {self._restarts})")
+            how = ", with new episodes" if failures > 1 else ""
+            self._say(f"{self._describe(end)}; continuing from {where}{how} (restart {failures} of {self._restarts})")
 
     def _step(self) -> int | None:
-        """Return the newest checkpoint's step; of several learners, that of the one which is behind."""
+        """Return the step of the newest checkpoint; with several learners, that of the slowest one."""
         steps = [newest_step(directory) for directory in learners_in(self._run_dir) or [self._run_dir]]
         return None if None in steps else min(step for step in steps if step is not None)
 
@@ -94,16 +94,16 @@ class Supervisor:
         finally:
             os.close(tell)
         try:
-            if self._stopped:  # just before there was anybody to hand it to
+            if self._stopped:  # a signal arrived before the child existed
                 self._child.terminate()
             hung, environment_failed = self._watch(listen)
             return _End(self._child.wait(), hung, environment_failed)
         finally:
             os.close(listen)
-            self._kill()  # what it may have left behind, and itself if we are leaving by an exception
+            self._kill()  # processes that it left behind, and the child itself after an exception
 
     def _watch(self, listen: int) -> tuple[float, bool]:
-        """Listen until the child has ended or hangs."""
+        """Listen until the child ends or hangs."""
         environment_failed, busy, heard = False, True, time.monotonic()
         while True:
             ready, _, _ = select.select([listen], [], [], POLL_SECONDS)
@@ -112,7 +112,7 @@ class Supervisor:
             patience = max(self._step_timeout, BUSY_SECONDS) if busy else self._step_timeout
             if message:
                 busy, heard = message.endswith(BUSY), time.monotonic()
-            elif self._child is None or self._child.poll() is not None:  # what it started may still hold the pipe
+            elif self._child is None or self._child.poll() is not None:  # its children may still hold the pipe
                 return 0.0, environment_failed
             elif self._step_timeout and time.monotonic() - heard > patience:
                 self._kill()
@@ -125,7 +125,7 @@ class Supervisor:
             kill_group(self._child)
 
     def _forward(self, number: int, frame: Any) -> None:
-        """Hand a signal on; the second one acts at once, whatever the child is busy with."""
+        """Forward a signal; a second one takes effect at once, whatever the child is doing."""
         self._stopped += 1
         if self._child is not None and self._child.poll() is None:
             if self._stopped > 1:
@@ -142,7 +142,7 @@ class Supervisor:
         if end.status >= 0:
             return f"the training process ended with status {end.status}"
         reasons = {
-            signal.SIGKILL: "killed, perhaps for want of memory (SIGKILL)",
+            signal.SIGKILL: "killed, perhaps out of memory (SIGKILL)",
             signal.SIGSEGV: "ended by a segmentation fault (SIGSEGV)",
             signal.SIGABRT: "aborted by an environment or a library (SIGABRT)",
         }

@@ -1,4 +1,4 @@
-"""What Linux, macOS and Windows do differently."""
+"""Differences between Linux, macOS and Windows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 #: Windows is the one without fcntl
 WINDOWS = importlib.util.find_spec("fcntl") is None
 _locks: Any = importlib.import_module("msvcrt" if WINDOWS else "fcntl")
-#: the byte of a file that is locked on Windows, far behind its end: nobody can read a locked one
+#: the byte of a file that is locked on Windows, far beyond its end, because locked bytes cannot be read
 _LOCKED_BYTE = 2**30
 
 
 def lock(descriptor: int, shared: bool = False) -> bool:
-    """Lock an open file for this process; return False if another one has it. Some file systems have no locks: True.
+    """Lock an open file for this process; return False if another process holds it, True without lock support.
 
-    A `shared` lock needs no right to write, and others may share it, but not on Windows.
+    A `shared` lock needs no write permission, and others may share it, but not on Windows.
     """
     try:
         if WINDOWS:
@@ -40,14 +40,14 @@ def lock(descriptor: int, shared: bool = False) -> bool:
 
 
 def allowed_cores() -> int:
-    """Return how many CPU cores this process may use; where the system does not say, how many there are."""
+    """Return the number of CPU cores that this process may use; if unknown, the number of all cores."""
     if hasattr(os, "sched_getaffinity"):  # a container may be allowed fewer than the machine has
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def kill_group(process: subprocess.Popen[Any]) -> None:
-    """Kill a process and those that it has started, if it has a group of its own; on Windows the process only."""
+    """Kill a process and its children, if it has its own process group; on Windows only the process."""
     with suppress(ProcessLookupError, PermissionError):
         if WINDOWS:
             process.kill()

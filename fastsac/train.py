@@ -54,7 +54,7 @@ from fastsac.transfer import to_device, to_host
 if TYPE_CHECKING:
     from fastsac.export import Exported
 
-#: of the learner's tensors, those that it takes to act
+#: prefixes of the learner's tensors that are needed to act
 POLICY = ("actor.", "normalizer.obs_")
 #: settings that the weights depend on
 KEPT = (
@@ -64,7 +64,7 @@ KEPT = (
 
 
 class SAC:
-    """Soft Actor-Critic: an environment, a replay and a learner."""
+    """Soft Actor-Critic: environments, a replay buffer and a learner."""
 
     def __init__(
         self,
@@ -79,26 +79,26 @@ class SAC:
         """Create the learner and, unless `spaces` are known from a checkpoint, the environments.
 
         Args:
-            config: of the run. With `envs`, its `env_backend` becomes "python", and its `env_id` their name.
-            spaces: of a checkpoint.
-            envs: a function that makes a `gymnasium.Env`, called `config.num_envs` times and for evaluations, too; or
-                one `Env`, or a `gymnasium.vector.VectorEnv` whose autoreset mode is `NEXT_STEP`. The latter two are
-                not closed, and `config.num_envs` becomes their number.
-            eval_envs: for evaluations, likewise.
-            actor: a module of your own, obs [B, O] -> mean and log_std of a Gaussian before squashing, each [B, A]. It
-                is trained where it is, after a move to the device.
-            critic: a module of your own, obs [B, O] and action [B, A] in [-1, 1] -> q [E, B], E being
+            config: the run's settings. With `envs`, `env_backend` becomes "python" and `env_id` their name.
+            spaces: the spaces stored in a checkpoint.
+            envs: a function that creates a `gymnasium.Env`, called `config.num_envs` times and also for evaluations; or
+                one `Env`; or a `gymnasium.vector.VectorEnv` with autoreset mode `NEXT_STEP`. The latter two are
+                not closed, and set `config.num_envs`.
+            eval_envs: separate environments for evaluations, of the same kinds.
+            actor: your own module, obs [B, O] -> mean and log_std of a Gaussian before squashing, each [B, A]. It
+                is moved to the device and trained in place.
+            critic: your own module, obs [B, O] and action [B, A] in [-1, 1] -> q [E, B], where E is
                 `config.num_critics`. The target critics are a copy of it.
 
         Raises:
-            UsageError: if the configuration cannot be served on this machine, or a network does not fit.
+            UsageError: if this machine does not support the configuration, or a network does not fit.
         """
         if not isinstance(config, Config):
             raise UsageError(f"config must be a fastsac.Config, got {config!r}")
-        choose(config)  # refuses what does not go together before anything is started
+        choose(config)  # refuses invalid combinations before anything is started
         self._own = own = OwnNetworks(actor, critic)
         if critic is not None and config.critic != "scalar":
-            raise UsageError(f"a critic of your own gives one value, and --critic is {config.critic}: use scalar")
+            raise UsageError(f"your own critic returns one value, but --critic is {config.critic}: use scalar")
         own_envs = OwnEnvs.of(envs, eval_envs)
         config = own_envs.config(config)
         spec = EnvSpec.of(config, own_envs.envs)
@@ -135,12 +135,12 @@ class SAC:
         self._prepared = self._learns = self._policy_only = False
 
     def _of_rank(self, config: Config) -> Config:
-        """Return settings for this rank's own environments, exploration and replay buffer."""
+        """Return the settings of this rank's environments, exploration and replay buffer."""
         rank = self._ranks.rank
         return dataclasses.replace(config, seed=child_seed(config.seed, RANK, rank)) if rank else config
 
     def _draw_apart(self) -> None:
-        """Let each rank draw noise of its own."""
+        """Give each rank its own noise."""
         rank, seed, steps = self._ranks.rank, self.config.seed, self.steps
         self.learner.reseed(child_seed(seed, RANK, LEARNER, rank, steps))
         if rank:
@@ -148,7 +148,7 @@ class SAC:
 
     @property
     def spaces(self) -> Spaces:
-        """How the policy's numbers map to the environment's."""
+        """How the policy's observations and actions map to the environment's."""
         return self._rollout.spaces
 
     @property
@@ -158,7 +158,7 @@ class SAC:
 
     @property
     def replay(self) -> Replay:
-        """The replay, allocated when it is first needed."""
+        """The replay buffer, allocated when it is first needed."""
         return self._rollout.replay
 
     @property
@@ -167,17 +167,17 @@ class SAC:
 
     @property
     def steps(self) -> int:
-        """Environment steps made, over all environments."""
+        """Environment steps so far, summed over all environments."""
         return self._progress.steps
 
     @property
     def offline(self) -> str:
-        """What `prepare` has filled the replay buffer with, in words; empty if nothing."""
+        """What `prepare` has loaded into the replay buffer, in words; empty if nothing."""
         return self._rollout.filled
 
     @property
     def finished(self) -> bool:
-        """Whether the configuration's number of steps, or its target return, has been reached."""
+        """Whether `total_steps` or `target_return` of the configuration has been reached."""
         config, progress = self.config, self._progress
         at_target = config.target_return is not None and progress.reached == config.target_return
         return (at_target or self.steps >= config.total_steps) and not progress.evaluation_due
@@ -189,20 +189,20 @@ class SAC:
 
     @property
     def updates(self) -> int:
-        """Gradient updates made."""
+        """Gradient updates so far."""
         return self.learner.updates
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The latest `critic_loss`, `q`, `actor_loss`, `alpha`, `entropy` and the like, read from the device now.
+        """The latest `critic_loss`, `q`, `actor_loss`, `alpha`, `entropy` and so on, read from the device now.
 
-        Empty before the first update. A value that is not finite ends training with the next line of metrics.jsonl.
+        Empty before the first update. A value that is not finite ends training at the next line of metrics.jsonl.
         """
         return read_scalars({**self._progress.metrics, **self.learner.metrics()})
 
     @property
     def policy_only(self) -> bool:
-        """Whether it was loaded from a directory that holds a policy only: it can act, but not go on learning."""
+        """Whether it was loaded from a directory that holds only a policy: it can act, but not continue training."""
         return self._policy_only
 
     @property
@@ -210,34 +210,34 @@ class SAC:
         """The policy's network, an ordinary `torch.nn.Module` on `device`: obs [N, O] -> mean and log_std, each [N, A].
 
         The action is tanh(mean + exp(log_std) * eps), scaled from [-1, 1] to the environment's bounds; `predict` does
-        all of it. With `normalize_obs` the network takes normalised observations.
+        all of this. With `normalize_obs`, the network expects normalised observations.
         """
         return self.learner.actor
 
     @property
     def engine(self) -> str:
-        """The engine that carries out the updates."""
+        """The engine that computes the updates."""
         return self.learner.engine
 
     @property
     def num_threads(self) -> int:
-        """PyTorch's threads on the CPU."""
+        """The number of CPU threads that PyTorch uses."""
         return self.setup.num_threads
 
     def prepare(self, say: Callable[[str], None] | None = None) -> None:
-        """Take what training needs: the replay's memory, what is to be in it from the start, and on a GPU an engine.
+        """Prepare for training: allocate the replay buffer, load the offline dataset and, on a GPU, check the engine.
 
-        `learn` calls it.
+        `learn` calls this method.
 
-        An engine for GPUs is compared with the reference engine, once for each GPU, driver and version, which may take
-        minutes (see `fastsac.learner.self_check`). If they differ, `--engine auto` takes the next engine.
+        GPU engines are compared with the reference engine, once for each GPU, driver and version, which may take
+        minutes (see `fastsac.learner.self_check`). If they differ, `--engine auto` uses the next engine.
 
         Args:
-            say: tells the user; by default the logger "fastsac" does, and only what is wrong.
+            say: shows messages to the user; by default only problems are shown, through the logger "fastsac".
 
         Raises:
-            UsageError: if the replay does not fit, the engines differ and this one was asked for, or the dataset that
-                `offline` names cannot be read or does not fit the environment.
+            UsageError: if the replay buffer does not fit into memory, the engines differ and this one was requested, or
+                the dataset that `offline` names cannot be read or does not fit the environment.
         """
         if not self._prepared:
             self._heartbeat.send(BUSY)
@@ -264,25 +264,26 @@ class SAC:
         track_project: str = BY_DEFAULT.project,
         track_video: bool = False,
     ) -> None:
-        """Train until `steps` reaches `total_steps`; a later call with a larger number goes on.
+        """Train until `steps` reaches `total_steps`; a later call with a larger number continues training.
 
         SIGINT or SIGTERM finishes the current step, saves a checkpoint (with a `run_dir`) and returns.
 
         Args:
-            total_steps: environment steps over all environments, counted from the very start; the configuration's
-                number by default.
-            run_dir: a new directory for configuration, metrics and checkpoints; None writes nothing.
-            progress: whether a progress display goes to standard error.
-            callback: called while it trains, and may end it (see `fastsac.Callback`); or several, called in this order.
-            track: where the metrics go beside metrics.jsonl, with a `run_dir`: "tensorboard", "wandb", "trackio" and
-                "mlflow", separated by commas, or "none". None takes those that the run had so far, or TensorBoard.
-            track_project: the project of Weights & Biases and Trackio, the experiment of MLflow.
-            track_video: whether an episode of the last evaluation is recorded, to `run_dir/last_evaluation.mp4` and
+            total_steps: environment steps over all environments, counted from the start of the run. Default:
+                `config.total_steps`.
+            run_dir: a new directory for the configuration, metrics and checkpoints; None writes nothing.
+            progress: whether to show progress on standard error.
+            callback: called during training, and may end it (see `fastsac.Callback`); or several, called in this order.
+            track: where to log metrics besides metrics.jsonl, with a `run_dir`: "tensorboard", "wandb", "trackio" and
+                "mlflow", separated by commas, or "none". None: the run's trackers so far, or TensorBoard.
+            track_project: project name for Weights & Biases and Trackio, experiment name for MLflow.
+            track_video: whether to record an episode of the last evaluation as `run_dir/last_evaluation.mp4` and
                 for the trackers.
 
         Raises:
-            UsageError: if the replay does not fit, `run_dir` holds another run or is written by another process, a
-                tracker is unknown or not installed, or a callback raises an exception or calls this method.
+            UsageError: if the replay buffer does not fit into memory, `run_dir` holds another run or is in use by
+                another process, a tracker is unknown or not installed, or a callback raises an exception or calls this
+                method.
             FastsacError: if a tracker cannot be started, an environment fails, training diverges or the last checkpoint
                 cannot be written.
         """
@@ -294,7 +295,7 @@ class SAC:
             self.config = dataclasses.replace(self.config, total_steps=total_steps)
             self._rollout.config = dataclasses.replace(self._rollout.config, total_steps=total_steps)
         if callback is not None and not self._ranks.alone:
-            raise UsageError("callbacks are called in one process: train without torchrun")
+            raise UsageError("callbacks need a single process: train without torchrun")
         directory = None if run_dir is None or not self._ranks.leads else Path(run_dir)
         hooks = None if callback is None else Hooks(self, callback)
         self.prepare()  # before anything is written
@@ -315,22 +316,22 @@ class SAC:
         name: str = "",
         tracking: Tracking = BY_DEFAULT,
     ) -> Iterator[Iterator[int]]:
-        """Take the run directory, and yield an iterator that trains a step at a time, as `learn` does.
+        """Lock the run directory, and yield an iterator that trains one step at a time, as `learn` does.
 
-        It gives the number of updates that are due while the environments step. Whoever goes through it makes them.
+        It yields the number of updates that are due while the environments step. The caller makes these updates.
 
         Args:
             directory: the run directory; None writes nothing.
-            stop: signals that have come in, if any.
-            progress: whether a progress display goes to standard error.
-            hooks: of callbacks.
-            name: which messages begin with.
-            tracking: which trackers there are.
+            stop: signals received so far.
+            progress: whether to show progress on standard error.
+            hooks: the callbacks.
+            name: prefix of all messages.
+            tracking: the trackers.
         """
         if self._policy_only:
             raise UsageError(
-                "this directory holds a policy only, without critics, so it cannot go on learning: resume the run that "
-                "it was saved from"
+                "this directory holds only a policy, without critics, so it cannot continue training: resume the run "
+                "that it was saved from"
             )
         with (
             nullcontext() if directory is None else self._saver(directory) as saver,
@@ -346,19 +347,19 @@ class SAC:
                 yield self._learn(logger, stop, saver, hooks, directory)
             finally:
                 self._learns = False
-                if self._trial is not None:  # it goes on with the next call
+                if self._trial is not None:  # it continues in the next call
                     torch.set_num_threads(self.num_threads)
 
     def _refuse_in_callback(self, method: str) -> None:
         if self._learns:
-            raise UsageError(f"agent.{method} must not be called while the agent learns: not by a callback")
+            raise UsageError(f"agent.{method} must not be called during training, for example by a callback")
 
     def _learn(
         self, logger: Logger, stop: list[int], saver: Saver | None, hooks: Hooks | None, directory: Path | None
     ) -> Iterator[int]:
         config, total_steps, progress = self.config, self.config.total_steps, self._progress
-        self._heartbeat.send(BUSY)  # environments may be brought back to their state
-        self._ranks.refuse_differences(self._parameters())  # networks of the user's own may have started otherwise
+        self._heartbeat.send(BUSY)  # restoring the environments' state may take long
+        self._ranks.refuse_differences(self._parameters())  # the user's own networks may have started differently
         obs = self._rollout.begin(self.updates, logger)
         logger.start_rates(self.steps, self.updates)
         if self._trial is not None:
@@ -394,7 +395,7 @@ class SAC:
             logger.say(f"{hooks.ended_by} ends training at step {self.steps:,}")
         if saver is not None:
             saver.finish(lambda: self._state(saver), self.steps)
-        self._ranks.sum(0)  # what was saved is there for all of them
+        self._ranks.sum(0)  # wait until the checkpoint is there for all ranks
         if saver is not None and hooks is not None:
             hooks.checkpoints(saver.take_written())
         if directory is not None and logger.wants_video and self.last_evaluation and not self.stopped_by_signal:
@@ -404,38 +405,38 @@ class SAC:
         """Record the first episode of the last evaluation, for the trackers."""
         try:
             self.record_video(path, child_seed(self.config.seed, EVALUATION, self.steps))
-        except FastsacError as error:  # there may be nothing to draw with
+        except FastsacError as error:  # rendering may not be possible here
             logger.warn(f"no video of the last evaluation: {error}")
             return
         logger.video(self.steps, path)
 
     def _stops(self, stop: list[int]) -> bool:
-        """Return whether a signal has reached this process, or another rank."""
-        stops = bool(self._ranks.sum(int(bool(stop))))  # one that comes meanwhile counts the next time, on all ranks
+        """Return whether a signal has reached this process or another rank."""
+        stops = bool(self._ranks.sum(int(bool(stop))))  # a signal that arrives now counts next time, on all ranks
         if stops and not stop:
             stop.append(signal.SIGTERM)
         return stops
 
     def _parameters(self) -> dict[str, Tensor]:
-        """Return what has to be the same on every rank; nothing is compared in one process."""
+        """Return the parameters that must be equal on every rank; empty in a single process."""
         if self._ranks.alone:
             return {}
         prefixes = ("actor.", "critic.", "target_critic.", "value.", "log_alpha")
         return {name: tensor for name, tensor in self.learner.state()[0].items() if name.startswith(prefixes)}
 
     def new_episodes(self, tries: int = 0) -> None:
-        """Let the next call of `learn` begin new episodes, in environments made anew.
+        """Make the next call of `learn` start new episodes in newly created environments.
 
         Args:
-            tries: another number gives other episodes.
+            tries: a different number gives different episodes.
         """
         self._refuse_in_callback("new_episodes")
         self._rollout.new_episodes(tries)
 
     def _step(self, obs: Tensor, saver: Saver | None) -> Generator[int, None, Tensor]:
-        """Step every environment once; yield the updates that are due meanwhile, and return what follows obs [N, O].
+        """Step every environment once; yield the number of updates due meanwhile, and return the next obs [N, O].
 
-        On a GPU the host waits once: for the actions.
+        On a GPU, the host waits only once: for the actions.
         """
         progress, acts = self._progress, self._progress.warm_up_left == 0 or self.updates > 0
         action = self.learner.act(obs) if acts else self._rollout.explore()
@@ -455,12 +456,12 @@ class SAC:
         """Read the latest metrics from the device.
 
         Raises:
-            Divergence: if one of them, or anything in the learner's state, is not finite.
+            Divergence: if any of them, or anything in the learner's state, is not finite.
         """
         self._progress.metrics |= self.learner.metrics()
         state, _ = self.learner.state()
         if not self.learner.learns_alpha:
-            del state["log_alpha"]  # of a fixed alpha of 0 it is minus infinity
+            del state["log_alpha"]  # for a fixed alpha of 0 it is minus infinity
         where = f"step {self.steps:,} ({self.updates:,} updates)"
         nothing = "nothing was saved" if self._ranks.leads else "the run directory has the last good checkpoint, if any"
         last_good = (lambda: nothing) if saver is None else saver.last_good
@@ -471,16 +472,16 @@ class SAC:
         if fastest is None:
             return
         if fastest != self.num_threads:
-            logger.say(f"threads: {fastest}, which is faster than {self.num_threads} while the environments run")
+            logger.say(f"threads: {fastest}, faster than {self.num_threads} while the environments run")
         self.setup, self._trial = self.setup._replace(num_threads=fastest), None
 
     def _crossed(self, interval: int, before: int) -> bool:
         return interval > 0 and self.steps // interval > before // interval
 
     def _evaluate_and_log(self, logger: Logger, stop: list[int], saver: Saver | None, hooks: Hooks | None) -> bool:
-        """Evaluate the deterministic policy, unless a signal stops it; return whether training is to end."""
+        """Evaluate the deterministic policy, unless a signal stops it; return whether training should end."""
         self.last_evaluation = None
-        self._read_metrics(saver)  # a policy that has diverged cannot play
+        self._read_metrics(saver)  # a policy that has diverged cannot be evaluated
         target = self.config.target_return
         if not self._ranks.leads:
             due, mean = self._ranks.of_leader([0.0, 0.0])
@@ -516,25 +517,25 @@ class SAC:
         deterministic: bool = True,
         watch: Watch | None = None,
     ) -> Evaluation:
-        """Play episodes on environments of their own (see `fastsac.evaluate`).
+        """Play episodes in separate environments (see `fastsac.evaluate`).
 
         Args:
-            episodes: how many.
-            seed: of their environments; by default it follows from the run's seed and the number of steps.
-            should_stop: asked before every step; if it says so, only the episodes that have ended are returned.
-            deterministic: the squashed mean, or a sample, which takes the agent's own random numbers.
-            watch: sees every step.
+            episodes: number of episodes.
+            seed: random seed for the environments; by default it depends on the run's seed and the number of steps.
+            should_stop: called before every step; if it returns True, only the episodes that have ended are returned.
+            deterministic: whether actions are the squashed mean or a sample, which uses the agent's random numbers.
+            watch: called for every step.
         """
         seed = child_seed(self.config.seed, EVALUATION, self.steps) if seed is None else seed
         policy = self._deterministic if deterministic else self._sampling
         return self._evaluator.evaluate(policy, episodes, seed, should_stop, watch)
 
     def record_video(self, path: str | os.PathLike[str], seed: int = 0) -> None:
-        """Play one episode with the deterministic policy and write it as .mp4 or .gif (see `fastsac.evaluate`)."""
+        """Play one episode with the deterministic policy and save it as .mp4 or .gif (see `fastsac.evaluate`)."""
         self._evaluator.record_video(self._deterministic, Path(path), seed)
 
     def close(self) -> None:
-        """Give the environments' resources back; they are created anew, and brought to the same state, if need be."""
+        """Close the environments; they are created again, in the same state, when they are needed."""
         self._refuse_in_callback("close")
         self._evaluator.close()
         self._rollout.close()
@@ -549,14 +550,15 @@ class SAC:
         """Return actions in the environment's own units.
 
         Args:
-            obs: one observation or a batch of them, as the environment returns it: an array, or a dict of arrays.
-            deterministic: the squashed mean, or a sample.
+            obs: one observation or a batch of observations, as the environment returns them: an array, or a dict of
+                arrays.
+            deterministic: whether to return the squashed mean or a sample.
 
         Returns:
-            In the environment's own shape: [A], say, for one observation, [N, A] for a batch.
+            Actions in the environment's own shape, such as [A] for one observation or [N, A] for a batch.
 
         Raises:
-            ValueError: if the observation's shape does not fit.
+            ValueError: if the observation does not have the expected shape.
         """
         flat, single = self.spaces.batch(obs)
         scaled = self.spaces.scale(to_host(self.learner.act(to_device([flat], self.device)[0], deterministic)))
@@ -564,7 +566,7 @@ class SAC:
 
     @contextmanager
     def _saver(self, directory: Path) -> Iterator[Saver]:
-        """Make the run directory this agent's, unless it is another's."""
+        """Lock the run directory for this agent, unless it belongs to another one."""
         place = directory.resolve()
         with Saver(directory, self.config, self._run_dirs.get(place), logging.getLogger("fastsac").warning) as saver:
             try:
@@ -574,7 +576,7 @@ class SAC:
                 self._run_dirs[place] = Ours.newest(directory)
 
     def _state(self, saver: Saver) -> Contents:
-        """Return all that a resumed run needs, but nothing that has diverged."""
+        """Return everything that a resumed run needs; Divergence if anything is not finite."""
         metrics = self._read_metrics(saver)
         tensors, counters = self.learner.state()
         replay = self.replay if self.config.checkpoint_replay and not self._policy_only else None
@@ -597,25 +599,25 @@ class SAC:
         """Write a checkpoint into `run_dir` (see `fastsac.checkpoint`) and return its directory.
 
         Args:
-            run_dir: a new directory, or this agent's own.
-            policy_only: write what it takes to act and nothing else: the actor's weights, the normalisation of
-                observations and the settings. Beside them goes README.md, a model card with task, evaluation, settings
-                and versions. `load` and `fastsac eval` take such a directory; `learn` refuses it.
+            run_dir: a new directory, or this agent's own run directory.
+            policy_only: write only what is needed to act: the actor's weights, the observation normalisation and the
+                settings, plus README.md, a model card with task, evaluation, settings and versions. `load` and
+                `fastsac eval` can read such a directory; `learn` raises a UsageError.
             evaluation: for the model card; by default the last one, if the policy has not changed since.
 
         Raises:
-            UsageError: if the directory holds another run, or another process writes it.
-            FastsacError: if it cannot be written, what was saved before stays; or if training has diverged.
+            UsageError: if the directory holds another run, or another process is using it.
+            FastsacError: if it cannot be written (earlier checkpoints are kept), or if training has diverged.
         """
         directory = Path(run_dir)
         if self._policy_only and not policy_only:
-            raise UsageError("this agent has a policy only: save it with policy_only=True")
+            raise UsageError("this agent has only a policy: save it with policy_only=True")
         if self._ranks.leads and policy_only:
             self._save_policy(directory, evaluation)
         elif self._ranks.leads:
             with self._saver(directory) as saver:
                 saver.finish(lambda: self._state(saver), self.steps)
-        self._ranks.sum(0)  # it is there for all of them
+        self._ranks.sum(0)  # wait until it is there for all ranks
         return checkpoint.step_directory(directory, self.steps)
 
     def _save_policy(self, directory: Path, evaluation: Evaluation | None) -> None:
@@ -626,7 +628,7 @@ class SAC:
         card = model_card(self.config, self.spaces, self.steps, self.updates, evaluation)
         refuse_if_taken(directory)
         if os.path.lexists(directory / MODEL_CARD):
-            raise UsageError(f"{directory / MODEL_CARD} exists already: choose another directory")
+            raise UsageError(f"{directory / MODEL_CARD} already exists: choose another directory")
         with self._saver(directory) as saver:
             groups, state, _ = self._state(saver)
             kept = {name: tensor for name, tensor in groups["learner"].items() if name.startswith(POLICY)}
@@ -658,16 +660,18 @@ class SAC:
         """Load the newest checkpoint of a run.
 
         Args:
-            run_dir: what `save` or a training run wrote.
-            config: takes the place of the stored configuration, where its networks still fit.
-            best: take the policy with the highest evaluation instead, to play with; its run cannot be resumed from it.
-            envs: if the run was trained with environments from Python, to go on with.
-            eval_envs: likewise, to evaluate with.
-            actor: of the same structure, if the run was trained with one of your own; it takes the stored weights.
-            critic: likewise.
+            run_dir: a directory written by `save` or by a training run.
+            config: replaces the stored configuration, as long as the stored networks fit it.
+            best: load the policy with the highest evaluation return instead, to act with; the run cannot be resumed
+                from it.
+            envs: environments to continue training in, if the run was trained with environments from Python.
+            eval_envs: the same for evaluations.
+            actor: a module of the same structure, if the run was trained with your own; the stored weights are loaded
+                into it.
+            critic: the same for the critic.
 
         Raises:
-            FastsacError: if there is none, or it is damaged.
+            FastsacError: if there is no checkpoint, or it is damaged.
             UsageError: if it does not fit the configuration.
         """
         directory = Path(run_dir)
@@ -689,11 +693,11 @@ class SAC:
 
     @classmethod
     def resume(cls, run_dir: str | os.PathLike[str], config: Config, **own: Any) -> SAC:
-        """Load the newest checkpoint of a run, or begin it anew if it ended before its first one.
+        """Load the newest checkpoint of a run, or start the run again if it has no checkpoint yet.
 
         Args:
-            run_dir: of the run.
-            config: takes the place of the stored one.
+            run_dir: the run directory.
+            config: replaces the stored configuration.
             own: `envs`, `eval_envs`, `actor` and `critic`, as for `load`.
 
         Raises:
@@ -729,32 +733,30 @@ class SAC:
                 flag = name.replace("_", "-")
                 raise UsageError(f"--{flag} cannot be changed from {old} to {new}: the stored networks depend on it")
         if choose(config).value_sign and not choose(stored).value_sign:
-            raise UsageError(
-                f"--baseline {config.baseline} cannot be taken up by a stored run, which has no value network"
-            )
+            raise UsageError(f"--baseline {config.baseline} needs a value network, and the stored run has none")
         if config.alpha == "auto" and config.initial_alpha != stored.initial_alpha:
-            raise UsageError("--initial-alpha is where a run begins, and this one has begun")
+            raise UsageError("--initial-alpha cannot be changed: the run has already started")
         holds_replay = config.checkpoint_replay and state["replay"] is not None
         if holds_replay and state["replay"]["newest"] and config.offline not in (None, stored.offline):
             raise UsageError(
-                "--offline fills an empty replay buffer, and the checkpoint holds one: --no-checkpoint-replay drops it"
+                "--offline needs an empty replay buffer, but the checkpoint holds one: --no-checkpoint-replay drops it"
             )
         policy_only = "policy" in checkpoint.groups_of(path)
         group = "policy" if policy_only else "learner"
         refuse_other_networks(config, *sizes, checkpoint.tensor_shapes(path, group), networks, policy_only)
         choices = precisions(config, resolve_device(config.device), networks)
-        if config.precision == "auto" and state["precision"] in choices:  # another measurement could choose another one
+        if config.precision == "auto" and state["precision"] in choices:  # a new measurement could choose another
             agent = cls(dataclasses.replace(config, precision=state["precision"]), spaces, **own)
             agent.config = dataclasses.replace(agent.config, precision=config.precision)
-            agent.setup = agent.setup._replace(precision_reason="as the run began")
+            agent.setup = agent.setup._replace(precision_reason="as stored in the run")
         else:
             agent = cls(config, spaces, **own)
         agent._progress.load_state(state, state["metrics"])
         agent._rollout.seen = stored.offline
         if (config.estimator, config.baseline) != (stored.estimator, stored.baseline):
-            agent._progress.metrics.clear()  # another estimator may have other ones
+            agent._progress.metrics.clear()  # another estimator may have other metrics
         stored_tensors = checkpoint.load_checkpoint(path, groups=[group])[0][group]
-        if policy_only:  # the rest is what a new agent has
+        if policy_only:  # everything else is as in a new agent
             stored_tensors = {**agent.learner.state()[0], **stored_tensors}
         agent.learner.load_state(stored_tensors, state["learner"])
         agent._policy_only = policy_only

@@ -1,4 +1,4 @@
-"""`fastsac train`: one agent, or several that differ in their random seeds only."""
+"""`fastsac train`: one agent, or several that differ only in their random seed."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def default_run_dir(config: Config, num_learners: int = 1) -> Path:
 
 
 def train(command: Train, arguments: Sequence[str]) -> None:
-    """Carry out the command, whose arguments these were.
+    """Run the command, which was parsed from these arguments.
 
     Raises:
-        FastsacError: if something is wrong with them, or a run fails.
+        FastsacError: if an argument is wrong, or a run fails.
     """
     heartbeat = Heartbeat()
     if command.config.baseline == AS_PRINTED:
@@ -58,19 +58,19 @@ def train(command: Train, arguments: Sequence[str]) -> None:
     if command.num_learners > 1 and under_torchrun():
         raise UsageError("--num-learners trains in one process: leave it out, or train without torchrun")
     if command.restarts and under_torchrun():
-        raise UsageError("--restarts supervises one process: torchrun has --max-restarts, and --resume goes on")
+        raise UsageError("--restarts supervises one process: use torchrun's --max-restarts, and --resume to continue")
     if command.restarts and WINDOWS:
-        raise UsageError("--restarts needs Linux or macOS: leave it out, and go on with --resume after a crash")
+        raise UsageError("--restarts needs Linux or macOS: leave it out, and use --resume after a crash")
     if command.restarts < 0:
         raise UsageError(f"--restarts must be a whole number of at least 0, got {command.restarts}")
     if command.step_timeout is not None and not 0.0 <= command.step_timeout <= 1e9:
         raise UsageError(f"--step-timeout must be a number of seconds of at least 0, got {command.step_timeout}")
     if command.step_timeout is not None and command.restarts == 0:
-        raise UsageError("--step-timeout needs --restarts: a process cannot tell that it hangs itself")
+        raise UsageError("--step-timeout needs --restarts: a process cannot detect that it hangs itself")
     if command.resume is not None and command.run_dir is not None and command.resume != command.run_dir:
-        raise UsageError("--resume goes on in its own directory: leave --run-dir out")
+        raise UsageError("--resume continues in its own directory: leave out --run-dir")
     if command.resume is not None and command.preset is not None and not heartbeat.supervised:  # else: a restart
-        raise UsageError("--resume goes on with the stored settings: leave --preset out, and give options to change")
+        raise UsageError("--resume uses the stored settings: leave out --preset, and give the options to change")
     if command.restarts and not heartbeat.supervised:
         run_dir = command.resume or command.run_dir or default_run_dir(command.config, command.num_learners)
         if command.resume is None:
@@ -105,9 +105,9 @@ def _train_here(command: Train, heartbeat: Heartbeat) -> None:
         if newest_step(run_dir) is None and ranks.leads:
             _tell(f"{run_dir} has no checkpoint yet: it starts from the beginning")
         agent = SAC.resume(run_dir, config)
-        if agent.finished and not heartbeat.tries:  # else it died when all was done
+        if agent.finished and not heartbeat.tries:  # otherwise it died after it had finished
             _refuse_finished(agent, run_dir)
-    if heartbeat.tries > 1:  # what failed more than once may fail for ever
+    if heartbeat.tries > 1:  # the same episodes may fail every time
         agent.new_episodes(heartbeat.tries)
     agent.prepare(_tell if ranks.leads else lambda _: None)  # before anything is written
     if not ranks.leads:
@@ -119,7 +119,7 @@ def _train_here(command: Train, heartbeat: Heartbeat) -> None:
     track = command.track, command.track_project, command.track_video
     agent.learn(config.total_steps, run_dir, True, callbacks or None, *track)
     if agent.stopped_by_signal:
-        print(f"interrupted at step {agent.steps:,}; go on with: fastsac train --resume {run_dir}")
+        print(f"interrupted at step {agent.steps:,}; continue with: fastsac train --resume {run_dir}")
         return
     if told := _outcome(agent, run_dir):
         print(told)
@@ -145,7 +145,7 @@ def _train_seeds(command: Train, heartbeat: Heartbeat) -> None:
         raise next(iter(together.failures.values()))
     if not agents and not heartbeat.tries:
         _refuse_finished(together.learners[0].agent, directory)
-    if heartbeat.tries > 1:  # what failed more than once may fail for ever: the one that is behind
+    if heartbeat.tries > 1:  # the same episodes may fail every time: those of the learner that is behind
         for agent in agents:
             if agent.steps == min(each.steps for each in agents):
                 agent.new_episodes(heartbeat.tries)
@@ -164,7 +164,7 @@ def _train_seeds(command: Train, heartbeat: Heartbeat) -> None:
             print(f"seed {agent.config.seed}: {_outcome(agent, run_dir) or f'{agent.steps:,} steps'}; {run_dir}")
     failed = list(together.failures.values())
     if len(complete) + len(failed) < len(run_dirs):
-        print(f"interrupted; go on with: fastsac train --resume {directory}")
+        print(f"interrupted; continue with: fastsac train --resume {directory}")
     if heartbeat.supervised and (environments := [each for each in failed if isinstance(each, EnvironmentFailure)]):
         raise environments[0]  # the parent tries again
     for run_dir in complete:
@@ -172,14 +172,14 @@ def _train_seeds(command: Train, heartbeat: Heartbeat) -> None:
     if curve := _plot(config, complete, directory):
         print(f"learning curves: {curve}")
     if failed:
-        raise FastsacError(f"{len(failed)} of {len(run_dirs)} learners failed; go on with: --resume {directory}")
+        raise FastsacError(f"{len(failed)} of {len(run_dirs)} learners failed; continue with: --resume {directory}")
 
 
 def _run_dirs(command: Train, directory: Path) -> dict[int, Path]:
     """Return each learner's run directory by its seed.
 
     Raises:
-        UsageError: if they do not go together.
+        UsageError: if they do not match the command, or one another.
     """
     config, found = command.config, {}
     if command.resume is None:
@@ -194,19 +194,19 @@ def _run_dirs(command: Train, directory: Path) -> dict[int, Path]:
     if command.num_learners not in (1, len(seeds)):
         raise UsageError(f"{directory} holds the seeds {', '.join(map(str, found))}: leave --num-learners out")
     if found and config.seed not in found:
-        raise UsageError(f"--seed: the learners in {directory} go on with their own")
+        raise UsageError(f"--seed: the learners in {directory} keep their own seeds")
     stored = [dataclasses.asdict(each) | {"seed": 0, "total_steps": 0} for each in found.values()]
     for name, value in stored[0].items() if stored else ():
         if any(each[name] != value for each in stored):
             flag = name.replace("_", "-")
-            raise UsageError(f"the learners in {directory} differ in --{flag}: go on with each of them by itself")
+            raise UsageError(f"the learners in {directory} differ in --{flag}: resume each of them separately")
     return {seed: directory / f"seed-{seed}" for seed in seeds}
 
 
 def _refuse_finished(agent: Any, run_dir: Path) -> None:
     if agent.steps >= agent.config.total_steps:
-        raise UsageError(f"{run_dir} has reached step {agent.steps} already: a larger --total-steps goes on")
-    raise UsageError(f"{run_dir} has reached its target return already: another --target-return goes on")
+        raise UsageError(f"{run_dir} has already reached step {agent.steps}: increase --total-steps to continue")
+    raise UsageError(f"{run_dir} has already reached its target return: change --target-return to continue")
 
 
 def _warn_of_no_update(command: Train) -> None:

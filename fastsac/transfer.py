@@ -1,7 +1,7 @@
-"""Between the host and a GPU: several arrays in one copy, without waiting, and one wait for what comes back.
+"""Transfers between host and GPU: several arrays to the GPU in one copy without waiting; back, with one wait.
 
-A copy from ordinary memory makes the host wait for the device. These go through pinned memory from PyTorch's own
-allocator, which does not hand a block out again before the copies from it are over.
+A copy from pageable memory makes the host wait for the device. These copies go through pinned memory from PyTorch's
+allocator, which does not reuse a block before all copies from it have finished.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 HostArray = NDArray[Any] | Tensor
-#: each array in the common buffer begins at a multiple of it, in bytes
+#: each array in the shared buffer starts at a multiple of this, in bytes
 ALIGNMENT = 16
 
 
 def to_device(arrays: Sequence[HostArray], device: torch.device) -> list[Tensor]:
-    """Return what is on the host as tensors on the device; on a GPU in one copy, for which nothing waits.
+    """Return host arrays as tensors on the device; on a GPU in one copy, without waiting.
 
     On a CPU the tensors share the arrays' memory.
     """
     if device.type == "cpu":
         return [array if isinstance(array, Tensor) else torch.from_numpy(array) for array in arrays]
     if any(isinstance(array, Tensor) and array.device.type != "cpu" for array in arrays):
-        raise TypeError("what goes to the device must be on the host, and a tensor is on the device already")
+        raise TypeError("arrays must be on the host, but a tensor is already on the device")
     numbers = [np.asarray(array) for array in arrays]
     starts, size = [], 0
     for array in numbers:
@@ -46,12 +46,12 @@ def to_device(arrays: Sequence[HostArray], device: torch.device) -> list[Tensor]
 
 
 def torch_dtype(array: NDArray[Any]) -> torch.dtype:
-    """Return PyTorch's name of the array's dtype."""
+    """Return the PyTorch dtype of the array."""
     return torch.from_numpy(np.empty(0, array.dtype)).dtype
 
 
 def to_host(tensor: Tensor) -> NDArray[Any]:
-    """Return the tensor as an array, once the device has computed it: on a GPU this is a wait."""
+    """Return the tensor as an array; on a GPU this waits until the device has computed it."""
     if tensor.device.type == "cpu":
         return tensor.numpy()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -1,4 +1,4 @@
-"""What flows between the parts, and the shape letters.
+"""The data types shared by all modules, and the shape letters.
 
 B batch, N environments, K action samples per state, E critics, O observation size, A action size.
 """
@@ -19,7 +19,7 @@ QFunction = Callable[[Tensor], Tensor]
 
 
 class Batch(NamedTuple):
-    """Transitions drawn from replay, on the learner's device."""
+    """Transitions sampled from the replay buffer, on the learner's device."""
 
     obs: Tensor
     """[B, O] float32."""
@@ -38,14 +38,14 @@ class Batch(NamedTuple):
 
 
 class Sampler(Protocol):
-    """Where a learner gets its batches from: the replay, or a fixed batch in a test."""
+    """The source of a learner's batches: the replay buffer, or a fixed batch in a test."""
 
     def sample(self, batch_size: int, rng: PhiloxState | None = None, backend: Backend = "reference") -> Batch:
-        """Return a batch of `batch_size` transitions, drawn with `rng` or else a generator of its own."""
+        """Return a batch of `batch_size` transitions, sampled with `rng`, or with its own generator if None."""
 
 
 class Draw(NamedTuple):
-    """What an estimator samples its actions with."""
+    """The source of an estimator's action samples."""
 
     #: a generator's state, or standard normal numbers [K, B, A] (or as many as `Entry.num_noise` says in place of K)
     rng: PhiloxState | Tensor
@@ -57,12 +57,12 @@ class Draw(NamedTuple):
         return sample_squashed_gaussian(mean, log_std, *self)
 
     def noise(self, mean: Tensor, num_vectors: int | None = None) -> Tensor:
-        """Return the normal numbers that the samples are made of, [K, B, A], or as many vectors as are asked for."""
+        """Return the samples' standard normal noise, [K, B, A], or `num_vectors` vectors instead of K."""
         return noise_of(self.rng, (num_vectors or self.num_samples, *mean.shape), mean.dtype)
 
 
 class Estimate(NamedTuple):
-    """What an estimator of the actor's gradient returns."""
+    """The result of an estimator of the actor's gradient."""
 
     loss: Tensor
     """Scalar; differentiable in mean and log_std."""
@@ -75,7 +75,7 @@ class Estimate(NamedTuple):
     def of_gradient(
         cls, mean: Tensor, log_std: Tensor, gradient: ActorGradient, f: Tensor, q: Tensor, log_prob: Tensor
     ) -> Estimate:
-        """Return an estimate with this gradient, which is a constant; its loss has the value of f's mean, f [K, B]."""
+        """Return an estimate with this constant gradient; the value of its loss is the mean of f [K, B]."""
         head = mean * gradient.mean.mean(0) + log_std * gradient.log_std.mean(0)
         linear = head.sum(-1).mean()
         return cls(f.detach().mean() + (linear - linear.detach()), log_prob, q)
@@ -86,7 +86,7 @@ class Estimate(NamedTuple):
 
 
 class Estimator(Protocol):
-    """One way to estimate the gradient of E[alpha * log_prob - min_E q] in the policy's parameters."""
+    """A method to estimate the gradient of E[alpha * log_prob - min_E q] with respect to the policy's parameters."""
 
     def __call__(
         self, mean: Tensor, log_std: Tensor, draw: Draw, q_function: QFunction, alpha: Tensor, baseline: str | Tensor
@@ -99,14 +99,14 @@ class Estimator(Protocol):
             draw: samples the actions; a loss that needs their noise again takes it from ``draw.rng``.
             q_function: the critics as a function of the action, differentiable in it.
             alpha: scalar tensor, a constant here.
-            baseline: the baseline's name, or its values b(s) [B] where a network supplies them.
+            baseline: the baseline's name, or its values b(s) [B] if a network computes them.
         """
 
 
 class Sample(NamedTuple):
-    """K actions per state and what written-out gradients are made of; [K, B, A] where nothing else is said.
+    """K actions per state and the quantities for hand-written gradients; [K, B, A] unless stated otherwise.
 
-    u = mean + deviation is the sample before squashing, and mean and log_std the same for all K.
+    u = mean + deviation is the sample before squashing; mean and log_std are the same for all K.
     """
 
     noise: Tensor  # eps
@@ -123,11 +123,11 @@ class ActorGradient(NamedTuple):
 
     mean: Tensor  # [K, B, A]
     log_std: Tensor  # [K, B, A]
-    loss: Callable[[], Tensor]  # what the estimator's loss would be, a scalar
+    loss: Callable[[], Tensor]  # returns the estimator's loss, a scalar
 
 
 class Gradient(Protocol):
-    """An estimator of the actor's gradient, written out: what autograd makes of its `Estimator`, times K B."""
+    """A hand-written estimator of the actor's gradient: what autograd computes for its `Estimator`, times K B."""
 
     def __call__(
         self, sample: Sample, f: Tensor, q_gradient: Callable[[], Tensor], alpha: Tensor, baseline: str | Tensor
@@ -137,8 +137,8 @@ class Gradient(Protocol):
         Args:
             sample: the actions.
             f: [K, B], alpha * log_prob - min_E q.
-            q_gradient: goes back through the critics; returns the gradient [K, B, A] of min_E q in the action, where
-                equal critics share.
+            q_gradient: backpropagates through the critics; returns the gradient [K, B, A] of min_E q with respect to
+                the action, shared among equal critics.
             alpha: scalar tensor.
-            baseline: the baseline's name, or its values b(s) [B] where a network supplies them.
+            baseline: the baseline's name, or its values b(s) [B] if a network computes them.
         """

@@ -193,7 +193,7 @@ def test_what_a_callback_must_not_call(method):
             getattr(agent, method)()
 
     agent = SAC(CONFIG)
-    with pytest.raises(UsageError, match=rf"agent\.{method} must not be called while the agent learns"):
+    with pytest.raises(UsageError, match=rf"agent\.{method} must not be called during training"):
         agent.learn(callback=Calling())
     agent.learn(total_steps=60)
 
@@ -207,7 +207,7 @@ def test_what_is_no_callback_is_refused_before_anything_is_written(tmp_path, wro
 
 def test_the_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"too::\n\n(.*)", Callback.__doc__, flags=re.DOTALL)
+    (example,) = re.findall(r"elsewhere::\n\n(.*)", Callback.__doc__, flags=re.DOTALL)
     exec(textwrap.dedent(example).replace("total_steps=20_000", "total_steps=2_000"), {})
     steps = [int(line.split(",")[0]) for line in (tmp_path / "losses.csv").read_text().splitlines()]
     assert [step // 1000 for step in steps] == [2]  # at step 1000 no update has been made yet
@@ -275,8 +275,8 @@ def test_the_command_line_takes_callbacks(mine, capsys):
         ("not_there:Stop", "cannot import 'not_there' for --callback not_there:Stop: is it on PYTHONPATH?"),
         ("callbacks_of_mine:Stopp", "callbacks_of_mine has no 'Stopp' for --callback; did you mean Stop?"),
         ("callbacks_of_mine:Other", "--callback callbacks_of_mine:Other must be a subclass of fastsac.Callback"),
-        ("callbacks_of_mine:Argument", "cannot be made: TypeError: Argument.__init__() missing 1 required"),
-        ("no_python:Stop", "cannot be made: SyntaxError: invalid syntax (no_python.py, line 1)"),
+        ("callbacks_of_mine:Argument", "cannot be created: TypeError: Argument.__init__() missing 1 required"),
+        ("no_python:Stop", "cannot be created: SyntaxError: invalid syntax (no_python.py, line 1)"),
         ("", "--callback must be given as module:Class, got ''"),
         (None, "Missing value for argument '--callback'"),
     ],

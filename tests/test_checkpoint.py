@@ -225,7 +225,7 @@ def test_a_manifest_cannot_lead_out_of_the_directory(tmp_path: Path, name: str) 
     manifest = json.loads(path.read_bytes())
     manifest["files"][name] = manifest["files"]["learner.safetensors"]
     path.write_bytes(checkpoint._manifest_bytes(manifest))
-    assert refusal(tmp_path / "c") == f"{path} is damaged: it names files that no checkpoint has"
+    assert refusal(tmp_path / "c") == f"{path} is damaged: it names files that do not belong to a checkpoint"
 
 
 def test_a_group_cannot_lead_out_of_the_directory(tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_the_place_is_a_file(tmp_path: Path) -> None:
 def test_a_directory_that_is_no_checkpoint_is_never_replaced(tmp_path: Path, name: str) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / name).write_text("mine")
-    with pytest.raises(FastsacError, match=f"it holds '{name}' and is no checkpoint; choose another"):
+    with pytest.raises(FastsacError, match=f"it contains '{name}' and is not a checkpoint; choose another"):
         save(tmp_path / "c")
     assert (tmp_path / "c" / name).read_text() == "mine"
     assert os.listdir(tmp_path) == ["c"]
@@ -435,7 +435,7 @@ def test_state_that_is_not_json_is_refused_before_anything_is_written(tmp_path: 
 
 @pytest.mark.parametrize("group", ["", "..", "../x", "a/b", "a.b", "-a", "a\n"])
 def test_group_names(tmp_path: Path, group: str) -> None:
-    with pytest.raises(ValueError, match="a group is named with"):
+    with pytest.raises(ValueError, match="a group name must consist of"):
         save_checkpoint(tmp_path / "c", {group: {}}, {})
     assert os.listdir(tmp_path) == []
 

@@ -134,7 +134,7 @@ def test_there_and_back_on_the_command_line(tmp_path, root, capsys):
     for name in ("pendulum/sac-v0", "pendulum/sac", "../sac-v0", "p/../q-v0"):
         assert run("collect", tmp_path / "first", "--out", name) == 2
         message = capsys.readouterr().err
-        assert ("exists already" if name == "pendulum/sac-v0" else "must be the id of a Minari dataset") in message
+        assert ("already exists" if name == "pendulum/sac-v0" else "must be the id of a Minari dataset") in message
     assert run("collect", tmp_path / "first", "--out", "pendulum/x-v0", "--episodes", 0) == 2
 
 
@@ -155,12 +155,12 @@ def test_a_signal_leaves_nothing(root, monkeypatch):
         send(envs, action)
 
     monkeypatch.setattr(VectorEnv, "send", killed)
-    with pytest.raises(FastsacError, match="interrupted: there is no dataset pendulum/tiny-v0"):
+    with pytest.raises(FastsacError, match="interrupted: the dataset pendulum/tiny-v0 was not written"):
         collect(agent_for("Pendulum-v1"), "pendulum/tiny-v0", 1, 0, deterministic=False)
     assert list(root.iterdir()) == []
 
 
 def test_two_that_write_one_name(root):
     collect(agent_for("Pendulum-v1", max_episode_steps=5), "pendulum/tiny-v0", 1, 0, deterministic=False)
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         collect(agent_for("Pendulum-v1"), "pendulum/tiny-v0", 1, 0, deterministic=False)

@@ -180,13 +180,13 @@ def broken(number: float, shape: tuple[int, ...]) -> np.ndarray:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"obs_space": Box(-1.0, 1.0, (3,))}, r"the Minari dataset .* has observations \[3\], and X-v0 has \[2\]"),
-        ({"obs_space": Dict({"a": BOX})}, r"has observations a \[2\], and X-v0 has \[2\]"),
+        ({"obs_space": Box(-1.0, 1.0, (3,))}, r"the Minari dataset .* has observations \[3\], but X-v0 has \[2\]"),
+        ({"obs_space": Dict({"a": BOX})}, r"has observations a \[2\], but X-v0 has \[2\]"),
         (
             {"action_space": Box(-2.0, 1.0, (2,))},
-            r"has actions \[2\] from -2 to 1, and X-v0 has \[2\] from -2, 0 to 1, 2",
+            r"has actions \[2\] from -2 to 1, but X-v0 has \[2\] from -2, 0 to 1, 2",
         ),
-        ({"action_space": Box(-2.0, 1.0, (1,))}, r"has actions \[1\] from -2 to 1, and X-v0 has \[2\]"),
+        ({"action_space": Box(-2.0, 1.0, (1,))}, r"has actions \[1\] from -2 to 1, but X-v0 has \[2\]"),
         ({"action_space": Discrete(3)}, "does not fit X-v0: it has a Discrete action space"),
         ({"lengths": []}, "has no transitions"),
         ({"lengths": [2], "observations": broken(np.nan, (3, 2))}, "observations that are not finite in episode 0"),
@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, changes, message):
 def test_a_dataset_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "home"))
     spaces = read_spaces("X", BOX, ACTION)
-    with pytest.raises(UsageError, match=r"xx/y-v0 is not in .*: `minari download xx/y-v0` fetches it"):
+    with pytest.raises(UsageError, match=r"xx/y-v0 is not in .*: `minari download xx/y-v0` downloads it"):
         Dataset("xx/y-v0", "X", spaces)
     with pytest.raises(UsageError, match=r"no Minari dataset at ./x"):
         Dataset("./x", "X", spaces)
@@ -214,7 +214,7 @@ def test_a_dataset_that_cannot_be_had(tmp_path, monkeypatch):
     metadata = json.loads(file.read_text())
     del metadata["observation_space"]  # Minari would make the environment, whatever code that is
     file.write_text(json.dumps(metadata | {"env_spec": '{"entry_point": "os:abort"}'}))
-    with pytest.raises(UsageError, match="does not say which spaces"):
+    with pytest.raises(UsageError, match="does not contain its spaces"):
         Dataset(str(path), "X", spaces)
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(UsageError, match=r"\(h5py\): pip install 'fastsac\[minari\]'"):
@@ -275,7 +275,7 @@ def test_without_the_stored_replay_it_is_filled_again(tmp_path, swings, capsys):
 def test_another_dataset_is_not_ignored(tmp_path, swings):
     config = dataclasses.replace(SMALL, checkpoint_replay=True, total_steps=40)
     SAC(config).learn(run_dir=tmp_path)
-    with pytest.raises(UsageError, match="--offline fills an empty replay buffer"):
+    with pytest.raises(UsageError, match="--offline needs an empty replay buffer"):
         SAC.load(tmp_path, dataclasses.replace(config, offline=swings))
     agent = SAC.load(tmp_path, dataclasses.replace(config, offline=swings, checkpoint_replay=False, total_steps=60))
     agent.learn()

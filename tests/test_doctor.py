@@ -70,7 +70,7 @@ def broken_update(*_: Any) -> float:
     [
         ("_child", lambda *_: ("", "ended by signal 6"), "no environment can be stepped", "pip install envpool", 1),
         ("_cpu_rate", broken_update, "no update can be made: RuntimeError: mkl", "reinstall PyTorch", 1),
-        ("nvidia_driver", lambda: "570.1", "an NVIDIA driver, 570.1, but this build of PyTorch", "for CUDA", 0),
+        ("nvidia_driver", lambda: "570.1", "an NVIDIA driver, 570.1, but this build of PyTorch", "CUDA build", 0),
         (
             "_child",
             lambda env_id, what: ("", "no EGL") if what == "render" else ("envpool", ""),
@@ -114,7 +114,7 @@ def test_without_envpool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert status == 0
     assert "EnvPool cannot be imported" in out
     assert "(training works)" in out
-    assert "until then Gymnasium's environments are used" in out
+    assert "until then, Gymnasium's slower environments are used" in out
 
 
 @pytest.mark.usefixtures("_quick")
@@ -125,7 +125,7 @@ def test_a_gpu_that_pytorch_does_not_see(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(doctor, "nvidia_driver", lambda: "570.1")
     status, out = told(capsys)
     assert status == 0
-    assert "PyTorch is built for CUDA 12.8, but sees no GPU" in out
+    assert "PyTorch is built for CUDA 12.8, but finds no GPU" in out
     assert "nvidia-smi" in out
 
 
@@ -147,7 +147,7 @@ def test_a_gpu(problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     if problem:
         assert problem in out
         assert "`fastsac doctor --json`" in out
-        assert "until then the graphed engine is used" in out
+        assert "until then, the graphed engine is used" in out
         assert "Engine        reference (the check of graphed failed)" in out
     else:
         assert "fused (a CUDA GPU)" in out

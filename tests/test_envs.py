@@ -68,21 +68,21 @@ BAD_SPACES = {
     "FastsacInteger-v0": ({"action_space": Box(0, 3, (2,), np.int64)}, r"Box of int64 \[2\] as its action space"),
     "FastsacTwice-v0": (
         {"observation_space": Dict({"a/b": Box(0.0, 1.0, (1,)), "a": Dict({"b": Box(0.0, 1.0, (2,))})})},
-        "has two observations that are both called 'a/b' once they are flattened",
+        "has two observations that are both named 'a/b' after flattening",
     ),
-    "FastsacUnnamed-v0": ({"observation_space": Dict({"": Box(0.0, 1.0, (1,))})}, "an observation whose name is empty"),
+    "FastsacUnnamed-v0": ({"observation_space": Dict({"": Box(0.0, 1.0, (1,))})}, "an observation with an empty name"),
     "FastsacFixed-v0": (
         {"action_space": Box(np.array([0.0, 1.0]), np.array([0.0, 2.0]))},
-        "has an action whose lowest value is not below its highest",
+        "has an action whose low bound is not below its high bound",
     ),
     "FastsacScalar-v0": ({"action_space": Box(-1.0, 1.0, ())}, r"Box of float32 \[\] as its action space"),
     "FastsacMode-v0": (
         {"observation_space": Discrete(3)},
-        "Discrete observation, and SAC needs a Box; gymnasium.wrappers.FlattenObservation",
+        "Discrete observation, but SAC needs a Box: convert it with --env-wrappers gymnasium.wrappers:Flatten",
     ),
     "FastsacNested-v0": (
         {"observation_space": Tuple([UNIT, Dict({"b": Discrete(2)})])},
-        "Discrete observation 1/b, and",
+        "Discrete observation 1/b, but",
     ),
 }
 

@@ -205,13 +205,13 @@ def test_a_shared_policy_acts_as_the_agent_does(cheetah, shared, capsys):
 
 def test_a_shared_policy_does_not_learn(shared, tmp_path, capsys):
     loaded = SAC.load(shared[0])
-    with pytest.raises(UsageError, match="holds a policy only, without critics"):
+    with pytest.raises(UsageError, match="holds only a policy, without critics"):
         loaded.learn(300)
     with pytest.raises(UsageError, match="save it with policy_only=True"):
         loaded.save(tmp_path / "full")
     status, line = run(capsys, "train", "--resume", shared[0], "--total-steps", 300)
     assert status == 2
-    assert "holds a policy only" in line
+    assert "holds only a policy" in line
     status, line = run(capsys, "lab", "gradients", shared[0])
     assert status == 2
     assert "holds a policy only" in line
@@ -255,7 +255,7 @@ def test_nothing_of_the_users_is_overwritten(cheetah, tmp_path):
     with pytest.raises(UsageError, match="already holds a run"):
         agent.save(run_dir, policy_only=True)
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(UsageError, match=r"README\.md exists already"):
+    with pytest.raises(UsageError, match=r"README\.md already exists"):
         agent.save(tmp_path, policy_only=True)
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
@@ -285,7 +285,7 @@ def test_evaluation_with_other_arguments_and_on_another_task(cheetah, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--env-id", "Hopper-v5"], "Hopper-v5 has other observations or actions than this agent was trained with"),
+        (["--env-id", "Hopper-v5"], "Hopper-v5 has different observations or actions than this agent was trained with"),
         (["--env-id", "HalfCheetah-v"], "unknown environment 'HalfCheetah-v'; did you mean"),
         (["--env-kwargs", "1"], "--env-kwargs must be a JSON object"),
         (["--env-kwargs", '{"seed": 1}'], "--env-kwargs must not contain 'seed'"),

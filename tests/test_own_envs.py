@@ -152,7 +152,7 @@ def test_keyword_arguments_reach_the_environment(backend):
         (FAULTY, {"env_wrappers": here("Raising")}, "--env-wrappers tests.test_own_envs:Raising: RuntimeError: no lic"),
         (FAULTY, {"env_wrappers": here("Missing")}, "--env-wrappers tests.test_own_envs:Missing: module 'tests.test_"),
         (FAULTY, {"env_wrappers": ("no_such_module:A",)}, "no_such_module:A: No module named 'no_such_module'"),
-        (FAULTY, {"env_wrappers": here("FAULTY")}, "it cannot be called with an environment"),
+        (FAULTY, {"env_wrappers": here("FAULTY")}, "it is not callable"),
         (FAULTY, {"env_wrappers": ("gymnasium.wrappers:TimeLimit",)}, "max_episode_steps"),
         ("Ant-v5", {"env_wrappers": here("Doubled"), "env_backend": "envpool"}, "use gymnasium or auto"),
         (FAULTY, {"env_kwargs": {"num_envs": 3}}, "must not contain 'num_envs': --num-envs and --env-backend set it"),
@@ -195,8 +195,8 @@ def test_episodes_are_truncated_after_so_many_steps(backend):
         (["--env-kwargs", "[1]"], "--env-kwargs must be a JSON object"),
         (["--env-kwargs", '{"frame_skip": NaN}'], "--env-kwargs must be a JSON object"),
         (["--env-wrappers", "Doubled"], "--env-wrappers must be given as module:Wrapper"),
-        (["--env-backend", "python"], "the environments Pendulum-v1 come from Python, and none were handed over"),
-        (["--env-backend", "python", "--max-episode-steps", "3"], "--max-episode-steps does nothing to environments"),
+        (["--env-backend", "python"], "the environments Pendulum-v1 come from Python, and none were passed"),
+        (["--env-backend", "python", "--max-episode-steps", "3"], "--max-episode-steps has no effect on environments"),
         (["--max-episode-steps", "0"], "--max-episode-steps must be a whole number of at least 1"),
     ],
     ids=str,
@@ -475,7 +475,7 @@ def test_a_script_that_its_processes_would_start_again(tmp_path):
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert 'ended as it began; a script must make its environments within if __name__ == "__main__":' in done.stderr
+    assert 'ended at start-up; a script must create its environments inside if __name__ == "__main__":' in done.stderr
 
 
 def _runs(pid):
@@ -528,7 +528,7 @@ def test_a_run_goes_on_with_the_environments_it_is_given(tmp_path, monkeypatch, 
     resumed.close()
     resumed = SAC.load(tmp_path, **make())
     resumed.learn(run_dir=tmp_path, progress=True)
-    said = "cannot be resumed (a vector environment of your own" in " ".join(capsys.readouterr().err.split())
+    said = "cannot be resumed (the state of your own vector environment" in " ".join(capsys.readouterr().err.split())
     assert said == (kind == "vector")
     assert (state_of(resumed) == state_of(alone)) == (kind != "vector")
 
@@ -539,17 +539,17 @@ def test_a_stored_run_plays_and_evaluates_with_environments_given_to_it(tmp_path
     loaded = SAC.load(tmp_path)
     assert loaded.predict(np.zeros(2, np.float32)).shape == (1,)
     alone = SAC(CONFIG, envs=Faulty())
-    with pytest.raises(UsageError, match="none were handed over for evaluations"):
+    with pytest.raises(UsageError, match="none were passed for evaluations"):
         alone.evaluate(1)
     for ask in (lambda: loaded.evaluate(1), lambda: loaded.learn(300), lambda: SAC(loaded.config)):
-        with pytest.raises(UsageError, match="the environments Faulty come from Python, and none were handed over"):
+        with pytest.raises(UsageError, match="the environments Faulty come from Python, and none were passed"):
             ask()
     assert run("eval", tmp_path) == 2
     assert run("train", "--resume", tmp_path, "--total-steps", 300) == 2
     assert all("come from Python" in line for line in capsys.readouterr().err.splitlines())
     given = SAC.load(tmp_path, envs=Faulty)
     assert np.array_equal(given.evaluate(3, seed=1).returns, agent.evaluate(3, seed=1).returns)
-    with pytest.raises(UsageError, match="Arm has other observations or actions than this agent was trained with"):
+    with pytest.raises(UsageError, match="Arm has different observations or actions than this agent was trained with"):
         SAC.load(tmp_path, envs=Arm)
 
 
@@ -589,22 +589,22 @@ def test_a_vector_environment_in_processes_of_its_own():
     [
         (
             {"envs": 3},
-            "envs must be a gymnasium.Env, a gymnasium.vector.VectorEnv or a function that makes one Env, got 3",
+            "envs must be a gymnasium.Env, a gymnasium.vector.VectorEnv or a function returning an Env, got 3",
         ),
-        ({"envs": lambda: 3}, "envs must make a gymnasium.Env, got 3"),
-        ({"envs": Faulty, "eval_envs": lambda: None}, "eval_envs must make a gymnasium.Env, got None"),
-        ({"envs": lambda: 1 / 0}, "could not be made: ZeroDivisionError: division by zero"),
-        ({"eval_envs": Faulty}, "eval_envs go with envs"),
+        ({"envs": lambda: 3}, "envs must return a gymnasium.Env, got 3"),
+        ({"envs": Faulty, "eval_envs": lambda: None}, "eval_envs must return a gymnasium.Env, got None"),
+        ({"envs": lambda: 1 / 0}, "could not be created: ZeroDivisionError: division by zero"),
+        ({"eval_envs": Faulty}, "eval_envs needs envs"),
         ({"envs": Faulty, "eval_envs": 3}, "envs must be a gymnasium.Env"),
-        ({"envs": ONE, "eval_envs": ONE}, "eval_envs must be other environments than envs"),
-        ({"envs": ONE, "eval_envs": TimeLimit(ONE, 3)}, "eval_envs must be other environments than envs"),
-        ({"envs": lambda: ONE}, "<lambda> gave the same environment twice, and must make a new one each time"),
-        ({"envs": lambda: TimeLimit(ONE, 3)}, "gave the same environment twice"),
+        ({"envs": ONE, "eval_envs": ONE}, "eval_envs must differ from envs"),
+        ({"envs": ONE, "eval_envs": TimeLimit(ONE, 3)}, "eval_envs must differ from envs"),
+        ({"envs": lambda: ONE}, "<lambda> returned the same environment twice: it must create a new one each time"),
+        ({"envs": lambda: TimeLimit(ONE, 3)}, "returned the same environment twice"),
         (
             {"envs": Faulty, "eval_envs": Arm},
-            "for evaluations have other observations or actions than this agent was trained with",
+            "the evaluation environments have different observations or actions than this agent was trained with",
         ),
-        ({"envs": Faulty()}, "evaluations would disturb the episodes under way"),
+        ({"envs": Faulty()}, "evaluations would disturb the training episodes"),
         ({"envs": SyncVectorEnv([Faulty], autoreset_mode=AutoresetMode.SAME_STEP), "eval_envs": Faulty}, "NEXT_STEP"),
         ({"envs": lambda: gymnasium.make("CartPole-v1")}, "has a Discrete action space"),
     ],
@@ -620,7 +620,7 @@ def test_environments_from_python_that_cannot_be_used(options, message):
 @pytest.mark.parametrize("name", ["env_kwargs", "env_wrappers", "max_episode_steps"])
 def test_options_that_would_do_nothing_to_them_are_refused(name):
     value = {"env_kwargs": {"g": 1.0}, "env_wrappers": here("Doubled"), "max_episode_steps": 3}[name]
-    with pytest.raises(UsageError, match="does nothing to environments from Python"):
+    with pytest.raises(UsageError, match="has no effect on environments from Python"):
         SAC(dataclasses.replace(CONFIG, **{name: value}), envs=Faulty)
 
 
@@ -629,7 +629,7 @@ def test_a_video_of_an_environment_from_python(tmp_path):
     agent.record_video(tmp_path / "film.mp4")
     assert (tmp_path / "film.mp4").stat().st_size > 1000
     blind = SAC(CONFIG, envs=timed)
-    with pytest.raises(UsageError, match="was made with render_mode None, and a video needs 'rgb_array'"):
+    with pytest.raises(UsageError, match="was created with render_mode None, but a video needs 'rgb_array'"):
         blind.record_video(tmp_path / "none.mp4")
 
 

@@ -52,7 +52,7 @@ def test_on_windows(tmp_path):
     statuses, errors = check_runs("windows", tmp_path, *refused)
     assert statuses == [2, 2]
     assert errors.count("EnvPool cannot be imported") == 2  # once for `auto`, and where it was asked for
-    assert "Gymnasium's environments are used instead" in errors
+    assert "using Gymnasium's environments instead" in errors
     assert "Pendulum-v1 (gymnasium)" in errors
     assert "--restarts needs Linux or macOS" in errors
     assert "--env-backend envpool: EnvPool cannot be imported" in errors

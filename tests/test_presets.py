@@ -114,7 +114,7 @@ def test_auto_takes_the_tasks_own(invented, caplog):
     assert preset("auto", "Pendulum-v0").actor_lr == config("--preset", "auto", "--env_id=Pendulum-v0").actor_lr == 1e-2
     assert caplog.text == ""
     assert preset("auto", "Unheard-v0") == config("--env-id", "Unheard-v0", "--preset", "auto") == DEFAULTS
-    assert "there is no preset for Unheard-v0: sac is taken, the defaults" in caplog.text
+    assert "there is no preset for Unheard-v0: using sac, the defaults" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_auto_takes_the_tasks_own(invented, caplog):
     [
         (
             "--preset Pendulum --env-id Hop-v5",
-            "preset Pendulum is not for Hop-v5, but for Pendulum-v1, Pendulum-v0; `auto` takes",
+            "preset Pendulum is not for Hop-v5, but for Pendulum-v1, Pendulum-v0; `auto` selects",
         ),
         ("--preset pendulum", "unknown preset 'pendulum'; did you mean Pendulum?"),
         ("--preset zzz", "unknown preset 'zzz': `fastsac presets` lists them"),
@@ -161,7 +161,7 @@ def test_a_run_names_its_preset_and_is_resumed_without_it(invented, capsys, monk
     stored = json.loads((invented.parent / "here/run/config.json").read_text())
     assert (stored["actor_lr"], stored["num_envs"]) == (1e-2, 2)
     assert run("train", "--resume", "run", "--preset", "Pendulum", "--total-steps", 40) == 2
-    assert "--resume goes on with the stored settings: leave --preset out" in capsys.readouterr().err
+    assert "--resume uses the stored settings: leave out --preset" in capsys.readouterr().err
     # but the supervisor starts its child again with all arguments
     listen, tell = os.pipe()
     monkeypatch.setenv(SUPERVISOR, f"{tell},0")

@@ -132,7 +132,7 @@ def left_alone(rank: int, folder: str) -> None:
     if rank == 1:
         os._exit(0)
     begun = time.monotonic()
-    with pytest.raises(RankLost, match=r"^rank 0 of 2 ends, since another one has: ") as caught:
+    with pytest.raises(RankLost, match=r"^rank 0 of 2 ends because another one has: ") as caught:
         ranks.sum(1)
     assert "\n" not in str(caught.value)
     assert time.monotonic() - begun < 20.0
@@ -214,12 +214,16 @@ def test_one_process_exchanges_nothing() -> None:
 @pytest.mark.parametrize(
     ("settings", "device", "why"),
     [
-        ({"checkpoint_replay": True}, CPU, "--checkpoint-replay stores one replay buffer, and torchrun has started 3"),
+        (
+            {"checkpoint_replay": True},
+            CPU,
+            "--checkpoint-replay stores a single replay buffer, but torchrun has started 3",
+        ),
         ({"buffer_size": 5, "num_envs": 2}, CPU, "--buffer-size 5 may be empty on one rank"),
-        ({"normalize_obs": True}, CPU, "--normalize-obs has one process's moments"),
-        ({"normalize_reward": True}, CPU, "--normalize-reward has one process's moments"),
-        ({"engine": "fused"}, CUDA, "--engine fused averages no gradients on CUDA"),
-        ({"engine": "graphed"}, CUDA, "--engine graphed averages no gradients on CUDA"),
+        ({"normalize_obs": True}, CPU, "--normalize-obs uses the moments of a single process"),
+        ({"normalize_reward": True}, CPU, "--normalize-reward uses the moments of a single process"),
+        ({"engine": "fused"}, CUDA, "--engine fused does not average gradients on CUDA"),
+        ({"engine": "graphed"}, CUDA, "--engine graphed does not average gradients on CUDA"),
     ],
     ids=str,
 )
@@ -303,7 +307,7 @@ def test_a_rank_that_dies_ends_the_job_with_one_line(tmp_path: Path) -> None:
     assert process.returncode != 0
     told = ours(errors)
     assert len(told) <= 2  # what is trained, and why it ends; torchrun may be quicker to end the others
-    assert all("ends, since another one has" in line for line in told[1:])
+    assert all("ends because another one has" in line for line in told[1:])
 
 
 def test_a_signal_to_one_rank_stops_all_and_saves(tmp_path: Path) -> None:

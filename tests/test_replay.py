@@ -343,7 +343,7 @@ def test_a_stored_replay_of_another_shape_is_refused(other: dict[str, int]) -> N
         replay.load_rows(stored.oldest, stored.rows(stored.oldest, stored.newest))
         replay.load_state(*stored.state())
 
-    with pytest.raises(UsageError, match="the stored replay has another"):
+    with pytest.raises(UsageError, match="the stored replay buffer has a different"):
         load()
     assert replay.size == 0
 

@@ -168,8 +168,8 @@ def resume(tmp_path, capsys, before, after=None):
 def test_a_simulator_that_draws_numbers_in_its_steps_starts_new_episodes(tmp_path, capsys):
     config = exact(env_id="LunarLanderContinuous-v3", eval_every=0, utd=1.0)  # flies long enough
     agent, said = resume(tmp_path, capsys, config)
-    reason = "played again, they give other observations"
-    assert said == [f"warning: the episodes under way cannot be resumed ({reason}): new ones are started"]
+    reason = "playing them again gives different observations"
+    assert said == [f"warning: the current episodes cannot be resumed ({reason}): starting new ones"]
     assert agent.replay.size == 502
     assert agent._progress.episodes._length.sum() <= 104
 
@@ -177,9 +177,9 @@ def test_a_simulator_that_draws_numbers_in_its_steps_starts_new_episodes(tmp_pat
 def test_an_episode_longer_than_the_replay_starts_anew(tmp_path, capsys):
     _, said = resume(tmp_path, capsys, exact(env_id="HalfCheetah-v5", buffer_size=200, eval_every=0))
     assert said == [
-        "warning: the episodes under way cannot be resumed "
-        "(one is longer than what is left of it in the replay buffer): "
-        "new ones are started"
+        "warning: the current episodes cannot be resumed "
+        "(one of them is no longer completely in the replay buffer): "
+        "starting new ones"
     ]
 
 
@@ -193,8 +193,8 @@ def test_another_backend_starts_new_episodes(tmp_path, capsys):
     before = exact(env_id="Hopper-v5", eval_every=0)
     _, said = resume(tmp_path, capsys, before, dataclasses.replace(before, env_backend="gymnasium"))
     assert said == [
-        "warning: the episodes under way cannot be resumed "
-        "(they ran in envpool, and now in gymnasium): new ones are started"
+        "warning: the current episodes cannot be resumed "
+        "(they ran in envpool, and now run in gymnasium): starting new ones"
     ]
 
 
@@ -206,7 +206,7 @@ def test_an_environment_that_was_changed_starts_new_episodes(tmp_path, capsys, m
     monkeypatch.setattr(faulty.Faulty, "step", lambda env, action: step(env, action * 1.001))
     agent = SAC.load(tmp_path / "run")
     agent.learn(total_steps=502, run_dir=tmp_path / "run", progress=True)
-    assert "played again, they give other observations" in capsys.readouterr().err
+    assert "playing them again gives different observations" in capsys.readouterr().err
 
 
 def test_an_environment_that_fails_when_played_again_starts_new_episodes(tmp_path, capsys, monkeypatch):
@@ -231,7 +231,7 @@ def test_without_the_replay_new_episodes_are_others(tmp_path):
 def test_resuming_with_another_setting(tmp_path, change):
     SAC(EXACT).learn(total_steps=402, run_dir=tmp_path / "run")
     if change.keys() & {"num_envs", "buffer_size"}:
-        with pytest.raises(UsageError, match="has another --num-envs, --buffer-size"):
+        with pytest.raises(UsageError, match="has a different --num-envs, --buffer-size"):
             SAC.load(tmp_path / "run", exact(**change))
         change = {**change, "checkpoint_replay": False}
     agent = SAC.load(tmp_path / "run", exact(**change))
@@ -253,8 +253,8 @@ CATEGORICAL = {"critic": "categorical", "v_min": -50.0, "v_max": 10.0, "engine":
         (CATEGORICAL, {"num_atoms": 51}, "--num-atoms cannot be changed from 101 to 51"),
         ({}, CATEGORICAL, "--critic cannot be changed from scalar to categorical"),
         ({}, {"num_critics": 3}, "--num-critics cannot be changed from 2 to 3"),
-        ({}, {"estimator": "score", "baseline": "value"}, "--baseline value cannot be taken up by a stored run"),
-        ({}, {"initial_alpha": 0.5}, "--initial-alpha is where a run begins, and this one has begun"),
+        ({}, {"estimator": "score", "baseline": "value"}, "--baseline value needs a value network"),
+        ({}, {"initial_alpha": 0.5}, "--initial-alpha cannot be changed: the run has already started"),
     ],
     ids=str,
 )

@@ -168,7 +168,7 @@ def test_a_failed_save_is_a_warning_and_the_next_one_is_whole(tmp_path, monkeypa
     agent.learn(total_steps=500, run_dir=tmp_path, progress=True)
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert (
-        warnings == ["warning: cannot save the checkpoint: disk full; it is tried again with the next checkpoint"] * 2
+        warnings == ["warning: cannot save the checkpoint: disk full; it will be retried with the next checkpoint"] * 2
     )
     assert state_of(SAC.load(tmp_path))["tensors"] == state_of(agent)["tensors"]
 
@@ -220,7 +220,7 @@ def test_a_run_directory_removed_in_mid_run_is_made_anew(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(SAC, "_step", removing)
     agent.learn(total_steps=420, run_dir=run_dir, progress=True)
-    assert f"warning: {run_dir} or its lock was removed; it is made anew" in capsys.readouterr().err
+    assert f"warning: {run_dir} or its lock was removed; creating it again" in capsys.readouterr().err
     assert state_of(SAC.load(run_dir))["tensors"] == state_of(agent)["tensors"]
     assert sorted(os.listdir(run_dir)) == ["checkpoints", "config.json", "metrics.jsonl", "tensorboard"]
 
@@ -257,8 +257,8 @@ def test_a_run_directory_that_cannot_be_made_anew_is_no_reason_to_stop(tmp_path,
     monkeypatch.setattr(SAC, "_step", removing)
     agent.learn(total_steps=640, run_dir=run_dir, progress=True)
     err = capsys.readouterr().err
-    assert f"warning: {run_dir} was removed, and it cannot be made anew" in err
-    assert f"warning: {run_dir} or its lock was removed; it is made anew" in err
+    assert f"warning: {run_dir} was removed, and cannot be created again" in err
+    assert f"warning: {run_dir} or its lock was removed; creating it again" in err
     assert state_of(SAC.load(run_dir))["tensors"] == state_of(agent)["tensors"]
 
 
@@ -286,7 +286,7 @@ def test_a_damaged_block_is_damaged_in_every_checkpoint_that_holds_it(tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    advice = "--no-checkpoint-replay goes on without the replay buffer"
+    advice = "--no-checkpoint-replay continues without the replay buffer"
     with pytest.raises(FastsacError, match=f"differs from the manifest; {advice}$"):
         SAC.load(tmp_path)
     assert SAC.load(tmp_path, dataclasses.replace(CONFIG, checkpoint_replay=False)).steps == 340

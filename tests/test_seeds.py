@@ -66,7 +66,7 @@ def assert_as_alone(directory: Path, config: Config, seed: int) -> None:
 
 def test_each_learner_is_what_it_would_be_alone(tmp_path: Path) -> None:
     together = several(UNEVEN, tmp_path, 3)
-    assert together.how == "one after the other; on a CPU separate processes are faster"
+    assert together.how == "updated one after the other; on a CPU, separate processes are faster"
     together.learn()
     assert together.failures == {}
     for seed in range(3):
@@ -106,7 +106,7 @@ def test_on_a_gpu_one_launch_serves_all(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         FusedCudaLearner, "update_each", lambda self, dues: made.append(tuple(dues)) or update_each(self, dues)
     )
-    assert together.how == "all in the launches of one"
+    assert together.how == "updated together, with the launches of one"
     assert together.learners[0].agent.engine == "fused"
     together.learn()
     assert together.failures == {}
@@ -123,7 +123,7 @@ def test_one_that_fails_leaves_the_others_alone(tmp_path: Path, monkeypatch: pyt
     assert run(*FAULTY, "--num-learners", 3, "--run-dir", tmp_path / "runs") == 1
     out, err = capsys.readouterr()
     assert "fastsac: seed 0: tests.faulty:Faulty-v0 failed at step" in err
-    assert err.splitlines()[-1] == f"fastsac: 1 of 3 learners failed; go on with: --resume {tmp_path / 'runs'}"
+    assert err.splitlines()[-1] == f"fastsac: 1 of 3 learners failed; continue with: --resume {tmp_path / 'runs'}"
     lines = out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["seed 1", "seed 2", "learning curves"]
     assert all("evaluation return" in line for line in lines[:2])
@@ -133,7 +133,7 @@ def test_one_that_fails_leaves_the_others_alone(tmp_path: Path, monkeypatch: pyt
     assert run("--resume", tmp_path / "runs", "--total-steps", 250) == 0
     assert "250 steps" in capsys.readouterr().out
     assert run("--resume", tmp_path / "runs", "--total-steps", 250) == 2
-    assert "has reached step" in capsys.readouterr().err
+    assert "has already reached step" in capsys.readouterr().err
 
 
 def diverges(monkeypatch: pytest.MonkeyPatch, seed: int, steps: int) -> None:
@@ -178,7 +178,7 @@ def test_the_run_directory_has_one_for_each_seed(tmp_path: Path, capsys: Any) ->
     assert [read_config(path).seed for path in found] == [9, 10]
     assert all(read_config(path).precision == "fp32" for path in found)
     err = capsys.readouterr().err
-    assert "2 learners, one after the other; on a CPU separate processes are faster" in err
+    assert "2 learners, updated one after the other; on a CPU, separate processes are faster" in err
     assert err.count("step 50/200  ") == 1  # of the first one only
     for wrong, told in (
         (["--resume", tmp_path / "runs", "--num-learners", 1, "--seed", 3], "--seed: the learners in"),
@@ -205,7 +205,7 @@ def test_the_run_directory_has_one_for_each_seed(tmp_path: Path, capsys: Any) ->
     assert [path.name for path in learners_in(tmp_path / "runs")] == ["seed-9", "seed-10", "seed-11"]
     assert run("--resume", tmp_path / "runs" / "seed-9", "--total-steps", 280, "--critic-lr", 0.1) == 0
     assert run("--resume", tmp_path / "runs", "--total-steps", 300) == 2
-    assert "differ in --critic-lr: go on with each of them by itself" in capsys.readouterr().err
+    assert "differ in --critic-lr: resume each of them separately" in capsys.readouterr().err
 
 
 def test_under_torchrun_there_is_one_learner(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -237,7 +237,7 @@ def test_learners_whose_processes_die_are_started_again(tmp_path: Path) -> None:
     process = start(tmp_path / "run", *options, fault=fault)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
-    going_on = r"ended with status 77; going on from step (50|100) \(restart 1 of 2\)"  # 100 may not be written yet
+    going_on = r"ended with status 77; continuing from step (50|100) \(restart 1 of 2\)"  # 100 may not be written yet
     assert re.search(going_on, "".join(told(stderr))), stderr
     assert stdout.count("after 200 steps") == 2
 

@@ -59,7 +59,7 @@ SLOW = pytest.mark.slow
     [
         pytest.param("abort", "the training process was aborted by an environment or a library (SIGABRT)", marks=SLOW),
         pytest.param("segfault", "the training process was ended by a segmentation fault (SIGSEGV)", marks=SLOW),
-        pytest.param("oom", "the training process was killed, perhaps for want of memory (SIGKILL)", marks=SLOW),
+        pytest.param("oom", "the training process was killed, perhaps out of memory (SIGKILL)", marks=SLOW),
         pytest.param("exit", "the training process ended with status 77", marks=SLOW),
         ("hang", "the training process made no step in 6 s (--step-timeout) and was killed"),
         pytest.param("raise", "an environment failed", marks=SLOW),
@@ -74,7 +74,7 @@ def test_a_run_survives_what_happens_to_it(tmp_path, untroubled, kind, message):
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     # that of step 150 may not have been written yet
-    going_on = rf"fastsac: {re.escape(message)}; going on from step (100|150) \(restart 1 of 2\)"
+    going_on = rf"fastsac: {re.escape(message)}; continuing from step (100|150) \(restart 1 of 2\)"
     assert re.fullmatch(going_on, told(stderr)[-1]), stderr
     assert len(told(stderr)) <= 2
     assert "evaluation return" in stdout
@@ -112,8 +112,8 @@ def test_what_fails_again_is_tried_with_other_episodes(tmp_path):
     assert process.returncode == 1
     ends = [line.rpartition("; ")[2] for line in told(stderr) if "; " in line]
     assert ends == [
-        "going on from the beginning (restart 1 of 2)",
-        "going on from the beginning, in new episodes (restart 2 of 2)",
+        "continuing from the beginning (restart 1 of 2)",
+        "continuing from the beginning, with new episodes (restart 2 of 2)",
         "gave up at the beginning: no progress after 2 of 2 restarts",
     ]
 
@@ -184,7 +184,7 @@ def test_a_run_that_has_ended_is_not_started_again(tmp_path):
     process = start(ended, "--resume", str(ended), "--restarts", "3", "--total-steps", "40")
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert told(stderr) == [f"fastsac: {ended} has reached step 40 already: a larger --total-steps goes on"]
+    assert told(stderr) == [f"fastsac: {ended} has already reached step 40: increase --total-steps to continue"]
 
 
 def test_a_diverged_run_is_not_started_again(tmp_path):

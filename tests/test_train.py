@@ -216,7 +216,7 @@ def test_resume_refills_the_replay(tmp_path, capsys):
     updates = resumed.updates
     resumed.learn(total_steps=140, run_dir=run_dir, progress=True)
     assert resumed.updates == updates
-    assert "the replay buffer is empty: 40 steps refill it" in capsys.readouterr().err
+    assert "the replay buffer is empty: 40 steps in new episodes refill it" in capsys.readouterr().err
     resumed.learn(total_steps=200, run_dir=run_dir)
     # the four updates that were due at the save are made then
     assert resumed.updates == updates + 4 + 56
@@ -318,7 +318,7 @@ def test_resuming_on_another_environment_is_refused(tmp_path):
     agent = SAC(small())
     agent.learn(total_steps=60, run_dir=tmp_path / "run")
     resumed = SAC.load(tmp_path / "run", small(env_id="MountainCarContinuous-v0"))
-    with pytest.raises(UsageError, match="other observations or actions"):
+    with pytest.raises(UsageError, match="different observations or actions"):
         resumed.learn(total_steps=100)
 
 

@@ -17,38 +17,38 @@ class Compare:
     """
 
     env_ids: tuple[str, ...]
-    """Environments."""
+    """Environment ids."""
     arms: tuple[str, ...]
-    """What is compared, as `estimator[:baseline[:K]]`: `pathwise score:loo:2 score:none`. The others are tested
+    """Estimators to compare, as `estimator[:baseline[:K]]`: `pathwise score:loo:2 score:none`. The others are tested
     against the first."""
     out: Path
     """Directory for the runs, `comparison.json`, and the report with its pictures."""
     seeds: str = "0:5"
-    """Random seeds: `0:5` is 0 to 4; `0,3,7`."""
+    """Random seeds: a range such as `0:5` (0 to 4), or a list such as `0,3,7`."""
     total_steps: int = 100_000
     """Environment steps of each run."""
     set: tuple[str, ...] = ()
-    """Other settings of the runs, as `name=value`. A name that is given again is varied: `tau=0.005 tau=0.01`.
-    Lists are written as in JSON: `hidden_sizes=[64,64]`."""
+    """Other settings of the runs, as `name=value`. Repeat a name to compare values: `tau=0.005 tau=0.01`.
+    Write lists as in JSON: `hidden_sizes=[64,64]`."""
     jobs: int | None = None
-    """Processes side by side. Default: as many as there are CPU cores."""
+    """Number of parallel processes. Default: the number of CPU cores."""
     num_learners: int = 1
-    """Runs in each process, which then differ in their seeds only; each is what it would be alone. On a GPU, one launch
-    updates all of them."""
+    """Runs per process, which then differ only in their random seed; each trains exactly as it would alone. On a GPU,
+    one launch updates all of them."""
     margin: float = 0.05
-    """Differences within this share of the normalised return count as none in the test of equivalence."""
+    """Equivalence test: differences within this fraction of the normalised return count as no difference."""
     ray: str | None = None
-    """Run on a Ray cluster, at this address (`auto`: the one that this machine belongs to)."""
+    """Run on the Ray cluster at this address (`auto`: the one that this machine belongs to)."""
     gpus_per_run: float = 0.0
-    """With --ray: the share of a GPU that a run takes."""
+    """With --ray: the fraction of a GPU that each run uses."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Write one self-contained page, `report.html`, from what comparisons and the lab have left in a directory."""
+    """Write a self-contained page, `report.html`, from the results of comparisons and lab commands in a directory."""
 
     directory: tyro.conf.Positional[Path]
-    """What was given as --out."""
+    """The directory that was given as --out."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class Gradients:
     arms: tuple[str, ...] | None = None
     """Arms to measure, written as for `fastsac compare`. Default: all."""
     num_states: int = 64
-    """States, drawn from the run's replay buffer."""
+    """Number of states, sampled from the run's replay buffer."""
     num_replicates: int = 200
-    """Gradient estimates of each arm."""
+    """Gradient estimates per arm."""
     oracle_samples: int = 100_000
-    """Action samples per state of the gradient that they are held against."""
+    """Action samples per state for the reference gradient that the estimates are compared with."""
     seed: int = 0
     """Random seed for states and noise."""
     out: Path | None = None
@@ -87,21 +87,21 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Cost:
-    """Time the actor's step and a whole update of each arm, interleaved in one run."""
+    """Time the actor's step and the whole update of each arm, interleaved in one run."""
 
     arms: tuple[str, ...] | None = None
     """Arms to measure, written as for `fastsac compare`. Default: all. The others are compared with the first."""
     batch_size: int = 256
     """Transitions per update."""
     rounds: int = 20
-    """Measurements of each arm."""
+    """Measurements per arm."""
     out: Path | None = None
     """Directory for cost.json."""
 
 
 @dataclass(frozen=True)
 class Lab:
-    """Look at the estimators themselves: on a toy problem, on a trained run, and what they cost."""
+    """Study the estimators themselves: on a toy problem, on a trained run, and what they cost."""
 
     what: tyro.conf.OmitArgPrefixes[
         Annotated[Toy, tyro.conf.subcommand("toy", prefix_name=False)]

@@ -1,13 +1,13 @@
-"""Where the metrics go beside metrics.jsonl: TensorBoard, Weights & Biases, Trackio or MLflow, one file each.
+"""Experiment trackers besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio and MLflow, one module each.
 
-Every tracker gets the same tags, in the groups that its users look for::
+Every tracker gets the same tags, in the groups that users expect::
 
     rollout/  episode_return, episode_length
     train/    critic_loss, q, actor_loss, alpha, entropy, ...
     time/     updates, elapsed_s, steps_per_s, updates_per_s
     eval/     return, return_std
 
-against the environment step; the settings and a description of the machine; and, on request, a video.
+by environment step; the settings and a description of the machine; and, on request, a video.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ _GROUPS = {
 }
 
 
-#: a step, and values by their tags
+#: a step, and values by tag
 Line = tuple[int, dict[str, float]]
 
 
 class Tracking(NamedTuple):
-    """What a user asks for."""
+    """The trackers that a user requests."""
 
-    names: tuple[str, ...] | None = None  # None: those of the run so far, or TensorBoard
+    names: tuple[str, ...] | None = None  # None: the run's trackers so far, or TensorBoard
     project: str = "fastsac"
     video: bool = False
 
     @classmethod
     def of(cls, track: str | None, project: str, video: bool) -> Tracking:
-        """Read names that are separated by commas, or "none".
+        """Parse tracker names separated by commas, or "none".
 
         Raises:
-            UsageError: for an unknown name, or one whose package is not installed.
+            UsageError: if a name is unknown, or its package is not installed.
         """
         if track is None:
             return cls(None, project, video)
@@ -59,7 +59,7 @@ class Tracking(NamedTuple):
             if name not in PACKAGES:
                 known = ", ".join(PACKAGES)
                 raise UsageError(
-                    f"--track must be none, or names of {known}, separated by commas; got {name!r}"
+                    f"--track must be none, or any of {known}, separated by commas; got {name!r}"
                     + did_you_mean(name, PACKAGES)
                 )
         _refuse_missing(names)
@@ -72,45 +72,45 @@ def _refuse_missing(names: list[str]) -> None:
             raise UsageError(f"--track {name} needs a package that is not installed: pip install 'fastsac[{name}]'")
 
 
-#: TensorBoard, or what the run had so far
+#: TensorBoard, or the run's trackers so far
 BY_DEFAULT = Tracking()
 
 
 class Run(NamedTuple):
-    """What a tracker is told of a run."""
+    """What a tracker is told about a run."""
 
     directory: Path
     project: str
     name: str
     settings: Mapping[str, Any]  # for JSON
     system: Mapping[str, Any]  # for JSON
-    stored: str | None  # the tracker's own name of the run, if this is a resumed one
+    stored: str | None  # the tracker's own id of the run, if it is resumed
 
 
 class Tracker(Protocol):
-    """One tracker's run; any exception of its client is caught by `Trackers`."""
+    """A tracker's run; `Trackers` catches any exception of its client."""
 
-    stored: str  # by which it finds the run again
-    place: str  # where a user looks at it
+    stored: str  # the id by which the tracker finds the run again
+    place: str  # where the user can see the run
 
     def log(self, lines: Sequence[Line]) -> None:
-        """Take lines that metrics.jsonl has got."""
+        """Log lines that have been written to metrics.jsonl."""
 
     def video(self, step: int, path: Path) -> None:
-        """Take an .mp4 file."""
+        """Log an .mp4 file."""
 
     def close(self, failed: bool) -> None:
         """Finish the run."""
 
 
 def by_tag(row: Row) -> Line:
-    """Return the step of a line of metrics.jsonl, and its values by the tags that all trackers use."""
+    """Return the step of a line of metrics.jsonl, and its values by the common tags of all trackers."""
     values = {_GROUPS.get(name, f"train/{name}"): value for name, value in row.items() if name != "step"}
     return int(row["step"]), values
 
 
 class Trackers:
-    """The trackers of a run. One that fails is left alone from then on, and training goes on."""
+    """The trackers of a run. If one fails, the user is warned and training continues."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Trackers:
         settings: Mapping[str, Any],
         warn: Callable[[str], None],
     ) -> None:
-        """Start them.
+        """Start the trackers.
 
         Raises:
             FastsacError: if one of them cannot be started.
@@ -146,14 +146,14 @@ class Trackers:
 
     @property
     def places(self) -> list[str]:
-        """Where a user can look at the run, for those that say so."""
+        """Where the user can see the run, for trackers that know."""
         return [f"{name}: {tracker.place}" for name, tracker in self._trackers.items() if tracker.place]
 
     def _stored(self) -> dict[str, str]:
         return {name: tracker.stored for name, tracker in self._trackers.items()}
 
     def _write(self, run_dir: Path, stored: Mapping[str, str]) -> None:
-        if list(stored) == ["tensorboard"] and not (run_dir / TRACKING).exists():  # what is assumed without the file
+        if list(stored) == ["tensorboard"] and not (run_dir / TRACKING).exists():  # the default without the file
             return
         temporary = temporary_sibling(run_dir / TRACKING)
         try:
@@ -166,13 +166,13 @@ class Trackers:
                 temporary.unlink()
 
     def log(self, rows: Sequence[Row]) -> None:
-        """Hand lines that metrics.jsonl has got to all of them."""
+        """Send lines that have been written to metrics.jsonl to all trackers."""
         lines = list(map(by_tag, rows))
         if lines:
             self._each(lambda tracker: tracker.log(lines))
 
     def video(self, step: int, path: Path) -> None:
-        """Hand a video to all of them."""
+        """Send a video to all trackers."""
         self._each(lambda tracker: tracker.video(step, path))
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
@@ -183,11 +183,11 @@ class Trackers:
             except Exception as error:
                 problem = _told(error)
                 if problem != self._problems.get(name):
-                    self._warn(f"{name}: {problem}; training goes on")
+                    self._warn(f"{name}: {problem}; training continues")
                 self._problems[name] = problem
 
     def close(self, failed: bool) -> None:
-        """Finish the run of each."""
+        """Finish the run in every tracker."""
         self._each(lambda tracker: tracker.close(failed))
         self._trackers.clear()
 
@@ -199,7 +199,7 @@ def _told(error: Exception) -> str:
 
 
 def _read(run_dir: Path) -> dict[str, str] | None:
-    """Return the trackers of the run so far, and each one's name of it; None if the directory does not say."""
+    """Return the run's trackers so far and their ids of the run; None if the directory does not say."""
     path = run_dir / TRACKING
     with suppress(OSError, ValueError, RecursionError):
         if path.stat().st_size < 2**16:

@@ -1,4 +1,4 @@
-"""MLflow, by its own client: MLFLOW_TRACKING_URI and the like are read by it."""
+"""MLflow, through its own client, which reads MLFLOW_TRACKING_URI and so on."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from fastsac.trackers import Line, Run
 
-#: characters that MLflow takes as a parameter's value, and parameters at once
+#: MLflow's limits: characters in a parameter's value, and parameters per call
 LONGEST, MOST = 6000, 100
 
 
 def start(run: Run) -> _Mlflow:
-    """Begin a run in the experiment `run.project`, or go on with the stored one."""
+    """Start a run in the experiment `run.project`, or resume the stored one."""
     from mlflow import MlflowClient
     from mlflow.entities import Param, RunStatus
 

@@ -1,4 +1,4 @@
-"""TensorBoard's event files, in the run directory. They are made of metrics.jsonl whenever the two may differ."""
+"""TensorBoard's event files, in the run directory. They are rebuilt from metrics.jsonl whenever the two may differ."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastsac.trackers import Line, Run, by_tag
 
 
 def start(run: Run) -> _TensorBoard:
-    """Begin a new file with what metrics.jsonl holds."""
+    """Start a new file with the contents of metrics.jsonl."""
     return _TensorBoard(run)
 
 
@@ -57,10 +57,10 @@ class _TensorBoard:
 
 
 class _Events:
-    """One file, written at once: the usual writer's thread would print a traceback if the disk is full."""
+    """One file, written without a thread: the usual writer's thread would print a traceback if the disk is full."""
 
     def __init__(self, run: Run) -> None:
-        """Begin it in place of all earlier ones: no step is ever shown twice."""
+        """Start a file that replaces all earlier ones, so that no step is shown twice."""
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -72,7 +72,7 @@ class _Events:
         self._path = directory / f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
         self._writer = RecordWriter(self._path.open("xb"))
         self._write(time.time(), file_version="brain.Event:2")
-        # whoever watches the run drops what was read of it before
+        # TensorBoard drops what it has read of the run so far
         self._write(time.time(), step=0, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
         self._describe(run)
         began = time.time() - (rows[-1].get("time_s", 0.0) if rows else 0.0)
@@ -90,7 +90,7 @@ class _Events:
 
     @property
     def removed(self) -> bool:
-        """Whether somebody has removed the file."""
+        """Whether the file has been removed."""
         return not self._path.exists()
 
     def add(self, line: Line, wall_time: float | None = None) -> None:
@@ -99,7 +99,7 @@ class _Events:
         self._write(wall_time or time.time(), step=step, summary=self._summary.Summary(value=scalars))
 
     def add_video(self, step: int, path: Path) -> None:
-        """Write it as the animated picture that TensorBoard shows: ten frames a second, half as wide and high."""
+        """Write it as an animated GIF, which TensorBoard can show: ten frames per second, half as wide and high."""
         from imageio_ffmpeg import get_ffmpeg_exe
 
         options = ["-i", str(path), "-vf", "fps=10,scale=iw/2:-1", "-f", "gif", "-"]

@@ -1,4 +1,4 @@
-"""Trackio, by its own client: TRACKIO_DIR, TRACKIO_SPACE_ID and the like are read by it."""
+"""Trackio, through its own client, which reads TRACKIO_DIR, TRACKIO_SPACE_ID and so on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fastsac.trackers import Line, Run
 
 
 def start(run: Run) -> _Trackio:
-    """Begin a run, or go on with the stored one."""
+    """Start a run, or resume the stored one."""
     import trackio
 
     config = {**run.settings, "system": run.system}
     name, resume = run.stored or run.name, "allow" if run.stored else "never"
-    with redirect_stdout(StringIO()):  # it tells what `place` tells
-        # in a context of its own: several seeds may be trained in one process, and a new run would end the one before
+    with redirect_stdout(StringIO()):  # it prints what `place` says
+        # in its own context: several seeds may be trained in one process, and a new run would end the previous one
         made = Context().run(lambda: trackio.init(run.project, name, config=config, resume=resume, embed=False))
     return _Trackio(made)
 

@@ -1,4 +1,4 @@
-"""Weights & Biases, by its own client: WANDB_MODE, WANDB_ENTITY and the like are read by it."""
+"""Weights & Biases, through its own client, which reads WANDB_MODE, WANDB_ENTITY and so on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastsac.trackers import Line, Run
 
 
 def start(run: Run) -> _Wandb:
-    """Begin a run, or go on with the stored one; it writes below the run directory."""
+    """Start a run, or resume the stored one; it writes below the run directory."""
     import wandb
 
     settings = wandb.Settings(silent=True, console="off")
@@ -25,7 +25,7 @@ def start(run: Run) -> _Wandb:
         reinit="create_new",  # several seeds may be trained in one process
         settings=settings,
     )
-    # a resumed run goes back to its checkpoint, and W&B's own step never goes back
+    # a resumed run goes back to its checkpoint, but W&B's own step never decreases
     made.define_metric("*", step_metric="step")
     return _Wandb(made)
 
