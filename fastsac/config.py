@@ -98,8 +98,8 @@ class Config:
     """Weight decay of `--optimizer adamw`, multiplied by the learning rate in each update. Default: 0.01."""
     max_grad_norm: float | None = None
     """Gradient clipping: scale down a network's gradient if its norm is larger. All critics share one norm."""
-    actor_every: int = 1
-    """Critic updates per actor and alpha update (policy delay)."""
+    policy_delay: int = 1
+    """Critic updates per update of the actor and alpha."""
     hidden_sizes: tuple[int, ...] = (256, 256)
     """Hidden layer sizes of every network."""
     activation: Literal["relu", "elu", "silu", "tanh"] = "relu"
@@ -254,7 +254,7 @@ _INTEGERS = {
     "learning_starts": 0,
     "buffer_size": 1,
     "batch_size": 1,
-    "actor_every": 1,
+    "policy_delay": 1,
     "num_critics": 1,
     "num_threads": 0,
     "eval_every": 0,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from fastsac.arguments import Plot
 from fastsac.config import Config
 from fastsac.errors import FastsacError, UsageError, did_you_mean
-from fastsac.lab.statistics import bootstrap
+from fastsac.lab.statistics import bootstrap, finite_json
 from fastsac.plot import Curve, Line, common_steps, draw, read_metric
 from fastsac.results import RETURN, find_runs, printable
 from fastsac.run_dir import METRICS, is_held, read_config, read_rows
@@ -78,7 +78,7 @@ def plot(command: Plot) -> None:
     if command.json:
         reasons = {str(path): why for why, paths in left_out.items() for path in paths}
         result = {"metric": command.metric, "differs": names, "groups": found, "left_out": reasons}
-        print(json.dumps(_finite(result)))
+        print(json.dumps(finite_json(result)))
     elif out is not None:
         print(f"{len(runs)} run{'s' * (len(runs) > 1)} in {len(found)} curve{'s' * (len(found) > 1)}: {out}")
 
@@ -210,15 +210,6 @@ def _draw(found: Sequence[dict[str, Any]], metric: str, out: Path) -> None:
 
 def _numbers(values: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]
-
-
-def _finite(value: Any) -> Any:
-    """Return the value for JSON, with null instead of numbers that are not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _some(paths: Sequence[Path]) -> str:

@@ -65,7 +65,7 @@ def test_nothing_is_done_for_the_first_time_in_a_capture(settings: dict[str, Any
     warm, gpu.ops = gpu.ops, set()
     for _ in range(3):
         learner.update(replay, 5)
-    assert {with_actor for _, with_actor in learner._graphs} == {True, learner.config.actor_every == 1} | {True}
+    assert {with_actor for _, with_actor in learner._graphs} == {True, learner.config.policy_delay == 1} | {True}
     assert gpu.ops <= warm
     gpu.ops = set()
     learner.act(obs)

@@ -214,7 +214,7 @@ def test_a_shared_policy_does_not_learn(shared, tmp_path, capsys):
     assert "holds only a policy" in line
     status, line = run(capsys, "lab", "gradients", shared[0])
     assert status == 2
-    assert "holds a policy only" in line
+    assert "holds only a policy" in line
     assert not (shared[0] / "metrics.jsonl").exists()
     loaded.save(tmp_path / "again", policy_only=True)  # and can be passed on
     obs = np.ones((1, 17))

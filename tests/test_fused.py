@@ -127,23 +127,23 @@ def everything(learner: Learner) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("actor_every", [1, 2])
+@pytest.mark.parametrize("policy_delay", [1, 2])
 @pytest.mark.parametrize(("name", "baseline", "activation", "shape"), CASES, ids=str)
 def test_an_update_is_as_exact_as_autograds(
-    name: str, baseline: str, activation: str, shape: Shape, actor_every: int
+    name: str, baseline: str, activation: str, shape: Shape, policy_delay: int
 ) -> None:
     """From one state, batch and noise; each parameter at most twice as far off as the reference engine's.
 
     Over several batches, or luck would decide where a tensor has few numbers.
     """
-    config = config_of(name, baseline, activation, shape, actor_every=actor_every)
+    config = config_of(name, baseline, activation, shape, policy_delay=policy_delay)
     eager = Noting(config, shape.obs_size, shape.action_size)
     eager.update(Fixed(shape), 4)  # targets and moments of some age
     written = FusedLearner(config, shape.obs_size, shape.action_size, seed=1)
     with float64():
         oracle = Oracle(config, shape.obs_size, shape.action_size)
     errors: dict[str, list[float]] = {}
-    for seed in range(4 * actor_every):  # with `actor_every` 2 the actor's turn, and that of the critics alone
+    for seed in range(4 * policy_delay):  # with `policy_delay` 2 the actor's turn, and that of the critics alone
         for learner in (oracle, written):
             learner.load_state(*eager.state())
         eager.noise.clear()
@@ -182,7 +182,7 @@ def parameters(learner: Learner) -> Tensor:
     return torch.cat([p.detach().flatten() for net in learner._networks().values() for p in net.parameters()])
 
 
-@pytest.mark.parametrize("settings", [{}, {"actor_every": 2}, {"estimator": "score"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"policy_delay": 2}, {"estimator": "score"}], ids=str)
 def test_two_hundred_updates_drift_as_reordered_sums_do(settings: dict[str, Any]) -> None:
     config = Config(batch_size=64, hidden_sizes=(32, 32), precision="fp32", **settings)
     learners = [kind(config, O, A) for kind in (Learner, Shuffled, FusedLearner)]
@@ -196,7 +196,7 @@ def test_two_hundred_updates_drift_as_reordered_sums_do(settings: dict[str, Any]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("settings", [{}, {"actor_every": 3}, {"estimator": "score"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"policy_delay": 3}, {"estimator": "score"}], ids=str)
 def test_updates_in_one_call_equal_those_in_many(settings: dict[str, Any], precision: str) -> None:
     config = Config(batch_size=16, hidden_sizes=(32, 32), precision=precision, **settings)
     together, apart = FusedLearner(config, O, A), FusedLearner(config, O, A)

@@ -51,7 +51,7 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 @pytest.mark.usefixtures("quick_gpu")
 @pytest.mark.parametrize(
-    "settings", [{"actor_every": 2}, pytest.param({**VALUE, "lr_schedule": "linear"}, marks=pytest.mark.slow)], ids=str
+    "settings", [{"policy_delay": 2}, pytest.param({**VALUE, "lr_schedule": "linear"}, marks=pytest.mark.slow)], ids=str
 )
 def test_replayed_graphs_make_the_same_updates(settings: dict[str, Any]) -> None:
     config = Config(**{**SMALL, **settings})
@@ -94,7 +94,7 @@ def test_an_update_is_six_launches(settings: dict[str, Any]) -> None:
 
 
 def test_without_the_actors_turn_it_is_three() -> None:
-    learner = FusedCudaLearner(Config(**SMALL, actor_every=2), O, A, "cpu")
+    learner = FusedCudaLearner(Config(**SMALL, policy_delay=2), O, A, "cpu")
     assert launches(learner, filled(O, A)) == 3  # of the second update
 
 
@@ -103,7 +103,7 @@ SERVED: list[dict[str, Any]] = [
     VALUE,
     {"estimator": "score", "baseline": "loo", "num_action_samples": 8},
     {"estimator": "score", "baseline": "none", "alpha": 0.2, "entropy_split": 1.0},
-    {"estimator": "score", "baseline": "constant", "actor_every": 3, "optimizer": "adamw", "lr_schedule": "cosine"},
+    {"estimator": "score", "baseline": "constant", "policy_delay": 3, "optimizer": "adamw", "lr_schedule": "cosine"},
     {"hidden_sizes": (64, 512), "num_action_samples": 2, "entropy_split": 0.0},
 ]
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -215,7 +215,7 @@ def test_the_check_of_the_engine_passes(monkeypatch: pytest.MonkeyPatch) -> None
     for module in ("compare", "graphed"):
         monkeypatch.setattr(f"fastsac.learner.{module}.UPDATES_PER_GRAPH", 2)
     monkeypatch.setattr("fastsac.learner.compare.SINGLE_UPDATES", 4)
-    assert compare(FusedCudaLearner, Config(**SMALL, actor_every=2), O, A, CUDA) == ""
+    assert compare(FusedCudaLearner, Config(**SMALL, policy_delay=2), O, A, CUDA) == ""
     assert compare_rounded(FusedCudaLearner, Config(**{**SMALL, "precision": "tf32"}), O, A, CUDA) == ""
 
 
@@ -263,7 +263,7 @@ def test_nothing_is_recorded_that_has_not_run_before() -> None:
             return engine.Graph(lambda: None, self._measured_there(with_actor))
 
     together, updates = Together(2), (1, 2)
-    learners = [Noting(Config(**SMALL, actor_every=4), O, A, "cpu", seed) for seed in range(2)]
+    learners = [Noting(Config(**SMALL, policy_delay=4), O, A, "cpu", seed) for seed in range(2)]
     for learner, number in zip(learners, updates, strict=True):
         together.add(learner, filled(O, A))
         learner.updates = number
@@ -280,7 +280,7 @@ def test_nothing_is_recorded_that_has_not_run_before() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 @pytest.mark.parametrize(
-    "settings", [{}, VALUE, {"estimator": "score"}, {"actor_every": 2, "hidden_sizes": (512, 192)}], ids=str
+    "settings", [{}, VALUE, {"estimator": "score"}, {"policy_delay": 2, "hidden_sizes": (512, 192)}], ids=str
 )
 def test_it_passes_its_check(settings: dict[str, Any], precision: Any) -> None:
     config, cuda = Config(**settings, precision=precision), torch.device("cuda")
@@ -319,7 +319,7 @@ def test_a_replay_is_what_it_draws_from() -> None:
         for _ in range(2):
             with pytest.raises(TypeError, match="needs a Replay of single steps"):
                 learner.update(other)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="the replay is empty"):
+    with pytest.raises(ValueError, match="the replay buffer is empty"):
         learner.update(Replay(10, 1, O, A))
     learner.update(filled(O, A))
 

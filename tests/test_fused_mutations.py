@@ -18,7 +18,7 @@ from tests.test_fused import Fixed, Shape, float64
 
 EXACT = [
     {},
-    {"num_action_samples": 3, "num_critics": 3, "actor_every": 2, "hidden_sizes": (8, 8, 8)},
+    {"num_action_samples": 3, "num_critics": 3, "policy_delay": 2, "hidden_sizes": (8, 8, 8)},
     {"estimator": "score", "baseline": "loo"},
     {"estimator": "score", "baseline": "value"},
     {"estimator": "score", "baseline": "mean-action", "num_action_samples": 2},

@@ -26,7 +26,7 @@ from tests.pretend_cuda import pretended, trust_engines
 O, A, N, B, HIDDEN = 5, 3, 2, 17, (8, 6)  # noqa: E741
 SETTINGS = [
     {},
-    {"num_action_samples": 3, "num_critics": 3, "actor_every": 2},
+    {"num_action_samples": 3, "num_critics": 3, "policy_delay": 2},
     {"estimator": "score", "baseline": "loo", "alpha": 0.2},
     {"estimator": "score", "baseline": "value"},
     {"estimator": "score", "baseline": "constant", "num_action_samples": 2},
@@ -48,7 +48,7 @@ most_settings = pytest.mark.parametrize(
     "settings", [*SETTINGS[:2], *slow(*SETTINGS[2:3]), SETTINGS[3], *slow(*SETTINGS[4:6]), SETTINGS[6]], ids=str
 )
 few_settings = pytest.mark.parametrize(
-    "settings", [{"actor_every": 2}, SETTINGS[3], *slow({}, SETTINGS[2], SETTINGS[6])], ids=str
+    "settings", [{"policy_delay": 2}, SETTINGS[3], *slow({}, SETTINGS[2], SETTINGS[6])], ids=str
 )
 
 
@@ -248,15 +248,15 @@ def history(turns: list[bool]) -> int:
     return value
 
 
-@pytest.mark.parametrize("actor_every", [1, *(pytest.param(each, marks=pytest.mark.slow) for each in (2, 4)), 3, 100])
-def test_the_actor_has_its_turn_as_in_the_reference(actor_every: int) -> None:
-    learner, total = make(Noting, actor_every=actor_every), 0
+@pytest.mark.parametrize("policy_delay", [1, *(pytest.param(each, marks=pytest.mark.slow) for each in (2, 4)), 3, 100])
+def test_the_actor_has_its_turn_as_in_the_reference(policy_delay: int) -> None:
+    learner, total = make(Noting, policy_delay=policy_delay), 0
     replay = filled()
     for num_updates in (0, 1, 16, 3, 1, 16, 16, 7, 250):
         total += num_updates
         learner.update(replay, num_updates)
         assert learner.updates == total
-        turns = [step % actor_every == 0 for step in range(total)]
+        turns = [step % policy_delay == 0 for step in range(total)]
         assert learner.history.item() == history(turns)
         if total:  # the metrics are those of the last update, and of the actor's last turn
             last = max(step for step, turn in enumerate(turns) if turn)
@@ -265,10 +265,10 @@ def test_the_actor_has_its_turn_as_in_the_reference(actor_every: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("actor_every", "long"), [(1, 4), *(pytest.param(each, 4, marks=pytest.mark.slow) for each in (2, 4)), (3, 3)]
+    ("policy_delay", "long"), [(1, 4), *(pytest.param(each, 4, marks=pytest.mark.slow) for each in (2, 4)), (3, 3)]
 )
-def test_few_graphs_serve_all(actor_every: int, long: int) -> None:
-    learner, replay = make(Noting, actor_every=actor_every), filled()
+def test_few_graphs_serve_all(policy_delay: int, long: int) -> None:
+    learner, replay = make(Noting, policy_delay=policy_delay), filled()
     for num_updates in (16, 1, 16, 5, 16, 16, 3, 16):
         learner.update(replay, num_updates)
     assert len(learner.recorded) == len(set(learner.recorded)) <= 3

@@ -172,7 +172,7 @@ class Textbook:
         {"num_action_samples": 3, "num_critics": 3, "tau": 0.3, "gamma": 0.9},
         {"alpha": 0.2},
         {"alpha": 0.0},
-        {"actor_every": 2, "target_entropy": 1.5},
+        {"policy_delay": 2, "target_entropy": 1.5},
         SCORE,
         VALUE,
         {"estimator": "score", "baseline": "value", "num_action_samples": 2, "alpha": 0.5},
@@ -188,7 +188,7 @@ def test_updates_equal_the_textbook(settings: dict[str, Any]) -> None:
         data = Fixed(seed=step)
         learner.update(data)
         metrics = learner.metrics()
-        expected = textbook.update(data.batch, with_actor=step % learner.config.actor_every == 0)
+        expected = textbook.update(data.batch, with_actor=step % learner.config.policy_delay == 0)
         for name, value in expected.items():
             assert metrics[name].item() == pytest.approx(value, rel=1e-9), name
         for stacked, separate in ((learner.critic, textbook.critics), (learner.target_critic, textbook.targets)):
@@ -238,7 +238,7 @@ def test_the_default_target_entropy_is_minus_the_action_size() -> None:
 
 
 def test_the_actor_and_alpha_wait_for_their_turn() -> None:
-    learner = make(actor_every=3)
+    learner = make(policy_delay=3)
     moved = []
     for _ in range(7):
         before = tensors_of(learner)
@@ -251,7 +251,7 @@ def test_the_actor_and_alpha_wait_for_their_turn() -> None:
 
 @pytest.mark.parametrize("settings", [{}, SCORE, VALUE], ids=str)
 def test_the_actor_step_leaves_the_critics_alone(settings: dict[str, Any]) -> None:
-    with_actor, without = make(actor_every=2, **settings), make(actor_every=2, **settings)
+    with_actor, without = make(policy_delay=2, **settings), make(policy_delay=2, **settings)
     without.updates = 1
     actor = [p.clone() for p in without.actor.parameters()]
     with_actor.update(Fixed())
@@ -315,7 +315,7 @@ def test_the_noise_depends_on_the_seed_beyond_the_weights() -> None:
     assert torch.equal(calm, torch.tanh(learner.actor(torch.zeros(4, O))[0]))
 
 
-@pytest.mark.parametrize("settings", [{}, {"alpha": 0.0}, {"actor_every": 2}, SCORE, VALUE], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"alpha": 0.0}, {"policy_delay": 2}, SCORE, VALUE], ids=str)
 @pytest.mark.parametrize("num_updates", [0, 5])
 def test_a_loaded_learner_goes_on_where_it_was(settings: dict[str, Any], num_updates: int) -> None:
     learner, resumed = make(0, **settings), make(1, **settings)

@@ -28,7 +28,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"estimator": "score", "baseline": "value"},
-    {"estimator": "score", "baseline": "loo", "max_grad_norm": 0.5, "actor_every": 2, "optimizer": "adamw"},
+    {"estimator": "score", "baseline": "loo", "max_grad_norm": 0.5, "policy_delay": 2, "optimizer": "adamw"},
 ]
 
 

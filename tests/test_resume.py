@@ -37,7 +37,7 @@ def exact(**changes):
     "changes",
     [
         {"utd": 1.0},
-        {"estimator": "score", "engine": "reference", "actor_every": 3, "utd": 0.3},
+        {"estimator": "score", "engine": "reference", "policy_delay": 3, "utd": 0.3},
         {"env_id": "HalfCheetah-v5", **LONG},
         {"env_id": "Hopper-v5", "precision": "bf16", "hidden_sizes": (64, 64)},
         pytest.param({"env_id": "WalkerWalk-v1", "estimator": "score", "baseline": "value", **LONG}, marks=SLOW),
@@ -54,7 +54,7 @@ def exact(**changes):
             **{"utd": 0.4, "utd_end": 0.1, "n_step": 2, "normalize_obs": True},
         },
         pytest.param(
-            {"utd": 0.05, "log_every": 4, "actor_every": 2}, marks=SLOW
+            {"utd": 0.05, "log_every": 4, "policy_delay": 2}, marks=SLOW
         ),  # lines repeat what was measured before the cut
     ],
     ids=str,

@@ -42,7 +42,7 @@ def _gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     "settings",
     [
         pytest.param({}, marks=SLOW),
-        pytest.param({"estimator": "score", "actor_every": 3}, marks=SLOW),
+        pytest.param({"estimator": "score", "policy_delay": 3}, marks=SLOW),
         {"estimator": "score", "baseline": "value"},
         pytest.param({"estimator": "score", "baseline": "mean-action", "entropy_split": 0.5}, marks=SLOW),
         pytest.param({"estimator": "pathwise-stl"}, marks=SLOW),
@@ -191,7 +191,7 @@ def test_an_engine_that_is_wrong_is_found_out(kind: type[Learner], named: str) -
 
 
 def test_a_wrong_graph_of_several_updates_is_found_out_with_turns_too() -> None:
-    assert "is off by" in compared(WrongLongGraph, Config(**SMALL, actor_every=2), 5, 3, CUDA)
+    assert "is off by" in compared(WrongLongGraph, Config(**SMALL, policy_delay=2), 5, 3, CUDA)
 
 
 def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
@@ -256,7 +256,7 @@ def test_what_was_found_is_kept_for_the_same_machine_versions_and_shapes(monkeyp
     assert verdict(batch_size=17) == ("the check was ended by SIGSEGV", False)  # only what was right is believed
     assert verdict(batch_size=17) == ("", False)
     assert verdict(batch_size=17) == ("", True)
-    for sizes, settings in [((6, 3), {}), ((5, 4), {}), ((), {"estimator": "score"}), ((), {"actor_every": 2})]:
+    for sizes, settings in [((6, 3), {}), ((5, 4), {}), ((), {"estimator": "score"}), ((), {"policy_delay": 2})]:
         assert not verdict(*sizes, **settings)[1]
     asked.clear()
     identity = self_check.identity()

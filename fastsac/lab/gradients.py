@@ -58,7 +58,7 @@ def run(options: Gradients) -> dict[str, Any]:
         make_directory(options.out)  # before anything slow
     newest = SAC.load(options.run_dir, config)
     if newest.policy_only:
-        raise UsageError(f"{options.run_dir} holds a policy only, without critics: name the run that it was saved from")
+        raise UsageError(f"{options.run_dir} holds only a policy, without critics: name the run that it was saved from")
     obs, source = states(newest, options.num_states, options.seed)
     agents = {newest.steps: newest}
     if checkpoint.best_checkpoint(options.run_dir).exists():

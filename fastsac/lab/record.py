@@ -22,6 +22,7 @@ from fastsac.lab.arguments import Compare
 from fastsac.lab.outcome import summarize
 from fastsac.lab.plan import Plan, Run, difference, parse_settings, settings_of, train_command, written
 from fastsac.lab.results import OTHER_OUT
+from fastsac.lab.statistics import finite_json
 from fastsac.lab.worker import MACHINE, Failure
 from fastsac.machine import portable, write_json
 from fastsac.plot import read_metric
@@ -148,7 +149,7 @@ class Record:
             for label, values in arms.items():
                 here = [each["diverged"] for each in failed if _key(each)[:2] == (env_id, label)]
                 values |= {"failed": len(here), "diverged": sum(here)}
-        write_json(self._directory / COMPARISON, _finite(self.result))
+        write_json(self._directory / COMPARISON, finite_json(self.result))
 
 
 def _key(entry: dict[str, Any]) -> tuple[str, str, int]:
@@ -237,12 +238,3 @@ def _union(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     margins = dict.fromkeys([*stored.get("earlier_margins", []), stored["margin"]])
     changed = {"earlier_margins": earlier} if (earlier := [each for each in margins if each != asked["margin"]]) else {}
     return {**asked, **lists, "seeds": sorted({*stored["seeds"], *asked["seeds"]}), **changed}
-
-
-def _finite(value: Any) -> Any:
-    """Return the same for JSON, with null in place of numbers that are not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

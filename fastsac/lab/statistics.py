@@ -121,3 +121,12 @@ def equivalence(
     differs = 2.0 * t.sf(abs(difference) / error) < level
     verdict = "equivalent" if p < level else "different" if differs else "inconclusive"
     return Equivalence(difference, difference - half, difference + half, p, verdict)
+
+
+def finite_json(value: Any) -> Any:
+    """Return the same for JSON, with null in place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: finite_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -123,7 +123,7 @@ def compare(kind: type[Learner], config: Config, obs_size: int, action_size: int
     continues from update to update; the others start each update from its state.
     """
     rates = {"actor_lr": 3e-4, "critic_lr": 3e-4, "value_lr": 3e-4, "alpha_lr": 3e-4}  # none that diverges
-    config = dataclasses.replace(config, actor_every=min(2, config.actor_every), **rates)  # type: ignore[arg-type]
+    config = dataclasses.replace(config, policy_delay=min(2, config.policy_delay), **rates)  # type: ignore[arg-type]
     engine, reference = (each(config, obs_size, action_size, device, SEED) for each in (kind, SameNumbers))
     assert isinstance(engine, GraphedLearner)
     assert isinstance(reference, SameNumbers)

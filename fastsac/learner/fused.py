@@ -164,7 +164,7 @@ class FusedLearner(Learner):
     @torch.inference_mode()
     def update(self, replay: Sampler, num_updates: int = 1) -> None:
         """Make `num_updates` gradient updates, each on a new batch."""
-        size, every = self.config.batch_size, self.config.actor_every
+        size, every = self.config.batch_size, self.config.policy_delay
         while num_updates:
             drawn = min(num_updates, max(1, TRANSITIONS_DRAWN // size))
             sampled = replay.sample(drawn * size)

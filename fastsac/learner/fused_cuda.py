@@ -193,7 +193,7 @@ class FusedCudaLearner(GraphedLearner):
             self._forget(replay)
         state = self._state
         assert state is not None
-        learners, every = [self, *(learner for learner, _ in self._others)], self.config.actor_every
+        learners, every = [self, *(learner for learner, _ in self._others)], self.config.policy_delay
         phases = [learner.updates % every for learner in learners]
         for phase in {phase for phase, due in zip(phases, dues, strict=True) if due}:  # grouped by the actor's turn
             here = np.array([due if own == phase else 0 for own, due in zip(phases, dues, strict=True)], np.int64)
@@ -246,7 +246,7 @@ class FusedCudaLearner(GraphedLearner):
             ValueError: if it is empty.
         """
         if num_updates and isinstance(replay, Replay) and not replay.size:
-            raise ValueError("the replay is empty: add transitions before sampling")
+            raise ValueError("the replay buffer is empty: add transitions before sampling")
         if self._replay is not None:
             raise RuntimeError("this learner shares launches with others: call Together.update")
         super().update(replay, num_updates)
@@ -255,7 +255,7 @@ class FusedCudaLearner(GraphedLearner):
         assert self._state is not None
         assert self._scratch is not None
         for index in range(length):
-            turn = with_actor and index % self.config.actor_every == 0
+            turn = with_actor and index % self.config.policy_delay == 0
             for stage in (NEXT_VALUE, CRITICS, CRITICS_STEP, *((SAMPLED_Q, ACTOR, ACTOR_STEP) if turn else ())):
                 run_stage(stage, self._state, self._scratch, self._plan, not turn)
         return self._measured_there(with_actor)

@@ -110,7 +110,7 @@ class GraphedLearner(Learner):
         self._measured, self._latest = self.metrics(), {}
         self._recorded_for = replay
         self._graphs: dict[tuple[int, bool], Graph] = {}
-        self._warm_ups_left = max(WARM_UPS, self.config.actor_every)
+        self._warm_ups_left = max(WARM_UPS, self.config.policy_delay)
         self._made = set[bool]()  # kinds of updates that were made without a graph: with the actor, and without
         self._acting: ActingGraph | None = None
         self._acted: list[torch.Size] = []  # shapes of the latest observations
@@ -155,7 +155,7 @@ class GraphedLearner(Learner):
     def _make(self, replay: Sampler, updates: int, num_updates: int) -> Iterator[tuple[int, bool, Measured]]:
         """Make updates after `updates` earlier ones; yield how many, whether the actor was updated, and metrics."""
         while num_updates > 0:
-            with_actor = updates % self.config.actor_every == 0
+            with_actor = updates % self.config.policy_delay == 0
             length = 1
             if self._warm_ups_left or not self._warm:
                 self._warm_ups_left = max(0, self._warm_ups_left - 1)
@@ -187,18 +187,18 @@ class GraphedLearner(Learner):
     @property
     def _warm(self) -> bool:
         """Whether everything that will be recorded has run before."""
-        return True in self._made and (False in self._made or self.config.actor_every == 1)
+        return True in self._made and (False in self._made or self.config.policy_delay == 1)
 
     def _graph_length(self, num_updates: int, with_actor: bool) -> int:
-        """Return 1, or as many updates as make whole rounds of `actor_every` that start with the actor."""
-        rounds = UPDATES_PER_GRAPH // self.config.actor_every
-        length = rounds * self.config.actor_every
+        """Return 1, or as many updates as make whole rounds of `policy_delay` that start with the actor."""
+        rounds = UPDATES_PER_GRAPH // self.config.policy_delay
+        length = rounds * self.config.policy_delay
         return length if rounds and with_actor and num_updates >= length else 1
 
     def _run(self, replay: Sampler, length: int, with_actor: bool) -> Measured:
         """Make updates as they are recorded; several of them start with the actor's."""
         metrics: Metrics = {}
-        every = self.config.actor_every
+        every = self.config.policy_delay
         for index in range(length):
             turn = with_actor and index % every == 0
             metrics |= self._update_once(replay, turn, measure=length - index <= every)

@@ -140,8 +140,8 @@ class Learner:
     def update(self, replay: Sampler, num_updates: int = 1) -> None:
         """Make `num_updates` gradient updates, each on a new batch, without waiting for the device."""
         for left in range(num_updates, 0, -1):
-            with_actor = self.updates % self.config.actor_every == 0
-            self._measured |= self._update_once(replay, with_actor, measure=left <= self.config.actor_every)
+            with_actor = self.updates % self.config.policy_delay == 0
+            self._measured |= self._update_once(replay, with_actor, measure=left <= self.config.policy_delay)
             self.updates += 1
 
     def metrics(self) -> Metrics:

@@ -127,7 +127,7 @@ def verdict(config: Config, obs_size: int, action_size: int, engine: str, say: S
     if engine == "fused" and config.precision == "auto":
         config = dataclasses.replace(config, precision="tf32")
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name in SETTINGS}
-    settings["actor_every"] = min(2, config.actor_every)
+    settings["policy_delay"] = min(2, config.policy_delay)
     settings |= {"alpha": config.alpha == "auto", "clips": config.max_grad_norm is not None}
     settings["changes_lr"] = config.lr_schedule != "constant"
     case = {"engine": engine, "obs_size": obs_size, "action_size": action_size, **settings, **identity()}

@@ -22,10 +22,10 @@ from fastsac.types import Sampler
 
 SETTINGS = [
     {},
-    {"num_action_samples": 3, "num_critics": 3, "actor_every": 2},
+    {"num_action_samples": 3, "num_critics": 3, "policy_delay": 2},
     {"num_critics": 1, "alpha": 0.2},
     {"estimator": "score", "baseline": "loo"},
-    {"estimator": "score", "baseline": "value", "actor_every": 4},
+    {"estimator": "score", "baseline": "value", "policy_delay": 4},
     {"estimator": "score", "baseline": "constant", "num_action_samples": 2},
     {"estimator": "score", "baseline": "none", "batch_size": 5000},
     {"n_step": 3, "normalize_obs": True, "normalize_reward": True, "layer_norm": True, "lr_schedule": "linear"},
@@ -126,9 +126,9 @@ def test_too_few_warm_ups_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def forget_the_actor(self: GraphedLearner, replay: Sampler | None) -> None:
         forget(self, replay)
-        self._warm_ups_left = engine.WARM_UPS  # whatever `actor_every` is
+        self._warm_ups_left = engine.WARM_UPS  # whatever `policy_delay` is
 
     monkeypatch.setattr(GraphedLearner, "_forget", forget_the_actor)
     monkeypatch.setattr(GraphedLearner, "_warm", True)
-    _, late = train(1, SIZES[0], {"actor_every": 4})
+    _, late = train(1, SIZES[0], {"policy_delay": 4})
     assert "_pathwise_loss_fwd_kernel" in {kernel for kernel, _ in late[f"{GRAPH}updates 0"]}

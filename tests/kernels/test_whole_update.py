@@ -180,7 +180,7 @@ def difference_from_alone(settings: dict[str, Any], rounds: list[tuple[int, ...]
     [
         ({}, [(2, 1, 0), (0, 1, 1)]),
         ({"estimator": "score", "baseline": "value", "lr_schedule": "linear"}, [(1, 0, 2)]),
-        ({"actor_every": 2}, [(1, 2, 0), (2, 1, 1)]),
+        ({"policy_delay": 2}, [(1, 2, 0), (2, 1, 1)]),
         pytest.param({"alpha": 0.2, "precision": "bf16"}, [(1, 2, 1)], marks=pytest.mark.slow),
     ],
     ids=str,
