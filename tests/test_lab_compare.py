@@ -106,7 +106,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_as_if_left_alone(tmp_path, c
     assert resumed == [("pathwise", [step]), ("score:none", [])]
     for each in make_plan(larger).runs:
         as_if_alone(out, tmp_path, each)
-    assert json.loads((out / "comparison.json").read_text()) == json.loads(json.dumps(record._finite(result)))
+    assert json.loads((out / "comparison.json").read_text()) == json.loads(json.dumps(record.finite_json(result)))
     check_schema(result)
     assert "Pendulum-v1 score:none seed 0: complete (" in capsys.readouterr().err
 
@@ -505,5 +505,5 @@ def test_the_last_line_of_a_log_says_what_happened(tmp_path):
     assert last_line(log, -9) == "its process was killed by SIGKILL"
     log.write_text("warning: one\nthe environment broke\n\n")
     assert last_line(log, 1) == "the environment broke"
-    assert last_line(log, -11) == "its process was ended by SIGSEGV: the environment broke"
+    assert last_line(log, -11) == "its process was killed by SIGSEGV: the environment broke"
     assert "stopped by a signal" in last_line(log, 75)

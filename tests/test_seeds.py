@@ -225,7 +225,7 @@ def test_replay_buffers_that_do_not_fit_together_are_refused(tmp_path: Path, mon
     monkeypatch.setattr("fastsac.replay.available_bytes", lambda device: needed)
     several(SMALL, tmp_path, 1)
     several(SMALL, tmp_path, 2)  # the first one's is taken
-    with pytest.raises(UsageError, match=r"2 replay buffers need .* of cpu memory .*: --buffer-size \d+ fits"):
+    with pytest.raises(UsageError, match=r"2 replay buffers need .* of cpu memory, but .*: --buffer-size \d+ fits"):
         several(SMALL, tmp_path, 3)
 
 
