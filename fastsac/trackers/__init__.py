@@ -66,7 +66,7 @@ class Tracking(NamedTuple):
         return cls(tuple(dict.fromkeys(names)), project, video)
 
 
-def _refuse_missing(names: list[str]) -> None:
+def _refuse_missing(names: Sequence[str]) -> None:
     for name in names:
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise UsageError(f"--track {name} needs a package that is not installed: pip install 'fastsac[{name}]'")
@@ -124,19 +124,20 @@ class Trackers:
         Raises:
             FastsacError: if one of them cannot be started.
         """
+        from fastsac.machine import describe_machine  # which imports PyTorch; Tracking.of must not
+
         self._warn = warn
         self._trackers: dict[str, Tracker] = {}
         self._problems: dict[str, str] = {}
         before = _read(run_dir)
         stored = before or {}
         names = tracking.names if tracking.names is not None else ("tensorboard",) if before is None else tuple(before)
-        _refuse_missing([name for name in names if name in PACKAGES])
+        _refuse_missing(names)
         run_name = f"{run_dir.resolve().parent.name}-{run_dir.name}" if SEED.fullmatch(run_dir.name) else run_dir.name
         run_name = run_name or run_dir.resolve().name
+        system = describe_machine()
         for name in names:
-            from fastsac.machine import describe_machine
-
-            run = Run(run_dir, tracking.project, run_name, settings, describe_machine(), stored.get(name) or None)
+            run = Run(run_dir, tracking.project, run_name, settings, system, stored.get(name) or None)
             try:
                 self._trackers[name] = importlib.import_module(f"fastsac.trackers.{name}").start(run)
             except Exception as error:
