@@ -94,8 +94,8 @@ class Export:
     """Where to write. Default: `policy.onnx` or `policy.pt2` in the run directory; required with --policy-only."""
     best: bool = False
     """Use the checkpoint with the highest evaluation return during training instead of the newest one."""
-    episodes: int = 10
-    """Evaluation episodes for the model card; 0 skips the evaluation."""
+    episodes: int | None = None
+    """Evaluation episodes for the model card of --policy-only (default 10); 0 skips the evaluation."""
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,9 @@ def _load(command: Eval | Collect | Export, config: Config) -> SAC:
     from fastsac.train import SAC
 
     os.environ.pop("TORCHELASTIC_RUN_ID", None)  # it acts in one process, even if torchrun started it
-    plain = dataclasses.replace(config, device="auto", engine="auto", precision="fp32", num_threads=1)
+    plain = dataclasses.replace(
+        config, device="auto", engine="auto", precision="fp32", num_threads=1, checkpoint_replay=False
+    )
     return SAC.load(command.run_dir, plain, best=command.best)
 
 
@@ -143,7 +145,9 @@ def _collect(command: Collect) -> None:
 def _export(command: Export) -> None:
     if (command.to is None) != command.policy_only:
         raise UsageError("choose one of --to onnx, --to torch and --policy-only")
-    if command.episodes < 0:
+    if command.episodes is not None and not command.policy_only:
+        raise UsageError("--episodes is for the model card of --policy-only")
+    if command.episodes is not None and command.episodes < 0:
         raise UsageError(f"--episodes must be a whole number of at least 0, got {command.episodes}")
     if command.policy_only and command.out is None:
         raise UsageError("--policy-only writes a directory: name it with --out")
@@ -154,7 +158,8 @@ def _export(command: Export) -> None:
     if command.to is None:
         assert command.out is not None
         agent.config = config  # as it was trained
-        evaluation = agent.evaluate(command.episodes, seed=0) if command.episodes else None
+        episodes = 10 if command.episodes is None else command.episodes
+        evaluation = agent.evaluate(episodes, seed=0) if episodes else None
         agent.save(command.out, policy_only=True, evaluation=evaluation)
         print(f"policy, settings and model card: {command.out}")
         return

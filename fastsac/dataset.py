@@ -55,7 +55,7 @@ def require_minari() -> Any:
         import minari
     except ImportError as error:
         raise UsageError(
-            f"Minari datasets need a package that is missing ({error.name}): pip install 'fastsac[minari]'"
+            f"Minari datasets need a package that is missing ({error.name}): pip install 'minari[hdf5]'"
         ) from error
     return minari
 
@@ -152,11 +152,11 @@ class Dataset:
                 if episode is None:
                     return
                 rows = self._read(episode)
+                done = np.flatnonzero(np.asarray(episode.terminations) | np.asarray(episode.truncations)) + 1
             except UsageError:
                 raise
             except Exception as error:
                 raise self._unreadable(error) from error
-            done = np.flatnonzero(episode.terminations | episode.truncations) + 1
             ends = [*done[done < len(episode)], len(episode)]
             for start, end in zip([0, *ends], ends, strict=False):
                 if start < end:
@@ -169,7 +169,8 @@ class Dataset:
         obs = self._spaces.flatten(episode.observations)
         action = np.asarray(episode.actions)
         shape = self._spaces.action_low.shape
-        if len(obs) != length + 1 or action.shape != (length, *shape) or len(episode.terminations) != length:
+        flags = {len(episode.terminations), len(episode.truncations)}
+        if len(obs) != length + 1 or action.shape != (length, *shape) or flags != {length}:
             raise ValueError(
                 f"episode {episode.id} has {length} rewards, {len(obs)} observations and actions {list(action.shape)}"
             )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastsac.env_backends import EnvSpec
 from fastsac.envs import Step, VectorEnv, make_envs
-from fastsac.errors import FastsacError, UsageError
+from fastsac.errors import FastsacError, UsageError, told
 from fastsac.spaces import Bools, Floats, Spaces
 
 LONGEST_EPISODE = 100_000  # steps
@@ -121,8 +121,12 @@ def record_video(policy: Policy, envs: VectorEnv, path: Path) -> Evaluation:
         with writer:
             result = evaluate(policy, envs, episodes=1, before_step=lambda: writer.append_data(envs.render()))
         temporary.replace(path)
+    except FastsacError:
+        raise
     except OSError as error:
         raise FastsacError(f"cannot write the video {path}: {error.strerror or error}") from error
+    except Exception as error:  # of the encoder: frames that change their size, for instance
+        raise FastsacError(f"cannot write the video {path}: {told(error, __file__)}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()

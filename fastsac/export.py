@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import keyword
 import logging
 import re
 import warnings
@@ -75,7 +76,7 @@ class Policy(nn.Module):
 
     def _act(self, parts: tuple[Tensor, ...]) -> Tensor:
         """Return actions [N, *S] for the parts of N observations, each [N, *its shape]."""
-        obs = torch.cat([part.flatten(1) for part in parts], 1)
+        obs = torch.cat([part.reshape(part.shape[0], -1) for part in parts], 1)
         if self._normalises:
             obs = ((obs - self.mean) * self.inverse).clamp(-LARGEST, LARGEST)
         action = torch.tanh(self.actor(obs)[0]).reshape(-1, *self.low.shape)
@@ -94,7 +95,8 @@ def export_policy(agent: SAC, path: Path) -> Exported:
     """Export the agent's deterministic policy as ONNX (`.onnx`) or as a `torch.export` program (`.pt2`).
 
     Inputs are float32, [N, *shape] with any N: `obs`, or the parts of a Dict or Tuple observation by name, with `_` in
-    place of characters other than letters and digits (`robot_arm`). The output is `action`, [N, *S], in the
+    place of characters other than letters and digits (`robot_arm`), and `obs_` in front of what is then no name of a
+    Python argument (`obs_0` of a Tuple). The output is `action`, [N, *S], in the
     environment's own units.
 
     Raises:
@@ -104,19 +106,23 @@ def export_policy(agent: SAC, path: Path) -> Exported:
     if path.suffix not in KINDS:
         raise UsageError(f"the file name must end in .onnx or .pt2, got {path.name!r}")
     spaces = agent.spaces
-    names = {re.sub(r"\W", "_", name) or "obs": shape for name, shape in spaces.obs_shapes.items()}
+    names = {_identifier(name): shape for name, shape in spaces.obs_shapes.items()}
     if len(names) != len(spaces.obs_shapes):
         raise UsageError(
             f"the observation's parts {', '.join(spaces.obs_shapes)} would not have unique names in the file"
         )
-    policy = Policy(names, agent.actor, spaces, agent.learner.normalizer.obs_normalisation()).eval()
+    with _naming_the_actor():
+        policy = Policy(names, agent.actor, spaces, agent.learner.normalizer.obs_normalisation()).eval()
     example = {name: torch.zeros(2, *shape) for name, shape in names.items()}
     temporary = temporary_sibling(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()  # fail before the work is done
         with _quietly(), torch.no_grad():
-            (_write_torch if KINDS[path.suffix] == "torch" else _write_onnx)(policy, example, agent, temporary)
+            if KINDS[path.suffix] == "torch":
+                _write_torch(policy, example, temporary)
+            else:
+                _write_onnx(policy, example, _metadata(agent), temporary)
         temporary.replace(path)
     except OSError as error:
         raise FastsacError(f"cannot write {path}: {error.strerror or error}") from error
@@ -126,16 +132,24 @@ def export_policy(agent: SAC, path: Path) -> Exported:
     return Exported(path, names, spaces.action_low.shape)
 
 
-def _write_torch(policy: Policy, example: dict[str, Tensor], agent: SAC, path: Path) -> None:
+def _identifier(name: str) -> str:
+    """Return the input's name for a part of the observation; a Box has one part without a name."""
+    made = re.sub(r"\W", "_", name)
+    if not made:
+        return "obs"
+    return made if made.isidentifier() and not keyword.iskeyword(made) and made != "self" else f"obs_{made}"
+
+
+def _write_torch(policy: Policy, example: dict[str, Tensor], path: Path) -> None:
     batch = torch.export.Dim("batch")
     with _naming_the_actor(), path.open("wb") as file:
         shapes = {name: {0: batch} for name in example}
         torch.export.save(torch.export.export(policy, (), example, dynamic_shapes=shapes), file)
 
 
-def _write_onnx(policy: Policy, example: dict[str, Tensor], agent: SAC, path: Path) -> None:
+def _write_onnx(policy: Policy, example: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
     if importlib.util.find_spec("onnxscript") is None:  # which torch.onnx needs
-        raise UsageError("ONNX files need packages that are not installed: pip install 'fastsac[onnx]'")
+        raise UsageError("ONNX files need packages that are not installed: pip install onnx onnxscript")
     with _naming_the_actor():
         program = torch.onnx.export(
             policy,
@@ -147,7 +161,7 @@ def _write_onnx(policy: Policy, example: dict[str, Tensor], agent: SAC, path: Pa
             verbose=False,
         )
     assert program is not None
-    program.model.metadata_props.update(_metadata(agent))
+    program.model.metadata_props.update(metadata)
     program.save(path, external_data=False)
 
 
@@ -155,10 +169,12 @@ def _write_onnx(policy: Policy, example: dict[str, Tensor], agent: SAC, path: Pa
 def _naming_the_actor() -> Iterator[None]:
     try:
         yield
-    except OSError:
+    except (OSError, UsageError):
         raise
     except Exception as error:  # from PyTorch, or from the user's own actor
-        raise UsageError(f"PyTorch cannot export this actor: {told(error, __file__)}") from error
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error  # torch.onnx wraps the reason
+        reason = re.sub("\x1b\\[[0-9;]*m", "", told(cause, __file__))
+        raise UsageError(f"PyTorch cannot export this actor: {reason}") from error
 
 
 def _metadata(agent: SAC) -> dict[str, str]:

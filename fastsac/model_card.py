@@ -26,8 +26,8 @@ def model_card(config: Config, spaces: Spaces, steps: int, updates: int, evaluat
         evaluation: the evaluation of the deterministic policy, if any.
     """
     sections = [
-        f"# Soft Actor-Critic agent for {config.env_id}",
-        f"A policy for **{config.env_id}**, trained with fastsac for {steps:,} environment steps "
+        f"# Soft Actor-Critic agent for {_code(config.env_id)}",
+        f"A policy for {_code(config.env_id)}, trained with fastsac for {steps:,} environment steps "
         f"({updates:,} gradient updates) with the {config.estimator} estimator of the actor's gradient.",
         _evaluation(evaluation),
         _use(config),
@@ -74,7 +74,7 @@ def _use(config: Config) -> str:
     if config.env_backend == "python":
         load = 'agent = SAC.load("path/to/this/directory", envs=make_env)  # a function that makes the environment'
     return (
-        "## Use\n\n```\npip install fastsac\nfastsac eval path/to/this/directory --episodes 10\n```\n\n"
+        "## Use\n\nWith fastsac installed:\n\n```\nfastsac eval path/to/this/directory --episodes 10\n```\n\n"
         f"```python\nfrom fastsac import SAC\n\n{load}\n"
         "action = agent.predict(obs)  # in the environment's own units\n```"
     )
@@ -84,9 +84,9 @@ def _task(config: Config, spaces: Spaces) -> str:
     parts = {name or "obs": list(shape) for name, shape in spaces.obs_shapes.items()}
     low, high = spaces.action_low.min(), spaces.action_high.max()
     task: dict[str, Any] = {
-        "environment": config.env_id,
-        "keyword arguments": json.dumps(config.env_kwargs),
-        "observation": ", ".join(f"{name} {shape}" for name, shape in parts.items()),
+        "environment": _code(config.env_id),
+        "keyword arguments": _code(json.dumps(config.env_kwargs)),
+        "observation": ", ".join(f"{_code(name)} {shape}" for name, shape in parts.items()),
         "action": f"{list(spaces.action_low.shape)}, from {low:g} to {high:g}",
     }
     return _table("Task", "", task)
@@ -97,9 +97,14 @@ def _settings(config: Config) -> str:
     given = {k: v for k, v in dataclasses.asdict(config).items() if v != defaults[k] and k not in _UNTOLD}
     if not given:
         return "## Settings\n\nfastsac's defaults; `config.json` has all of them."
-    return _table("Settings", "setting", {f"`{k}`": f"`{json.dumps(v)}`" for k, v in given.items()}) + (
+    return _table("Settings", "setting", {_code(k): _code(json.dumps(v)) for k, v in given.items()}) + (
         "\n\nAll other settings are fastsac's defaults; `config.json` has all of them."
     )
+
+
+def _code(text: str) -> str:
+    """Return it as Markdown's code, so that nothing in it is taken for Markdown or HTML."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
 def _table(title: str, what: str, rows: dict[str, Any]) -> str:

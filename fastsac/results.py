@@ -147,7 +147,7 @@ def _ended(config: Config, state: dict[str, Any]) -> str:
 def _read_state(run_dir: Path, step: int) -> dict[str, Any]:
     """Return a checkpoint's state.json; OSError or ValueError if it cannot be read."""
     name = f"step-{step:012d}"
-    place = next(each for each in (name, f".{name}.replaced") if (run_dir / CHECKPOINTS / each).exists())
+    place = next((each for each in (name, f".{name}.replaced") if (run_dir / CHECKPOINTS / each).exists()), name)
     path = run_dir / CHECKPOINTS / place / "state.json"
     if path.parent.is_symlink():
         raise ValueError("it is a symbolic link")

@@ -50,7 +50,7 @@ class RunLock:
         """
         self.directory = directory
         self._descriptor = -1
-        names = [CONFIG, METRICS, TRACKING, TENSORBOARD, CHECKPOINTS, LOCK]
+        names = [CONFIG, METRICS, TRACKING, TENSORBOARD, "wandb", CHECKPOINTS, LOCK]
         for name in [*names, *(f"{CHECKPOINTS}/{path.name}" for path in (directory / CHECKPOINTS).glob("*"))]:
             if (directory / name).is_symlink():
                 raise UsageError(

@@ -291,6 +291,8 @@ class SAC:
         tracking = Tracking.of(track, track_project, track_video)
         if run_dir is None and (track is not None or track_video):
             raise UsageError("track and track_video need a run_dir")
+        if track_video and not self.config.eval_every:
+            raise UsageError("--track-video records an evaluation, and --eval-every 0 never evaluates")
         if total_steps is not None:
             self.config = dataclasses.replace(self.config, total_steps=total_steps)
             self._rollout.config = dataclasses.replace(self._rollout.config, total_steps=total_steps)
@@ -575,7 +577,7 @@ class SAC:
                 saver.wait()
                 self._run_dirs[place] = Ours.newest(directory)
 
-    def _state(self, saver: Saver) -> Contents:
+    def _state(self, saver: Saver | None) -> Contents:
         """Return everything that a resumed run needs; Divergence if anything is not finite."""
         metrics = self._read_metrics(saver)
         tensors, counters = self.learner.state()
@@ -625,17 +627,19 @@ class SAC:
 
         if evaluation is None and self._evaluated_at == self.steps:
             evaluation = self.last_evaluation
-        card = model_card(self.config, self.spaces, self.steps, self.updates, evaluation)
+        # how it was trained on this machine need not be possible where it is used
+        config = dataclasses.replace(self.config, device="auto", engine="auto", precision="auto", num_threads=0)
+        card = model_card(config, self.spaces, self.steps, self.updates, evaluation)
+        groups, state, _ = self._state(None)
         refuse_if_taken(directory)
         if os.path.lexists(directory / MODEL_CARD):
             raise UsageError(f"{directory / MODEL_CARD} already exists: choose another directory")
-        with self._saver(directory) as saver:
-            groups, state, _ = self._state(saver)
-            kept = {name: tensor for name, tensor in groups["learner"].items() if name.startswith(POLICY)}
-            path = checkpoint.step_directory(directory, self.steps)
-            checkpoint.save_checkpoint(path, {"policy": kept}, {**state, "envs": None, "replay": None})
+        kept = {name: tensor for name, tensor in groups["learner"].items() if name.startswith(POLICY)}
+        state = {**state, "config": dataclasses.asdict(config), "envs": None, "replay": None}
+        with Saver(directory, config, None, logging.getLogger("fastsac").warning):
+            checkpoint.save_checkpoint(checkpoint.step_directory(directory, self.steps), {"policy": kept}, state)
             try:
-                (directory / MODEL_CARD).write_text(card)
+                (directory / MODEL_CARD).write_text(card, encoding="utf-8")
             except OSError as error:
                 raise FastsacError(f"cannot write {directory / MODEL_CARD}: {error.strerror}") from error
 
@@ -756,8 +760,12 @@ class SAC:
         if (config.estimator, config.baseline) != (stored.estimator, stored.baseline):
             agent._progress.metrics.clear()  # another estimator may have other metrics
         stored_tensors = checkpoint.load_checkpoint(path, groups=[group])[0][group]
-        if policy_only:  # everything else is as in a new agent
-            stored_tensors = {**agent.learner.state()[0], **stored_tensors}
+        if policy_only:  # the rest is what a new agent has
+            tensors = agent.learner.state()[0]
+            needed = {name for name in tensors if name.startswith(POLICY)}
+            if stored_tensors.keys() != needed or not all(each.isfinite().all() for each in stored_tensors.values()):
+                raise FastsacError(f"{path} holds no policy of these settings: a tensor is missing, or is not finite")
+            stored_tensors = tensors | stored_tensors
         agent.learner.load_state(stored_tensors, state["learner"])
         agent._policy_only = policy_only
         if not agent._ranks.alone:

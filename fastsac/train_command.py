@@ -53,6 +53,8 @@ def train(command: Train, arguments: Sequence[str]) -> None:
             f"fastsac compare --arms score:value score:{AS_PRINTED} ..."
         )
     Tracking.of(command.track, command.track_project, command.track_video)
+    if command.track_video and not command.config.eval_every:
+        raise UsageError("--track-video records an evaluation, and --eval-every 0 never evaluates")
     if command.num_learners < 1:
         raise UsageError(f"--num-learners must be a whole number of at least 1, got {command.num_learners}")
     if command.num_learners > 1 and under_torchrun():

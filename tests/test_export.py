@@ -1,6 +1,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 
 import gymnasium
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from fastsac import SAC, Config, FastsacError, UsageError, evaluate
+from fastsac.checkpoint import load_checkpoint, save_checkpoint
 from fastsac.cli import main
 from tests.runs import SMALL
 
@@ -114,6 +116,40 @@ def test_nested_observations_and_bounds_of_their_own(name, robot, tmp_path):
     assert (found >= Robot.action_space.low - 1e-6).all()
 
 
+class Odd(gymnasium.Env):
+    """Names that are none of a Python argument, and an observation without a dimension."""
+
+    observation_space = gymnasium.spaces.Dict(
+        {
+            "self": gymnasium.spaces.Box(-1.0, 1.0, ()),
+            "class": gymnasium.spaces.Box(-1.0, 1.0, (2,)),
+            "limbs": gymnasium.spaces.Tuple([gymnasium.spaces.Box(-1.0, 1.0, (1,))] * 2),
+            "2d": gymnasium.spaces.Box(-1.0, 1.0, (1, 2)),
+        }
+    )
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self._steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self._steps += 1
+        return self.observation_space.sample(), 0.0, False, self._steps == 5, {}
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_names_and_shapes_that_are_odd(name, tmp_path):
+    agent = SAC(SMALL, envs=Odd)
+    obs = {"2d": np.ones((3, 1, 2)), "class": np.ones((3, 2)), "limbs": (np.ones((3, 1)),) * 2, "self": np.ones(3)}
+    parts = [obs["2d"], obs["class"], *obs["limbs"], obs["self"]]
+    names = ["obs_2d", "obs_class", "limbs_0", "limbs_1", "obs_self"]
+    assert list(agent.export(tmp_path / name).inputs) == names
+    inputs = {name: part.astype(np.float32) for name, part in zip(names, parts, strict=True)}
+    np.testing.assert_allclose(RUNTIMES[name](tmp_path / name, inputs), agent.predict(obs), rtol=0.0, atol=1e-6)
+
+
 def test_the_command_names_file_inputs_and_output(cheetah, tmp_path, capsys):
     agent, run_dir = cheetah
     assert run(capsys, "export", run_dir, "--to", "onnx") == (
@@ -151,7 +187,7 @@ def test_no_half_file_is_left(cheetah, tmp_path, monkeypatch):
     with pytest.raises(FastsacError, match=r"^cannot write .*a\.onnx"):
         agent.export("/proc/a.onnx")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"not installed: pip install 'fastsac\[onnx\]'"):
+    with pytest.raises(UsageError, match=r"not installed: pip install onnx onnxscript"):
         agent.export(tmp_path / "policy.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -168,9 +204,27 @@ class Branching(torch.nn.Module):
         return out[:, :1], out[:, 1:].clamp(-5.0, 2.0)
 
 
-def test_an_actor_that_pytorch_cannot_export(tmp_path):
+class Keeping(Branching):
+    """An actor that keeps a tensor with a gradient, which cannot be copied."""
+
+    def forward(self, obs):
+        self.last = self.layer(obs)
+        return self.last[:, :1], self.last[:, 1:].clamp(-5.0, 2.0)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_an_actor_that_pytorch_cannot_export(name, tmp_path):
     agent = SAC(SMALL, actor=Branching())
-    with pytest.raises(UsageError, match="PyTorch cannot export this actor: "):
+    with pytest.raises(UsageError, match="PyTorch cannot export this actor: ") as told:
+        agent.export(tmp_path / name)
+    assert "\x1b" not in str(told.value)
+    assert "data-dependent" in str(told.value)
+
+
+def test_an_actor_that_cannot_be_copied(tmp_path):
+    agent = SAC(SMALL, actor=Keeping())
+    agent.actor(torch.zeros(1, 3))
+    with pytest.raises(UsageError, match="PyTorch cannot export this actor: RuntimeError: Only Tensors created"):
         agent.export(tmp_path / "policy.pt2")
     assert not list(tmp_path.iterdir())
 
@@ -219,6 +273,49 @@ def test_a_shared_policy_does_not_learn(shared, tmp_path, capsys):
     loaded.save(tmp_path / "again", policy_only=True)  # and can be passed on
     obs = np.ones((1, 17))
     np.testing.assert_array_equal(SAC.load(tmp_path / "again").predict(obs), loaded.predict(obs))
+
+
+@pytest.mark.parametrize("wrong", ["missing", "nan", "more"])
+def test_a_shared_policy_that_is_not_whole(wrong, shared, tmp_path):
+    (place,) = (shared[0] / "checkpoints").iterdir()
+    (tensors,), state = (each.values() if number == 0 else each for number, each in enumerate(load_checkpoint(place)))
+    if wrong == "missing":
+        del tensors["normalizer.obs_mean"]  # its own default would be another policy
+    elif wrong == "nan":
+        tensors["actor.layers.0.bias"][0] = math.nan
+    else:
+        tensors["log_alpha"] = torch.zeros(())
+    (tmp_path / "config.json").write_bytes((shared[0] / "config.json").read_bytes())
+    save_checkpoint(tmp_path / "checkpoints" / place.name, {"policy": tensors}, state)
+    with pytest.raises(FastsacError, match="a tensor is missing, or is not finite"):
+        SAC.load(tmp_path)
+
+
+def test_a_shared_policy_loads_where_it_could_not_be_trained(cheetah, tmp_path):
+    agent = SAC.load(cheetah[1])
+    agent.config = dataclasses.replace(agent.config, device="cuda", engine="graphed", precision="tf32")
+    agent.save(tmp_path / "policy", policy_only=True)
+    loaded = SAC.load(tmp_path / "policy")
+    assert (loaded.config.device, loaded.config.engine, loaded.device.type) == ("auto", "auto", "cpu")
+    with pytest.raises(UsageError, match="already holds a run"):
+        agent.learn(300, tmp_path / "policy")  # the card would tell of another policy
+
+
+def test_only_what_acts_is_read(tmp_path, capsys):
+    agent = SAC(dataclasses.replace(SMALL, checkpoint_replay=True))
+    agent.learn(60, tmp_path / "run")
+    (damaged,) = (tmp_path / "run" / "checkpoints").glob("*/replay-*.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    assert run(capsys, "export", tmp_path / "run", "--to", "torch")[0] == 0
+    assert run(capsys, "eval", tmp_path / "run", "--episodes", 1)[0] == 0
+
+
+def test_the_model_card_of_a_strange_name(tmp_path):
+    agent = SAC(SMALL, envs=lambda: Robot())
+    agent.save(tmp_path / "policy", policy_only=True)
+    card = (tmp_path / "policy" / "README.md").read_text(encoding="utf-8")
+    assert "# Soft Actor-Critic agent for `<lambda>`\n" in card
+    assert "<lambda>" not in card.replace("`<lambda>`", "").split("---")[2]
 
 
 def test_the_model_card(shared):

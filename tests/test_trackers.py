@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import os
 import struct
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -90,14 +92,14 @@ def test_every_tracker_gets_what_metrics_jsonl_holds(at_home, tmp_path):
     assert sorted(found) == sorted(wanted)
     assert [each["step"] for each in lines if any(tag.startswith("eval/video") for tag in each)] == [1200]
 
-    (name,) = {json.loads((run_dir / "tracking.json").read_text())["trackio"]}
+    (name,) = {json.loads((run_dir / "tracking.json").read_text())["runs"]["trackio"]}
     logs = SQLiteStorage.get_logs(project, name)
     found = [(each["step"], tag, value) for each in logs for tag, value in each.items() if tag in tags]
     assert sorted(found) == sorted(wanted)
     assert [each["step"] for each in logs if "eval/video" in each] == [1200]
 
     client = mlflow.MlflowClient()
-    run = client.get_run(json.loads((run_dir / "tracking.json").read_text())["mlflow"])
+    run = client.get_run(json.loads((run_dir / "tracking.json").read_text())["runs"]["mlflow"])
     assert run.info.status == "FINISHED"
     assert run.data.params["env_id"] == "Pendulum-v1"
     assert "cores" in run.data.tags["system.cpu"]
@@ -144,7 +146,7 @@ def test_no_tracker_at_all(tmp_path):
             "--track must be none, or any of tensorboard, wandb, trackio, mlflow, separated by commas; got ''",
         ),
         ("none,wandb", "--track must be none, or any of"),
-        ("mlflow", "--track mlflow needs a package that is not installed: pip install 'fastsac[mlflow]'"),
+        ("mlflow", "--track mlflow needs a package that is not installed: pip install no_such_package"),
     ],
 )
 def test_what_cannot_be_tracked_is_said_before_anything_is_written(track, message, tmp_path, monkeypatch, capsys):
@@ -192,10 +194,70 @@ def test_a_tracker_that_cannot_be_started_ends_the_run(tmp_path, monkeypatch):
         SAC(CONFIG).learn(200, tmp_path / "run", track="wandb")
 
 
-def test_no_video_where_there_is_nothing_to_draw_with(tmp_path, monkeypatch, capsys):
-    def record(*arguments):
-        raise FastsacError("no OpenGL")
+def test_what_tracking_json_may_hold(tmp_path):
+    """It may come from anybody."""
+    run_dir = tmp_path / "run"
+    SAC(CONFIG).learn(50, run_dir)
+    assert not (run_dir / "tracking.json").exists()  # the default
+    os.mkfifo(run_dir / "tracking.json")
+    SAC.load(run_dir).learn(100, run_dir)  # would wait for ever
+    (run_dir / "tracking.json").unlink()
+    for text in ('{"active": ["os"], "runs": {"os": "x"}}', '{"active": 1}', "[]", "{"):
+        (run_dir / "tracking.json").write_text(text)
+        agent = SAC.load(run_dir)
+        agent.learn(agent.steps + 20, run_dir)
+    (run_dir / "wandb").symlink_to(tmp_path)
+    with pytest.raises(UsageError, match="symbolic link"):
+        SAC.load(run_dir).learn(500, run_dir)
 
-    monkeypatch.setattr(SAC, "record_video", record)
+
+class _Named(_Broken):
+    def __init__(self, run):
+        self.stored, self.closed = run.stored or "first", []
+
+    def log(self, lines):
+        pass
+
+    def close(self, failed):
+        time.sleep(0.2)
+        self.closed.append(failed)
+
+
+def test_a_run_keeps_its_name_in_a_tracker_that_was_left_out_once(tmp_path, monkeypatch, caplog):
+    made = []
+    monkeypatch.setattr(wandb_tracker, "start", lambda run: made.append(_Named(run)) or made[-1])
+    monkeypatch.setattr("fastsac.trackers.PATIENCE", 0.05)
+    for steps, track in ((50, "wandb"), (100, "none"), (150, None), (200, "wandb")):
+        agent = SAC(CONFIG) if steps == 50 else SAC.load(tmp_path / "run")
+        agent.learn(steps, tmp_path / "run", track=track)
+        if made:
+            made[-1].stored = "another"
+    assert len(made) == 2
+    assert json.loads((tmp_path / "run" / "tracking.json").read_text()) == {
+        "active": ["wandb"],
+        "runs": {"wandb": "first"},
+    }
+    assert [each.closed for each in made] == [[False], [False]]
+    assert "still waiting for wandb to finish" in caplog.text
+
+
+def test_trackers_that_were_started_are_closed_if_the_run_cannot_begin(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(wandb_tracker, "start", lambda run: made.append(_Named(run)) or made[-1])
+    monkeypatch.setattr("fastsac.trackers._write", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        SAC(CONFIG).learn(50, tmp_path / "run", track="wandb")
+    assert made[0].closed == [True]
+
+
+def test_no_video_where_there_is_nothing_to_draw_with(tmp_path, monkeypatch, capsys):
+    def get_writer(*arguments, **options):
+        raise ValueError("All images must have one size")
+
+    monkeypatch.setattr("imageio.get_writer", get_writer)
     SAC(CONFIG).learn(600, tmp_path / "run", progress=True, track_video=True)
-    assert "warning: no video of the last evaluation: no OpenGL" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "warning: no video of the last evaluation: cannot write the video" in err
+    assert "ValueError: All images must have one size" in err
+    with pytest.raises(UsageError, match="--eval-every 0 never evaluates"):
+        SAC(SMALL).learn(50, tmp_path / "other", track_video=True)

@@ -181,7 +181,7 @@ def connected(address: str) -> Iterator[Any]:
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise UsageError('--ray needs Ray: pip install "fastsac[ray]"') from error
+        raise UsageError("--ray needs Ray: pip install ray") from error
     _refuse_unreachable(address)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,10 @@ from typing import Any, NamedTuple, Protocol
 from fastsac.errors import FastsacError, UsageError, did_you_mean
 from fastsac.run_dir import SEED, TRACKING, Row, parse_json, temporary_sibling
 
+#: seconds that trackers may take to finish a run before the user is told
+PATIENCE = 5.0
+#: what a run has if nothing else is said
+DEFAULT = ("tensorboard",)
 #: the trackers, and the package that each needs
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
 _GROUPS = {
@@ -69,7 +74,7 @@ class Tracking(NamedTuple):
 def _refuse_missing(names: Sequence[str]) -> None:
     for name in names:
         if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise UsageError(f"--track {name} needs a package that is not installed: pip install 'fastsac[{name}]'")
+            raise UsageError(f"--track {name} needs a package that is not installed: pip install {PACKAGES[name]}")
 
 
 #: TensorBoard, or the run's trackers so far
@@ -129,42 +134,25 @@ class Trackers:
         self._warn = warn
         self._trackers: dict[str, Tracker] = {}
         self._problems: dict[str, str] = {}
-        before = _read(run_dir)
-        stored = before or {}
-        names = tracking.names if tracking.names is not None else ("tensorboard",) if before is None else tuple(before)
+        active, stored = _read(run_dir)
+        names = active if tracking.names is None else tracking.names
         _refuse_missing(names)
         run_name = f"{run_dir.resolve().parent.name}-{run_dir.name}" if SEED.fullmatch(run_dir.name) else run_dir.name
         run_name = run_name or run_dir.resolve().name
         system = describe_machine()
-        for name in names:
-            run = Run(run_dir, tracking.project, run_name, settings, system, stored.get(name) or None)
-            try:
-                self._trackers[name] = importlib.import_module(f"fastsac.trackers.{name}").start(run)
-            except Exception as error:
-                self.close(failed=True)
-                raise FastsacError(f"--track {name} could not be started: {_told(error)}") from error
-        self._write(run_dir, {name: stored.get(name, "") for name in names} | self._stored())
+        try:
+            for name in names:
+                run = Run(run_dir, tracking.project, run_name, settings, system, stored.get(name) or None)
+                self._trackers[name] = _start(name, run)
+            _write(run_dir, names, stored | {name: tracker.stored for name, tracker in self._trackers.items()})
+        except BaseException:
+            self.close(failed=True)
+            raise
 
     @property
     def places(self) -> list[str]:
         """Where the user can see the run, for trackers that know."""
         return [f"{name}: {tracker.place}" for name, tracker in self._trackers.items() if tracker.place]
-
-    def _stored(self) -> dict[str, str]:
-        return {name: tracker.stored for name, tracker in self._trackers.items()}
-
-    def _write(self, run_dir: Path, stored: Mapping[str, str]) -> None:
-        if list(stored) == ["tensorboard"] and not (run_dir / TRACKING).exists():  # the default without the file
-            return
-        temporary = temporary_sibling(run_dir / TRACKING)
-        try:
-            temporary.write_text(json.dumps(stored) + "\n")
-            temporary.replace(run_dir / TRACKING)
-        except OSError as error:
-            raise FastsacError(f"cannot write {run_dir / TRACKING}: {error.strerror}") from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
 
     def log(self, rows: Sequence[Row]) -> None:
         """Send lines that have been written to metrics.jsonl to all trackers."""
@@ -189,7 +177,15 @@ class Trackers:
 
     def close(self, failed: bool) -> None:
         """Finish the run in every tracker."""
-        self._each(lambda tracker: tracker.close(failed))
+        names = ", ".join(self._trackers)
+        waiting = f"still waiting for {names} to finish: another Ctrl-C ends the process at once"
+        timer = threading.Timer(PATIENCE, self._warn, [waiting])
+        timer.daemon = True
+        timer.start()
+        try:
+            self._each(lambda tracker: tracker.close(failed))
+        finally:
+            timer.cancel()
         self._trackers.clear()
 
 
@@ -199,11 +195,36 @@ def _told(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _read(run_dir: Path) -> dict[str, str] | None:
-    """Return the run's trackers so far and their ids of the run; None if the directory does not say."""
+def _start(name: str, run: Run) -> Tracker:
+    try:
+        started: Tracker = importlib.import_module(f"fastsac.trackers.{name}").start(run)
+    except Exception as error:
+        raise FastsacError(f"--track {name} could not be started: {_told(error)}") from error
+    return started
+
+
+def _write(run_dir: Path, names: Sequence[str], stored: Mapping[str, str]) -> None:
+    """Store which trackers are active, and every tracker's own name of the run, also of those that are not active."""
+    if tuple(names) == DEFAULT and not (run_dir / TRACKING).exists():  # the default is not stored
+        return
+    temporary = temporary_sibling(run_dir / TRACKING)
+    try:
+        temporary.write_text(json.dumps({"active": list(names), "runs": {k: v for k, v in stored.items() if v}}) + "\n")
+        temporary.replace(run_dir / TRACKING)
+    except OSError as error:
+        raise FastsacError(f"cannot write {run_dir / TRACKING}: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _read(run_dir: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the trackers that are active so far, and each one's own name of the run."""
     path = run_dir / TRACKING
-    with suppress(OSError, ValueError, RecursionError):
-        if path.stat().st_size < 2**16:
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        if path.is_file() and path.stat().st_size < 2**16:  # a FIFO would never end
             found = parse_json(path.read_bytes())
-            return {name: stored for name, stored in found.items() if name in PACKAGES and isinstance(stored, str)}
-    return None
+            active = tuple(name for name in dict.fromkeys(found["active"]) if name in PACKAGES)
+            runs = {name: run for name, run in found["runs"].items() if name in PACKAGES and isinstance(run, str)}
+            return active, runs
+    return DEFAULT, {}
