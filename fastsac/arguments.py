@@ -42,8 +42,8 @@ class Train:
     track: str | None = None
     """Where to log metrics besides metrics.jsonl: `tensorboard`, `wandb`, `trackio` and `mlflow`, separated by commas,
     or `none`. Default: TensorBoard, or with --resume the trackers that the run has used so far."""
-    track_project: str = "fastsac"
-    """Project name for Weights & Biases and Trackio; experiment name for MLflow."""
+    track_project: str | None = None
+    """Project name for Weights & Biases and Trackio; experiment name for MLflow. Default: fastsac."""
     track_video: bool = False
     """Record an episode of the last evaluation as `last_evaluation.mp4` in the run directory and for the trackers."""
     callback: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

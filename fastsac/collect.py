@@ -115,7 +115,8 @@ class Recorder:
             action = np.array(envs.raw.action[index], dtype=action_space.dtype)
             done = bool(step.terminated[index]), bool(step.truncated[index])
             row = obs, action, float(envs.raw.reward[index]), *done
-            for column, value in zip(self._episodes[index], row, strict=True):
+            columns: tuple[list[Any], ...] = self._episodes[index]
+            for column, value in zip(columns, row, strict=True):
                 column.append(value)
             if any(done):
                 self._write(self._episodes.pop(index))

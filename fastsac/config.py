@@ -263,7 +263,7 @@ _INTEGERS = {
     "checkpoint_every": 0,
 }
 #: a million threads would crash the process; a batch of n-step returns needs n operations
-_MOST = {"num_threads": 1024, "n_step": 1000, "num_atoms": 4096}
+_MOST = {"num_threads": 1024, "n_step": 1000, "num_atoms": 4096, "batch_size": 2**20}
 _FLAGS = ("checkpoint_replay", "normalize_obs", "normalize_reward", "layer_norm")
 #: the numbers that may be None
 _OPTIONAL = (

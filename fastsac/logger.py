@@ -70,6 +70,7 @@ class Logger:
                 self._file.close()
                 raise
         self.wants_video = tracking.video
+        self.stopped = False  # by a signal
         self._display = _make_display(total_steps, step) if progress else None
         for place in [] if self._trackers is None else self._trackers.places:
             self.say(place)
@@ -136,7 +137,7 @@ class Logger:
         written, problem = self._file.close() if self._file is not None else ([], "")
         if self._trackers is not None:
             self._trackers.log(written)
-            self._trackers.close(failed=error is not None)
+            self._trackers.close("failed" if error is not None else "stopped" if self.stopped else "finished")
         if problem and error is None:
             raise FastsacError(problem)
 

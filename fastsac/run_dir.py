@@ -31,6 +31,8 @@ LONGEST_CONFIG = 2**20  # bytes
 PATIENCE = 0.05
 #: a learner's run directory, within that of a run with several
 SEED = re.compile(r"seed-([0-9]{1,20})")
+#: settings of older runs by their present names
+RENAMED = {"actor_every": "policy_delay"}
 #: the name of a checkpoint
 STEP = re.compile(r"step-([0-9]{1,18})")
 
@@ -132,6 +134,13 @@ def refuse_if_taken(directory: Path) -> None:
         )
 
 
+def give_up(directory: Path) -> None:
+    """Remove what makes a run directory of it, where nothing has been trained yet."""
+    for name in (METRICS, CONFIG):
+        with suppress(OSError):
+            (directory / name).unlink()
+
+
 def learners_in(directory: Path) -> list[Path]:
     """Return the run directories of the learners in a directory, sorted by seed."""
     found = [(int(match[1]), path) for path in directory.glob("seed-*") if (match := SEED.fullmatch(path.name))]
@@ -189,8 +198,11 @@ def read_config(directory: Path) -> Config:
         raise UsageError(f"{directory} is not a run directory: {path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"{directory} is not a run directory: {path} cannot be read ({reason})") from error
-    return config_from_dict(values)
+        raise UsageError(f"{path} is damaged: {reason}") from error
+    try:
+        return config_from_dict(values)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
 def parse_json(encoded: bytes) -> dict[str, Any]:
@@ -222,6 +234,7 @@ def config_from_dict(values: Any) -> Config:
     """
     if not isinstance(values, dict):
         raise UsageError("the stored configuration is not a JSON object")
+    values = {RENAMED.get(name, name): value for name, value in values.items()}
     unknown = set(values) - {field.name for field in dataclasses.fields(Config)}
     if unknown:
         raise UsageError(f"the stored configuration has unknown settings: {', '.join(map(repr, sorted(unknown)))}")

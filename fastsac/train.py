@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ from fastsac.progress import Progress
 from fastsac.ranks import Ranks, for_ranks
 from fastsac.replay import Replay
 from fastsac.rollout import EVALUATION, EXPLORATION, LEARNER, RANK, Rollout, child_seed
-from fastsac.run_dir import MODEL_CARD, VIDEO, config_from_dict, newest_step, refuse_if_taken
+from fastsac.run_dir import CONFIG, MODEL_CARD, VIDEO, config_from_dict, give_up, newest_step, refuse_if_taken
 from fastsac.saver import Contents, Ours, Saver, first_row
 from fastsac.signals import BUSY, Heartbeat, stop_signals
 from fastsac.spaces import Floats, Spaces
@@ -261,7 +261,7 @@ class SAC:
         progress: bool = False,
         callback: Callback | Sequence[Callback] | None = None,
         track: str | None = None,
-        track_project: str = BY_DEFAULT.project,
+        track_project: str | None = None,
         track_video: bool = False,
     ) -> None:
         """Train until `steps` reaches `total_steps`; a later call with a larger number continues training.
@@ -276,7 +276,8 @@ class SAC:
             callback: called during training, and may end it (see `fastsac.Callback`); or several, called in this order.
             track: where to log metrics besides metrics.jsonl, with a `run_dir`: "tensorboard", "wandb", "trackio" and
                 "mlflow", separated by commas, or "none". None: the run's trackers so far, or TensorBoard.
-            track_project: project name for Weights & Biases and Trackio, experiment name for MLflow.
+            track_project: project name for Weights & Biases and Trackio, experiment name for MLflow. None means the
+                one so far, or "fastsac".
             track_video: whether to record an episode of the last evaluation as `run_dir/last_evaluation.mp4` and
                 for the trackers.
 
@@ -335,13 +336,19 @@ class SAC:
                 "this directory holds only a policy, without critics, so it cannot continue training: resume the run "
                 "that it was saved from"
             )
-        with (
-            nullcontext() if directory is None else self._saver(directory) as saver,
-            Logger(
-                *(directory, self.config.total_steps, self.steps, self.time_s, progress, name, tracking),
-                settings=dataclasses.asdict(self.config),
-            ) as logger,
-        ):
+        new = directory is not None and not (directory / CONFIG).exists()
+        with nullcontext() if directory is None else self._saver(directory) as saver, ExitStack() as stack:
+            try:
+                logger = stack.enter_context(
+                    Logger(
+                        *(directory, self.config.total_steps, self.steps, self.time_s, progress, name, tracking),
+                        settings=dataclasses.asdict(self.config),
+                    )
+                )
+            except FastsacError:
+                if new and directory is not None:  # the same command may be given again
+                    give_up(directory)
+                raise
             if saver is not None:
                 saver.warn_user = logger.warn
             self._learns = True
@@ -392,6 +399,7 @@ class SAC:
             self._heartbeat.beat(stop)
         self._rollout.pause(obs)
         self.stopped_by_signal = progress.evaluation_due or (self.steps < total_steps and not reached)
+        logger.stopped = self.stopped_by_signal
         self._heartbeat.send(BUSY)
         if hooks is not None and hooks.ended_by:
             logger.say(f"{hooks.ended_by} ends training at step {self.steps:,}")

@@ -2,16 +2,17 @@ import dataclasses
 import json
 import os
 import struct
+import threading
 import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastsac import SAC, FastsacError, UsageError
+from fastsac import SAC, Callback, FastsacError, UsageError
 from fastsac.cli import main
 from fastsac.trackers import PACKAGES, Tracking, by_tag
 from fastsac.trackers import wandb as wandb_tracker
-from tests.runs import SMALL, rows_of
+from tests.runs import SMALL, rows_of, stopped_at
 
 CONFIG = dataclasses.replace(SMALL, total_steps=1200, eval_every=600, eval_episodes=1)
 
@@ -68,7 +69,7 @@ def test_every_tracker_gets_what_metrics_jsonl_holds(at_home, tmp_path):
     agent = SAC(CONFIG)
     agent.learn(900, run_dir, track="wandb,tensorboard, trackio,mlflow", track_project=project)
     agent = SAC.load(run_dir)
-    agent.learn(1200, run_dir, track_project=project, track_video=True)  # goes on with the same four
+    agent.learn(1200, run_dir, track_video=True)  # continues in the same four, and in the same project
     rows = rows_of(run_dir)
     assert {row["step"] for row in rows} >= {600, 900, 1200}
     wanted = [(step, tag, value) for step, values in map(by_tag, rows) for tag, value in values.items()]
@@ -119,7 +120,9 @@ def test_seeds_have_runs_of_their_own(at_home, tmp_path):
     main(["train", *options, "--track", "trackio,wandb"])
     for seed in (0, 1):
         logged = rows_of(tmp_path / "two" / f"seed-{seed}")
-        assert [each["step"] for each in SQLiteStorage.get_logs("fastsac", f"two-seed-{seed}")] == [100, 200]
+        name = json.loads((tmp_path / "two" / f"seed-{seed}" / "tracking.json").read_text())["runs"]["trackio"]
+        assert name.startswith(f"two-seed-{seed}-")
+        assert [each["step"] for each in SQLiteStorage.get_logs("fastsac", name)] == [100, 200]
         assert [each["step"] for each in wandb_history(tmp_path / "two" / f"seed-{seed}")[0]] == [100, 200]
         assert [row["step"] for row in logged] == [100, 200]
 
@@ -190,8 +193,11 @@ def test_a_tracker_that_cannot_be_started_ends_the_run(tmp_path, monkeypatch):
         raise RuntimeError("api_key not configured\n(no-tty)")
 
     monkeypatch.setattr(wandb_tracker, "start", start)
-    with pytest.raises(FastsacError, match=r"^--track wandb could not be started: api_key not configured \(no-tty\)$"):
-        SAC(CONFIG).learn(200, tmp_path / "run", track="wandb")
+    for _ in range(2):  # and can be begun again
+        with pytest.raises(
+            FastsacError, match=r"^--track wandb could not be started: api_key not configured \(no-tty\)$"
+        ):
+            SAC(CONFIG).learn(200, tmp_path / "run", track="tensorboard,wandb")
 
 
 def test_what_tracking_json_may_hold(tmp_path):
@@ -218,9 +224,9 @@ class _Named(_Broken):
     def log(self, lines):
         pass
 
-    def close(self, failed):
+    def close(self, outcome):
         time.sleep(0.2)
-        self.closed.append(failed)
+        self.closed.append(outcome)
 
 
 def test_a_run_keeps_its_name_in_a_tracker_that_was_left_out_once(tmp_path, monkeypatch, caplog):
@@ -229,15 +235,16 @@ def test_a_run_keeps_its_name_in_a_tracker_that_was_left_out_once(tmp_path, monk
     monkeypatch.setattr("fastsac.trackers.PATIENCE", 0.05)
     for steps, track in ((50, "wandb"), (100, "none"), (150, None), (200, "wandb")):
         agent = SAC(CONFIG) if steps == 50 else SAC.load(tmp_path / "run")
-        agent.learn(steps, tmp_path / "run", track=track)
+        agent.learn(steps, tmp_path / "run", track=track, track_project="mine" if steps == 50 else None)
         if made:
             made[-1].stored = "another"
     assert len(made) == 2
     assert json.loads((tmp_path / "run" / "tracking.json").read_text()) == {
         "active": ["wandb"],
+        "project": "mine",
         "runs": {"wandb": "first"},
     }
-    assert [each.closed for each in made] == [[False], [False]]
+    assert [each.closed for each in made] == [["finished"], ["finished"]]
     assert "still waiting for wandb to finish" in caplog.text
 
 
@@ -247,7 +254,32 @@ def test_trackers_that_were_started_are_closed_if_the_run_cannot_begin(tmp_path,
     monkeypatch.setattr("fastsac.trackers._write", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         SAC(CONFIG).learn(50, tmp_path / "run", track="wandb")
-    assert made[0].closed == [True]
+    assert made[0].closed == ["failed"]
+
+
+def test_a_tracker_that_does_not_answer_does_not_hold_up_training(tmp_path, monkeypatch):
+    answered, waited = threading.Event(), []
+
+    class Slow(_Named):
+        def log(self, lines):
+            waited.append(answered.wait(10.0))
+
+    class Answering(Callback):
+        def on_step(self, agent):
+            if agent.steps >= 150:
+                answered.set()
+
+    monkeypatch.setattr(wandb_tracker, "start", Slow)
+    SAC(CONFIG).learn(200, tmp_path / "run", track="wandb", callback=Answering())
+    assert waited == [True] * len(rows_of(tmp_path / "run"))  # and nothing was lost
+
+
+def test_a_run_that_a_signal_stops_is_no_finished_one(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(wandb_tracker, "start", lambda run: made.append(_Named(run)) or made[-1])
+    with stopped_at(monkeypatch, 60):
+        SAC(CONFIG).learn(200, tmp_path / "run", track="wandb")
+    assert made[0].closed == ["stopped"]
 
 
 def test_no_video_where_there_is_nothing_to_draw_with(tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ by environment step; the settings and a description of the machine; and, on requ
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -19,11 +20,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from queue import SimpleQueue
+from typing import Any, Literal, NamedTuple, Protocol
 
 from fastsac.errors import FastsacError, UsageError, did_you_mean
 from fastsac.run_dir import SEED, TRACKING, Row, parse_json, temporary_sibling
 
+PROJECT = "fastsac"
+LONGEST = 200  # characters of a client's message
 #: seconds that trackers may take to finish a run before the user is told
 PATIENCE = 5.0
 #: what a run has if nothing else is said
@@ -39,6 +43,8 @@ _GROUPS = {
 }
 
 
+#: how a run ends; `stopped` by a signal
+Outcome = Literal["finished", "failed", "stopped"]
 #: a step, and values by tag
 Line = tuple[int, dict[str, float]]
 
@@ -47,11 +53,11 @@ class Tracking(NamedTuple):
     """The trackers that a user requests."""
 
     names: tuple[str, ...] | None = None  # None: the run's trackers so far, or TensorBoard
-    project: str = "fastsac"
+    project: str | None = None  # None: the one so far, or PROJECT
     video: bool = False
 
     @classmethod
-    def of(cls, track: str | None, project: str, video: bool) -> Tracking:
+    def of(cls, track: str | None, project: str | None, video: bool) -> Tracking:
         """Parse tracker names separated by commas, or "none".
 
         Raises:
@@ -104,7 +110,7 @@ class Tracker(Protocol):
     def video(self, step: int, path: Path) -> None:
         """Log an .mp4 file."""
 
-    def close(self, failed: bool) -> None:
+    def close(self, outcome: Outcome) -> None:
         """Finish the run."""
 
 
@@ -112,6 +118,24 @@ def by_tag(row: Row) -> Line:
     """Return the step of a line of metrics.jsonl, and its values by the common tags of all trackers."""
     values = {_GROUPS.get(name, f"train/{name}"): value for name, value in row.items() if name != "step"}
     return int(row["step"]), values
+
+
+class _Worker:
+    """Calls a tracker in a thread, so that a server that does not answer cannot hold up training."""
+
+    def __init__(self) -> None:
+        self.calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="fastsac-tracker")
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (call := self.calls.get()) is not None:
+            call()
+
+    def finish(self) -> None:
+        """Wait until all calls have been made."""
+        self.calls.put(None)
+        self._thread.join()
 
 
 class Trackers:
@@ -133,20 +157,24 @@ class Trackers:
 
         self._warn = warn
         self._trackers: dict[str, Tracker] = {}
+        self._workers: dict[str, _Worker] = {}
         self._problems: dict[str, str] = {}
-        active, stored = _read(run_dir)
-        names = active if tracking.names is None else tracking.names
+        active, project, stored = _read(run_dir)
+        names, project = active if tracking.names is None else tracking.names, tracking.project or project
         _refuse_missing(names)
         run_name = f"{run_dir.resolve().parent.name}-{run_dir.name}" if SEED.fullmatch(run_dir.name) else run_dir.name
         run_name = run_name or run_dir.resolve().name
         system = describe_machine()
         try:
             for name in names:
-                run = Run(run_dir, tracking.project, run_name, settings, system, stored.get(name) or None)
+                run = Run(run_dir, project, run_name, settings, system, stored.get(name) or None)
                 self._trackers[name] = _start(name, run)
-            _write(run_dir, names, stored | {name: tracker.stored for name, tracker in self._trackers.items()})
+                if name != "tensorboard":  # which writes files
+                    self._workers[name] = _Worker()
+            told = stored | {name: tracker.stored for name, tracker in self._trackers.items()}
+            _write(run_dir, names, project, told)
         except BaseException:
-            self.close(failed=True)
+            self.close("failed")
             raise
 
     @property
@@ -165,17 +193,23 @@ class Trackers:
         self._each(lambda tracker: tracker.video(step, path))
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
-        for name, tracker in self._trackers.items():
-            try:
-                call(tracker)
-                self._problems.pop(name, None)
-            except Exception as error:
-                problem = _told(error)
-                if problem != self._problems.get(name):
-                    self._warn(f"{name}: {problem}; training continues")
-                self._problems[name] = problem
+        for name in self._trackers:
+            if name in self._workers:
+                self._workers[name].calls.put(functools.partial(self._call, name, call))
+            else:
+                self._call(name, call)
 
-    def close(self, failed: bool) -> None:
+    def _call(self, name: str, call: Callable[[Tracker], None]) -> None:
+        try:
+            call(self._trackers[name])
+            self._problems.pop(name, None)
+        except Exception as error:
+            problem = _told(error)
+            if problem != self._problems.get(name):
+                self._warn(f"{name}: {problem}; training continues")
+            self._problems[name] = problem
+
+    def close(self, outcome: Outcome) -> None:
         """Finish the run in every tracker."""
         names = ", ".join(self._trackers)
         waiting = f"still waiting for {names} to finish: another Ctrl-C ends the process at once"
@@ -183,33 +217,39 @@ class Trackers:
         timer.daemon = True
         timer.start()
         try:
-            self._each(lambda tracker: tracker.close(failed))
+            self._each(lambda tracker: tracker.close(outcome))
+            for worker in self._workers.values():
+                worker.finish()
         finally:
             timer.cancel()
         self._trackers.clear()
+        self._workers.clear()
 
 
 def _told(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    told = " ".join(str(error).split()) or type(error).__name__
+    return told if len(told) <= LONGEST else f"{told[:LONGEST]} ..."
 
 
 def _start(name: str, run: Run) -> Tracker:
     try:
         started: Tracker = importlib.import_module(f"fastsac.trackers.{name}").start(run)
     except Exception as error:
-        raise FastsacError(f"--track {name} could not be started: {_told(error)}") from error
+        leave_out = ", or leave it out: --track none" if run.stored else ""
+        raise FastsacError(f"--track {name} could not be started: {_told(error)}{leave_out}") from error
     return started
 
 
-def _write(run_dir: Path, names: Sequence[str], stored: Mapping[str, str]) -> None:
+def _write(run_dir: Path, names: Sequence[str], project: str, stored: Mapping[str, str]) -> None:
     """Store which trackers are active, and every tracker's own name of the run, also of those that are not active."""
-    if tuple(names) == DEFAULT and not (run_dir / TRACKING).exists():  # the default is not stored
+    if (tuple(names), project) == (DEFAULT, PROJECT) and not (run_dir / TRACKING).exists():  # the default is not stored
         return
     temporary = temporary_sibling(run_dir / TRACKING)
     try:
-        temporary.write_text(json.dumps({"active": list(names), "runs": {k: v for k, v in stored.items() if v}}) + "\n")
+        runs = {name: run for name, run in stored.items() if run}
+        temporary.write_text(json.dumps({"active": list(names), "project": project, "runs": runs}) + "\n")
         temporary.replace(run_dir / TRACKING)
     except OSError as error:
         raise FastsacError(f"cannot write {run_dir / TRACKING}: {error.strerror}") from error
@@ -218,13 +258,13 @@ def _write(run_dir: Path, names: Sequence[str], stored: Mapping[str, str]) -> No
             temporary.unlink()
 
 
-def _read(run_dir: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return the trackers that are active so far, and each one's own name of the run."""
+def _read(run_dir: Path) -> tuple[tuple[str, ...], str, dict[str, str]]:
+    """Return the trackers that are active so far, their project, and each one's own name of the run."""
     path = run_dir / TRACKING
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         if path.is_file() and path.stat().st_size < 2**16:  # a FIFO would never end
             found = parse_json(path.read_bytes())
             active = tuple(name for name in dict.fromkeys(found["active"]) if name in PACKAGES)
             runs = {name: run for name, run in found["runs"].items() if name in PACKAGES and isinstance(run, str)}
-            return active, runs
-    return DEFAULT, {}
+            return active, str(found["project"]), runs
+    return DEFAULT, PROJECT, {}

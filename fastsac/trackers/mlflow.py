@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastsac.trackers import Line, Run
+from fastsac.trackers import Line, Outcome, Run
 
 #: MLflow's limits: characters in a parameter's value, and parameters per call
 LONGEST, MOST = 6000, 100
@@ -16,12 +17,17 @@ LONGEST, MOST = 6000, 100
 
 def start(run: Run) -> _Mlflow:
     """Start a run in the experiment `run.project`, or resume the stored one."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own seven take minutes
     from mlflow import MlflowClient
     from mlflow.entities import Param, RunStatus
 
     client = MlflowClient()
     if run.stored is not None:
         client.update_run(run.stored, status=RunStatus.to_string(RunStatus.RUNNING))
+        before = client.get_run(run.stored).data.params
+        for name, value in run.settings.items():
+            if before.get(name) != str(value)[:LONGEST]:  # parameters cannot be changed
+                client.set_tag(run.stored, f"settings.{name}", str(value))
         return _Mlflow(client, run.stored)
     experiment = client.get_experiment_by_name(run.project)
     experiment_id = client.create_experiment(run.project) if experiment is None else experiment.experiment_id
@@ -50,5 +56,6 @@ class _Mlflow:
     def video(self, step: int, path: Path) -> None:
         self._client.log_artifact(self.stored, str(path), "eval")
 
-    def close(self, failed: bool) -> None:
-        self._client.set_terminated(self.stored, "FAILED" if failed else "FINISHED")
+    def close(self, outcome: Outcome) -> None:
+        status = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+        self._client.set_terminated(self.stored, status[outcome])

@@ -15,7 +15,7 @@ from textwrap import indent
 from typing import Any
 
 from fastsac.run_dir import METRICS, TENSORBOARD, read_rows
-from fastsac.trackers import Line, Run, by_tag
+from fastsac.trackers import Line, Outcome, Run, by_tag
 
 
 def start(run: Run) -> _TensorBoard:
@@ -46,7 +46,7 @@ class _TensorBoard:
         if self._events is not None:
             self._events.add_video(step, path)
 
-    def close(self, failed: bool) -> None:
+    def close(self, outcome: Outcome) -> None:
         self._close()
 
     def _close(self) -> None:

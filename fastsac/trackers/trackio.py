@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from contextvars import Context
@@ -9,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from fastsac.trackers import Line, Run
+from fastsac.trackers import Line, Outcome, Run
 
 
 def start(run: Run) -> _Trackio:
@@ -17,7 +18,8 @@ def start(run: Run) -> _Trackio:
     import trackio
 
     config = {**run.settings, "system": run.system}
-    name, resume = run.stored or run.name, "allow" if run.stored else "never"
+    # it finds a run by its name only, and several run directories may have the same one
+    name, resume = run.stored or f"{run.name}-{secrets.token_hex(3)}", "allow" if run.stored else "never"
     with redirect_stdout(StringIO()):  # it prints what `place` says
         # in its own context: several seeds may be trained in one process, and a new run would end the previous one
         made = Context().run(lambda: trackio.init(run.project, name, config=config, resume=resume, embed=False))
@@ -39,6 +41,6 @@ class _Trackio:
 
         self._run.log({"eval/video": trackio.Video(str(path), format="mp4")}, step=step)
 
-    def close(self, failed: bool) -> None:
+    def close(self, outcome: Outcome) -> None:
         with redirect_stdout(StringIO()):
             self._run.finish()

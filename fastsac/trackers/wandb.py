@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastsac.trackers import Line, Run
+from fastsac.trackers import Line, Outcome, Run
 
 
 def start(run: Run) -> _Wandb:
@@ -45,5 +45,5 @@ class _Wandb:
 
         self._run.log({"step": step, "eval/video": wandb.Video(str(path), format="mp4")})
 
-    def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
+    def close(self, outcome: Outcome) -> None:
+        self._run.finish(exit_code={"finished": 0, "failed": 1, "stopped": 255}[outcome])  # 255: "killed"
