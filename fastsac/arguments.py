@@ -74,6 +74,8 @@ class Eval:
     """Also record one episode to this file (.mp4 or .gif)."""
     env_id: str | None = None
     """Evaluate on another task, whose observations and actions must have the same shapes and bounds."""
+    env_backend: Literal["auto", "envpool", "gymnasium"] | None = None
+    """Create the environment with this library; a task's keyword arguments can differ between the two."""
     env_kwargs: dict[str, Any] | None = None
     """Keyword arguments for the environment, instead of those used in training, as a JSON object."""
 

@@ -180,6 +180,8 @@ def _eval(command: Eval) -> None:
     config = read_config(command.run_dir)
     if command.env_id is not None and command.env_id != config.env_id:  # another task has its own arguments
         config = dataclasses.replace(config, env_id=command.env_id, env_backend="auto", env_kwargs={})
+    if command.env_backend is not None:
+        config = dataclasses.replace(config, env_backend=command.env_backend)
     if command.env_kwargs is not None:
         config = dataclasses.replace(config, env_kwargs=command.env_kwargs)
     agent = _load(command, config)
@@ -192,5 +194,6 @@ def _eval(command: Eval) -> None:
     else:
         mean, spread = result.returns.mean(), result.returns.std()
         print(
-            f"return {mean:.1f} +- {spread:.1f} over {command.episodes} episodes of {result.lengths.mean():.0f} steps"
+            f"return {mean:.1f} +- {spread:.1f} over {command.episodes} episode{'s' * (command.episodes > 1)} of "
+            f"{result.lengths.mean():.0f} steps"
         )

@@ -62,8 +62,6 @@ def plot(command: Plot) -> None:
     out = command.out if command.out is not None or command.json else Path("curves.png")
     if out is not None and out.suffix.lower() not in FORMATS:
         raise UsageError(f"--out must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, got {out}")
-    if out is not None and not out.parent.is_dir():
-        raise UsageError(f"--out: {out.parent} is not a directory")
     runs, left_out = _read(command)
     groups = _grouped(runs)
     names = differing(groups)
@@ -99,8 +97,11 @@ def _read(command: Plot) -> tuple[list[Run], dict[str, list[Path]]]:
     for path in paths.values():
         try:
             run = Run(path, read_config(path), _increasing(read_metric(path, command.metric)))
-        except (UsageError, OSError):
-            left_out.setdefault("damaged", []).append(path)
+        except UsageError as error:
+            left_out.setdefault(f"damaged: {error}", []).append(path)
+            continue
+        except OSError as error:
+            left_out.setdefault(f"damaged: {error.strerror}", []).append(path)
             continue
         if not run.curve[0]:
             left_out.setdefault(f"no {command.metric}", []).append(path)
@@ -110,6 +111,8 @@ def _read(command: Plot) -> tuple[list[Run], dict[str, list[Path]]]:
         if other is not run:
             runs[key], shorter = (run, other) if run.curve[0][-1] >= other.curve[0][-1] else (other, run)
             left_out.setdefault("same settings and random seed as another run", []).append(shorter.path)
+    if len(paths) == sum(len(each) for why, each in left_out.items() if why.startswith("damaged")):
+        raise UsageError(f"all runs are damaged; the first one: {next(iter(left_out)).removeprefix('damaged: ')}")
     if not runs:
         known = {name for path in paths.values() for row in read_rows(path / METRICS) for name in row}
         names = sorted(known - {"step"})

@@ -9,7 +9,7 @@ from typing import Any
 from fastsac.config import Config
 from fastsac.evaluate import Evaluation
 from fastsac.machine import PACKAGES, package_versions
-from fastsac.spaces import Spaces
+from fastsac.spaces import Floats, Spaces
 
 #: settings that say nothing about the policy
 _UNTOLD = ("env_id", "log_every", "checkpoint_every", "checkpoint_replay", "device", "num_threads")
@@ -33,7 +33,11 @@ def model_card(config: Config, spaces: Spaces, steps: int, updates: int, evaluat
         _use(config),
         _task(config, spaces),
         _settings(config),
-        _table("Versions", "package", {name: version or "-" for name, version in package_versions(PACKAGES).items()}),
+        _table(
+            "Versions when this was written",
+            "package",
+            {name: version or "-" for name, version in package_versions(PACKAGES).items()},
+        ),
     ]
     return _front_matter(config, evaluation) + "\n" + "\n\n".join(sections) + "\n"
 
@@ -62,8 +66,9 @@ def _evaluation(evaluation: Evaluation | None) -> str:
     if evaluation is None:
         return "## Evaluation\n\nThis policy was not evaluated when it was saved."
     returns, lengths = evaluation.returns, evaluation.lengths
+    number = f"{len(returns)} episode{'s' * (len(returns) > 1)}"
     return (
-        f"## Evaluation\n\nThe deterministic policy over {len(returns)} episodes: return {returns.mean():.2f} +- "
+        f"## Evaluation\n\nThe deterministic policy over {number}: return {returns.mean():.2f} +- "
         f"{returns.std():.2f} (lowest {returns.min():.2f}, highest {returns.max():.2f}), episode length "
         f"{lengths.mean():.0f} steps."
     )
@@ -82,14 +87,19 @@ def _use(config: Config) -> str:
 
 def _task(config: Config, spaces: Spaces) -> str:
     parts = {name or "obs": list(shape) for name, shape in spaces.obs_shapes.items()}
-    low, high = spaces.action_low.min(), spaces.action_high.max()
+    low, high = _bound(spaces.action_low), _bound(spaces.action_high)
     task: dict[str, Any] = {
         "environment": _code(config.env_id),
         "keyword arguments": _code(json.dumps(config.env_kwargs)),
         "observation": ", ".join(f"{_code(name)} {shape}" for name, shape in parts.items()),
-        "action": f"{list(spaces.action_low.shape)}, from {low:g} to {high:g}",
+        "action": f"{list(spaces.action_low.shape)}, from {low} to {high}",
     }
     return _table("Task", "", task)
+
+
+def _bound(bound: Floats) -> str:
+    """Return one number if all dimensions have the same bound."""
+    return f"{bound.flat[0]:g}" if (bound == bound.flat[0]).all() else str(bound.tolist())
 
 
 def _settings(config: Config) -> str:

@@ -94,6 +94,7 @@ def draw(panels: Mapping[str, Sequence[Line]], path: Path, ylabel: str, note: st
     size = width, (4.0 if columns == 1 else 3.6) * rows + 0.23 * key_lines + (0.25 if note else 0.0)
     settings: Any = {"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
                      "axes.grid": True, "grid.alpha": 0.3, "text.parse_math": False}  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)
     with plt.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # names in scripts that the font lacks

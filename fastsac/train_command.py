@@ -225,8 +225,9 @@ def _outcome(agent: Any, run_dir: Path) -> str:
         return ""
     returns, (evaluated, _) = agent.last_evaluation.returns, read_metric(run_dir, "eval_return")
     earlier = f" at step {evaluated[-1]:,}; training ended" if evaluated and evaluated[-1] < agent.steps else ""
+    number = f"{len(returns)} episode{'s' * (len(returns) > 1)}"
     return (
-        f"evaluation return {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes{earlier} "
+        f"evaluation return {returns.mean():.1f} +- {returns.std():.1f} over {number}{earlier} "
         f"after {agent.steps:,} steps and {agent.time_s:.0f} s"
     )
 

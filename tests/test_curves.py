@@ -107,10 +107,20 @@ def test_what_is_left_out_is_told_in_one_line(tmp_path, plot):
     assert curves(result) == {("Pendulum-v1", ""): [0]}
     assert result["groups"][0]["runs"] == ["good"]
     assert told == (
-        "fastsac: left out: damaged (damaged); none (no eval_return); "
+        "fastsac: left out: damaged (damaged: damaged/config.json is damaged: Expecting property name enclosed in "
+        "double quotes: line 1 column 2 (char 1)); none (no eval_return); "
         "shorter (same settings and random seed as another run)\n"
     )
     assert result["left_out"]["none"] == "no eval_return"
+
+
+def test_nothing_but_damaged_runs(tmp_path, plot, capsys):
+    (store(tmp_path / "damaged", [1.0]) / "config.json").write_text('{"no_setting": 1}')
+    with pytest.raises(SystemExit):
+        plot(".")
+    told = capsys.readouterr().err
+    assert told.startswith("fastsac: all runs are damaged; the first one: damaged/config.json: ")
+    assert told.endswith("'no_setting'\n")
 
 
 def test_a_curve_ends_where_its_shortest_run_does(tmp_path, plot):
@@ -169,7 +179,6 @@ def test_a_picture(tmp_path, monkeypatch, capsys):
         (["runs", "--metric", "evalreturn"], "no run has a metric 'evalreturn'; did you mean eval_return?"),
         (["runs", "--metric", "xyz"], "they have critic_loss, eval_return"),
         (["runs", "--out", "x.jpg"], "--out must end in .png, .svg or .pdf, got x.jpg"),
-        (["runs", "--out", "nowhere/x.png"], "--out: nowhere is not a directory"),
         (["runs", "--metric"], "see fastsac --help"),
     ],
 )

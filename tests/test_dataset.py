@@ -217,7 +217,7 @@ def test_a_dataset_that_cannot_be_had(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="does not contain its spaces"):
         Dataset(str(path), "X", spaces)
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(UsageError, match=r"\(h5py\): pip install 'fastsac\[minari\]'"):
+    with pytest.raises(UsageError, match=r"\(h5py\): pip install 'minari\[hdf5\]'"):
         Dataset(str(path), "X", spaces)
 
 

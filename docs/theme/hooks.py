@@ -62,7 +62,9 @@ def on_page_content(html, page, config, files):
     )
     if "arithmatex" in html:
         raise PluginError(f"{page.file.src_uri}: a formula was not made into MathML")
-    html = re.sub(r"<code>[^<]*</code>", lambda m: _breakable(m[0]), html)
+    parts = re.split(r"(<pre.*?</pre>)", html, flags=re.S)  # a block scrolls, and breaks nowhere
+    parts[::2] = [re.sub(r"<code>[^<]*</code>", lambda m: _breakable(m[0]), part) for part in parts[::2]]
+    html = "".join(parts)
     html = re.sub(r'<img [^>]*src="([^"]+\.svg)"[^>]*>', lambda m: _svg(page.file, m[1]), html)
     return html.replace("::</p>", ":</p>")  # docstrings announce code that way
 
@@ -166,6 +168,7 @@ def _row(name, text):
     option, _, values = name.partition(" ") if " --no-" not in name else (name, "", "")
     values = values.replace("{None}|", "").replace("|", " or ").replace(",", ", ")
     text = re.sub(r"\(default: (None)?\)", "", text).strip()
+    text = re.sub(r"(?<![`\w-])(--[a-z][a-z-]*)(?![`\w-])", r"`\1`", text)
     cells = f"`{option}`", f"`{values}` {text}" if values else text
     return f"| {' | '.join(cell.replace('|', BAR).replace('<', '&lt;') for cell in cells)} |"
 
