@@ -6,8 +6,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 ARGS ?=
-# one more than there are cores, since tests that wait for processes leave theirs idle
-WORKERS ?= $(shell echo $$(( $$(nproc 2>/dev/null || echo 2) < 4 ? $$(nproc 2>/dev/null || echo 2) + 1 : 4 )))
+# twice as many as there are cores, at most four: many tests wait for other processes
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$(( cores < 2 ? 2 : 4 )))
 RESULTS := benchmarks/results
 BENCH_JSON ?= $(RESULTS)/bench_cpu.json
 PEERS_JSON ?= $(RESULTS)/peers_cpu.json

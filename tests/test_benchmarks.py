@@ -257,6 +257,7 @@ def test_a_page_without_markers_is_an_error(tmp_path):
         report.rewritten(page, {"other": lambda: "new"})
 
 
+@pytest.mark.slow
 def test_the_gpu_tests_are_shared_out_and_all_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_parts, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_parts.os, "cpu_count", lambda: 4)

@@ -255,7 +255,7 @@ def test_the_command_line_takes_callbacks(mine, capsys):
     assert run("train", *settings, "--run-dir", "run", *both, "--eval-every", 30, "--eval-episodes", 1) == 0
     told = capsys.readouterr()
     assert "\nStop.on_step ends training at step 50" in told.err
-    line = r"evaluation return -\d+\.\d \+- 0\.0 over 1 episodes at step 30; training ended after 50 steps"
+    line = r"evaluation return -\d+\.\d \+- 0\.0 over 1 episode at step 30; training ended after 50 steps"
     assert re.match(line, told.out)
     assert run("train", "--resume", "run", "--callback", f"{mine}:Stop", f"--callback={mine}:Wrong") == 2
     last = capsys.readouterr().err.splitlines()[-1]

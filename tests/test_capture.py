@@ -131,6 +131,7 @@ def addresses(learner: GraphedLearner) -> dict[Any, set[int]]:
     return {key: set(replay.__self__.before) - own for key, replay in graphs.items()}
 
 
+@pytest.mark.slow
 def test_what_a_graph_points_at_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adding, acting, saving and evaluating move nothing; loading moves much, and drops the graphs."""
     monkeypatch.setattr(engine, "WARM_UPS", 1)  # the interpreter takes its time

@@ -210,6 +210,7 @@ def test_an_engine_that_fails_its_check_gives_way_to_the_next(
             right_engine(bf16, False, O, A, said.append)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_gpu")
 def test_the_check_of_the_engine_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("compare", "graphed"):
@@ -392,8 +393,9 @@ def parameters(learner: Learner) -> Tensor:
     return torch.cat([p.detach().flatten() for net in learner._networks().values() for p in net.parameters()])
 
 
-@pytest.mark.parametrize("settings", [{}, pytest.param({"estimator": "score"}, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize(("updates", "gap"), [(20, 1.0), pytest.param(300, 0.2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"estimator": "score"}], ids=str)
+@pytest.mark.parametrize(("updates", "gap"), [(20, 1.0), (300, 0.2)])
 def test_it_learns_as_the_cpus_engine_does(settings: dict[str, Any], updates: int, gap: float) -> None:
     """Their weights drift apart as those of two orders of the same sums do, and both find the action."""
     rates = dict.fromkeys(("actor_lr", "critic_lr", "alpha_lr"), 0.003)

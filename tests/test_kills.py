@@ -12,6 +12,7 @@ def check(result, kills):
     assert result["steps_lost"]["most"] <= 2 * INTERVAL  # an interval, and what came while a checkpoint was written
 
 
+@pytest.mark.slow
 def test_one_kill(tmp_path):
     check(torment(1, 3, tmp_path, ["--estimator", "score"]), 1)
 

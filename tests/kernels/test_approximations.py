@@ -98,6 +98,7 @@ def test_exp_at_the_ends_of_its_range() -> None:
     torch.testing.assert_close(found, torch.exp(x.double()).float(), rtol=2e-7, atol=1e-44, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("_perturbed", ["any"], indirect=True)
 def test_the_engines_check_gives_no_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (graphed, compare):

@@ -106,6 +106,7 @@ def state_of(learner: FusedCudaLearner) -> dict[str, Tensor]:
     return tensors | {name: tensor.clone() for name, tensor in learner.metrics().items()}
 
 
+@pytest.mark.slow
 def test_programs_may_run_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted programs run one after the other; on a GPU nobody knows which comes first."""
     import triton.runtime.interpreter as interpreter
