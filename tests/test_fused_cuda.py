@@ -69,6 +69,7 @@ def test_replayed_graphs_make_the_same_updates(settings: dict[str, Any]) -> None
 
 
 @pytest.mark.usefixtures("quick_gpu")
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_also_after_resuming() -> None:
     config = Config(**SMALL)
     whole, first, second = (FusedCudaLearner(config, O, A, "cuda", seed) for seed in (0, 0, 9))

@@ -263,6 +263,7 @@ OPTIONS = (
 )
 
 
+@pytest.mark.slow
 def test_torchrun_trains_one_agent_and_resumes_it(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = launched(run_dir, *OPTIONS, "--total-steps", "400", "--run-dir", str(run_dir))

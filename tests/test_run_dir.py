@@ -193,6 +193,7 @@ def train(run_dir, total_steps, preexec_fn=None):
     return done
 
 
+@pytest.mark.slow
 def test_a_file_system_that_is_full(tmp_path):
     """A small file system where one can be mounted, else a limit on the size of files."""
     disk = tmp_path / "disk"

@@ -190,6 +190,7 @@ def test_an_engine_that_is_wrong_is_found_out(kind: type[Learner], named: str) -
     assert named in compared(kind, Config(**SMALL), 5, 3, CUDA)
 
 
+@pytest.mark.slow
 def test_a_wrong_graph_of_several_updates_is_found_out_with_turns_too() -> None:
     assert "is off by" in compared(WrongLongGraph, Config(**SMALL, policy_delay=2), 5, 3, CUDA)
 
@@ -230,6 +231,7 @@ def test_a_child_that_fails_counts_as_a_difference(code: str, problem: str, monk
     assert crashed == (problem not in ("", "q is off"))
 
 
+@pytest.mark.slow
 def test_the_check_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = "engine, old = graphed.GraphedLearner, graphed.GraphedLearner._descend\nengine.backend = 'reference'\n"
     wrong += "engine._descend = lambda self, name, loss: old(self, name, loss * 1.0001 if name == 'actor' else loss)\n"

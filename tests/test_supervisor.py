@@ -105,6 +105,7 @@ def test_it_gives_up_without_progress(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_fails_again_is_tried_with_other_episodes(tmp_path):
     """The first restart repeats the run exactly; an environment that fails at a place would fail there again."""
     process = start(tmp_path / "run", "--restarts", "2", "--checkpoint-every", "1000", fault="abort:30")
