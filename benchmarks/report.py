@@ -17,13 +17,24 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import equivalence, lab_tables, paper_cpu, paper_model, seeds, step_time, update_sizes, whole_update
+from benchmarks import (
+    equivalence,
+    lab_tables,
+    paper_cpu,
+    paper_model,
+    seeds,
+    step_time,
+    tutorial,
+    update_sizes,
+    whole_update,
+)
 from benchmarks.bench_table import draw, table
 
 README = Path("README.md")
 KERNELS_README = Path("kernels/README.md")
 PERFORMANCE = Path("docs/explanation/performance.md")
 RELIABILITY = Path("docs/explanation/reliability.md")
+TUTORIAL = Path("docs/tutorial.md")
 PRESETS = Path("docs/how-to/presets.md")
 MEASURED = Path("docs/explanation/measured.md")
 RESULTS = Path("benchmarks/results")
@@ -222,6 +233,7 @@ PAGES = {
     PERFORMANCE: PERFORMANCE_TABLES,
     RELIABILITY: RELIABILITY_TABLES,
     MEASURED: MEASURED_TABLES,
+    TUTORIAL: {"tutorial": lambda: tutorial.table(read("tutorial.json"))},
     PRESETS: {"presets": lambda: learning_table(*PRESET_SUITES, what="preset")},
 }
 

@@ -7,8 +7,8 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastsac.arguments import Collect, Doctor, Eval, Export, Ls, Plot, Presets, Train, parse
 from fastsac.config import Config
@@ -29,22 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = parse(arguments)
         if isinstance(command, Train):
             train(command, arguments)
-        elif isinstance(command, Eval):
-            _eval(command)
-        elif isinstance(command, Export):
-            _export(command)
-        elif isinstance(command, Ls):
-            _ls(command)
-        elif isinstance(command, Plot):
-            _plot(command)
-        elif isinstance(command, Collect):
-            _collect(command)
-        elif isinstance(command, Presets):
-            _presets(command)
-        elif isinstance(command, Doctor):
-            _doctor(command)
         else:
-            _lab(command)
+            _COMMANDS.get(type(command), _lab)(command)
         sys.stdout.flush()
     except FastsacError as error:
         _fail(str(error), error.exit_status)
@@ -197,3 +183,8 @@ def _eval(command: Eval) -> None:
             f"return {mean:.1f} +- {spread:.1f} over {command.episodes} episode{'s' * (command.episodes > 1)} of "
             f"{result.lengths.mean():.0f} steps"
         )
+
+
+_COMMANDS: dict[type, Callable[[Any], None]] = {
+    **{Eval: _eval, Export: _export, Collect: _collect, Ls: _ls, Plot: _plot, Presets: _presets, Doctor: _doctor}
+}

@@ -12,7 +12,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from fastsac.run_dir import METRICS, Row, read_rows, temporary_sibling
+from fastsac.run_dir import METRICS, Row, read_rows, replace_text
 
 Value = float | int | Tensor
 
@@ -33,13 +33,7 @@ class MetricsFile:
         self._path = run_dir / METRICS
         self._waiting: list[Row] = []
         rows = [row for row in read_rows(self._path) if row["step"] <= step]
-        temporary = temporary_sibling(self._path)
-        try:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            temporary.replace(self._path)
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
+        replace_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file: IO[bytes] | None = self._path.open("ab")
 
     def add(self, row: Row) -> tuple[list[Row], str]:

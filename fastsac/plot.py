@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,10 +77,6 @@ def draw(panels: Mapping[str, Sequence[Line]], path: Path, ylabel: str, note: st
         ylabel: label of the y axis.
         note: how the lines were computed, in small letters.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
     labels = list(dict.fromkeys(line.label for lines in panels.values() for line in lines))
@@ -92,40 +88,66 @@ def draw(panels: Mapping[str, Sequence[Line]], path: Path, ylabel: str, note: st
     key_columns = max(1, int(width / (0.7 + 0.085 * max((min(len(label), WIDEST) for label in keys), default=1))))
     key_lines = -(-sum(text.count("\n") + 1 for text in keys.values()) // key_columns)
     size = width, (4.0 if columns == 1 else 3.6) * rows + 0.23 * key_lines + (0.25 if note else 0.0)
-    settings: Any = {"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
-                     "axes.grid": True, "grid.alpha": 0.3, "text.parse_math": False}  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)
-    with plt.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # names in scripts that the font lacks
-        figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    with framed(len(panels), columns, size, font_size=10) as (figure, axes):
+        for place, (title, lines) in zip(axes, panels.items(), strict=True):
+            _draw_panel(place, title, lines, looks)
+        for place in axes[::columns]:
+            place.set_ylabel(ylabel)
+        if keys:
+            handles = [
+                Line2D([], [], color=looks[label][0], dashes=looks[label][1] or (None, None), lw=2) for label in keys
+            ]
+            figure.legend(
+                *(handles, shown(keys.values())), loc="outside lower center", ncols=key_columns, frameon=False,
+                title=note or None, title_fontsize=9,
+            )  # fmt: skip
+        elif note:
+            figure.supxlabel(note, fontsize=9)
         try:
-            for place in axes.flat[len(panels) :]:
-                place.set_axis_off()
-            for place, (title, lines) in zip(axes.flat, panels.items(), strict=False):
-                _draw_panel(place, title, lines, looks)
-            for place in axes[:, 0]:
-                place.set_ylabel(ylabel)
-            if keys:
-                handles = [
-                    Line2D([], [], color=looks[label][0], dashes=looks[label][1] or (None, None), lw=2)
-                    for label in keys
-                ]
-                space = "\N{HAIR SPACE}"  # a label that starts with _ would be left out
-                texts = [space + text for text in keys.values()]
-                figure.legend(
-                    *(handles, texts), loc="outside lower center", ncols=key_columns, frameon=False,
-                    title=note or None, title_fontsize=9,
-                )  # fmt: skip
-            elif note:
-                figure.supxlabel(note, fontsize=9)
             figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix(".").lower())
             temporary.replace(path)
         finally:
-            plt.close(figure)
             with suppress(OSError):
                 temporary.unlink()
     return path
+
+
+@contextmanager
+def framed(number: int, columns: int, size: tuple[float, float], font_size: float) -> Iterator[tuple[Any, list[Any]]]:
+    """Yield a figure and so many axes in the house's style; the figure is closed afterwards.
+
+    Args:
+        number: of the axes.
+        columns: in which they are laid out, row by row.
+        size: of the figure, in inches.
+        font_size: in points.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings: Any = {
+        **{"font.size": font_size, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False},
+        **{"axes.grid": True, "grid.alpha": 0.3, "text.parse_math": False},
+    }
+    with plt.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # names in scripts that the font lacks
+        figure, axes = plt.subplots(-(-number // columns), columns, figsize=size, layout="constrained", squeeze=False)
+        try:
+            for place in axes.flat[number:]:
+                place.set_axis_off()
+            yield figure, list(axes.flat[:number])
+        finally:
+            plt.close(figure)
+
+
+def shown(labels: Iterable[str]) -> list[str]:
+    """Return labels for a legend, which would leave out those that start with an underscore."""
+    space = "\N{HAIR SPACE}"
+    return [space + label.replace("\n", "\n" + space) for label in labels]
 
 
 def _draw_panel(axes: Any, title: str, lines: Sequence[Line], looks: Mapping[str, Any]) -> None:

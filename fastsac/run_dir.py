@@ -22,7 +22,6 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 TRACKING = "tracking.json"
 VIDEO = "last_evaluation.mp4"
-MODEL_CARD = "README.md"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 NO_LINK, NO_WAIT = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK"))  # which Windows lacks
@@ -161,21 +160,27 @@ def temporary_sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file atomically; OSError if that fails, and then the old one is still there."""
+    temporary = temporary_sibling(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
 def write_config(directory: Path, config: Config) -> None:
     """Write config.json atomically.
 
     Raises:
         FastsacError: if it cannot be written.
     """
-    temporary = temporary_sibling(directory / CONFIG)
     try:
-        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        temporary.replace(directory / CONFIG)
+        replace_text(directory / CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     except OSError as error:
         raise FastsacError(f"cannot write to the run directory {directory}: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def read_config(directory: Path) -> Config:

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastsac.config import Config
+from fastsac.errors import UsageError
+from fastsac.estimators import choose
+
+#: settings that the weights depend on
+KEPT = (
+    *("hidden_sizes", "activation", "layer_norm", "num_critics", "critic", "num_atoms", "v_min", "v_max"),
+    *("normalize_obs", "normalize_reward"),
+)
 _COUNT = range(2**62)
 _FLAG, _NUMBER, _ANY = bool, float, object
 #: numbers in the shape of an action
@@ -38,6 +47,30 @@ def refuse_other_state(state: dict[str, Any]) -> None:
     for name in schema.keys() | state.keys():
         if name not in schema or name not in state or not _fits(state[name], schema[name]):
             raise ValueError(f"{name!r} is missing, unknown or of the wrong type")
+
+
+def refuse_other_settings(config: Config, stored: Config, state: dict[str, Any]) -> None:
+    """Raise UsageError for settings with which a run cannot continue.
+
+    Args:
+        config: the settings to continue with.
+        stored: those of the checkpoint.
+        state: its state.
+    """
+    for name in KEPT:
+        old, new = getattr(stored, name), getattr(config, name)
+        if old != new:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} cannot be changed from {old} to {new}: the stored networks depend on it")
+    if choose(config).value_sign and not choose(stored).value_sign:
+        raise UsageError(f"--baseline {config.baseline} needs a value network, and the stored run has none")
+    if config.alpha == "auto" and config.initial_alpha != stored.initial_alpha:
+        raise UsageError("--initial-alpha cannot be changed: the run has already started")
+    replay = state["replay"] if config.checkpoint_replay else None
+    if replay is not None and replay["newest"] and config.offline not in (None, stored.offline):
+        raise UsageError(
+            "--offline needs an empty replay buffer, but the checkpoint holds one: --no-checkpoint-replay drops it"
+        )
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastsac import checkpoint
+from fastsac import checkpoint, shared_policy
 from fastsac.callbacks import Callback, Hooks
 from fastsac.config import Config
 from fastsac.divergence import read_finite
@@ -43,24 +43,16 @@ from fastsac.progress import Progress
 from fastsac.ranks import Ranks, for_ranks
 from fastsac.replay import Replay
 from fastsac.rollout import EVALUATION, EXPLORATION, LEARNER, RANK, Rollout, child_seed
-from fastsac.run_dir import CONFIG, MODEL_CARD, VIDEO, config_from_dict, give_up, newest_step, refuse_if_taken
+from fastsac.run_dir import CONFIG, VIDEO, config_from_dict, give_up, newest_step
 from fastsac.saver import Contents, Ours, Saver, first_row
 from fastsac.signals import BUSY, Heartbeat, stop_signals
 from fastsac.spaces import Floats, Spaces
-from fastsac.stored_state import refuse_other_state
+from fastsac.stored_state import refuse_other_settings, refuse_other_state
 from fastsac.trackers import BY_DEFAULT, Tracking
 from fastsac.transfer import to_device, to_host
 
 if TYPE_CHECKING:
     from fastsac.export import Exported
-
-#: prefixes of the learner's tensors that are needed to act
-POLICY = ("actor.", "normalizer.obs_")
-#: settings that the weights depend on
-KEPT = (
-    *("hidden_sizes", "activation", "layer_norm", "num_critics", "critic", "num_atoms", "v_min", "v_max"),
-    *("normalize_obs", "normalize_reward"),
-)
 
 
 class SAC:
@@ -171,7 +163,7 @@ class SAC:
         return self._progress.steps
 
     @property
-    def offline(self) -> str:
+    def loaded_dataset(self) -> str:
         """What `prepare` has loaded into the replay buffer, in words; empty if nothing."""
         return self._rollout.filled
 
@@ -239,6 +231,11 @@ class SAC:
             UsageError: if the replay buffer does not fit into memory, the engines differ and this one was requested, or
                 the dataset that `offline` names cannot be read or does not fit the environment.
         """
+        if self._policy_only:
+            raise UsageError(
+                "this directory holds only a policy, without critics, so it cannot continue training: resume the run "
+                "that it was saved from"
+            )
         if not self._prepared:
             self._heartbeat.send(BUSY)
             asked = self.config.engine != "auto"
@@ -252,7 +249,7 @@ class SAC:
                 self.setup = self.setup._replace(precision=self.learner.config.precision)  # type: ignore[arg-type]
             self._prepared = True
         if not self._rollout.fill() and say is None:
-            logging.getLogger("fastsac").warning(self.offline)
+            logging.getLogger("fastsac").warning(self.loaded_dataset)
 
     def learn(
         self,
@@ -331,11 +328,6 @@ class SAC:
             name: prefix of all messages.
             tracking: the trackers.
         """
-        if self._policy_only:
-            raise UsageError(
-                "this directory holds only a policy, without critics, so it cannot continue training: resume the run "
-                "that it was saved from"
-            )
         new = directory is not None and not (directory / CONFIG).exists()
         with nullcontext() if directory is None else self._saver(directory) as saver, ExitStack() as stack:
             try:
@@ -408,11 +400,14 @@ class SAC:
         self._ranks.sum(0)  # wait until the checkpoint is there for all ranks
         if saver is not None and hooks is not None:
             hooks.checkpoints(saver.take_written())
-        if directory is not None and logger.wants_video and self.last_evaluation and not self.stopped_by_signal:
+        if directory is not None and logger.wants_video and not self.stopped_by_signal:
             self._show_evaluation(logger, directory / VIDEO)
 
     def _show_evaluation(self, logger: Logger, path: Path) -> None:
         """Record the first episode of the last evaluation, for the trackers."""
+        if self._evaluated_at != self.steps:
+            logger.warn("no video of the last evaluation: the policy has changed since, because training ended early")
+            return
         try:
             self.record_video(path, child_seed(self.config.seed, EVALUATION, self.steps))
         except FastsacError as error:  # rendering may not be possible here
@@ -623,33 +618,15 @@ class SAC:
         if self._policy_only and not policy_only:
             raise UsageError("this agent has only a policy: save it with policy_only=True")
         if self._ranks.leads and policy_only:
-            self._save_policy(directory, evaluation)
+            if evaluation is None and self._evaluated_at == self.steps:
+                evaluation = self.last_evaluation
+            groups, state, _ = self._state(None)
+            shared_policy.write(directory, self.config, self.spaces, groups["learner"], state, evaluation)
         elif self._ranks.leads:
             with self._saver(directory) as saver:
                 saver.finish(lambda: self._state(saver), self.steps)
         self._ranks.sum(0)  # wait until it is there for all ranks
         return checkpoint.step_directory(directory, self.steps)
-
-    def _save_policy(self, directory: Path, evaluation: Evaluation | None) -> None:
-        from fastsac.model_card import model_card
-
-        if evaluation is None and self._evaluated_at == self.steps:
-            evaluation = self.last_evaluation
-        # how it was trained on this machine need not be possible where it is used
-        config = dataclasses.replace(self.config, device="auto", engine="auto", precision="auto", num_threads=0)
-        card = model_card(config, self.spaces, self.steps, self.updates, evaluation)
-        groups, state, _ = self._state(None)
-        refuse_if_taken(directory)
-        if os.path.lexists(directory / MODEL_CARD):
-            raise UsageError(f"{directory / MODEL_CARD} already exists: choose another directory")
-        kept = {name: tensor for name, tensor in groups["learner"].items() if name.startswith(POLICY)}
-        state = {**state, "config": dataclasses.asdict(config), "envs": None, "replay": None}
-        with Saver(directory, config, None, logging.getLogger("fastsac").warning):
-            checkpoint.save_checkpoint(checkpoint.step_directory(directory, self.steps), {"policy": kept}, state)
-            try:
-                (directory / MODEL_CARD).write_text(card, encoding="utf-8")
-            except OSError as error:
-                raise FastsacError(f"cannot write {directory / MODEL_CARD}: {error.strerror}") from error
 
     def export(self, path: str | os.PathLike[str]) -> Exported:
         """Write the deterministic policy as one file that runs without fastsac: see `fastsac.export.export_policy`."""
@@ -739,20 +716,7 @@ class SAC:
         sizes = spaces.obs_size, spaces.action_size
         networks = OwnNetworks(own["actor"], own["critic"])
         networks.refuse_misfits(*sizes, config.num_critics)
-        for name in KEPT:
-            old, new = getattr(stored, name), getattr(config, name)
-            if old != new:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} cannot be changed from {old} to {new}: the stored networks depend on it")
-        if choose(config).value_sign and not choose(stored).value_sign:
-            raise UsageError(f"--baseline {config.baseline} needs a value network, and the stored run has none")
-        if config.alpha == "auto" and config.initial_alpha != stored.initial_alpha:
-            raise UsageError("--initial-alpha cannot be changed: the run has already started")
-        holds_replay = config.checkpoint_replay and state["replay"] is not None
-        if holds_replay and state["replay"]["newest"] and config.offline not in (None, stored.offline):
-            raise UsageError(
-                "--offline needs an empty replay buffer, but the checkpoint holds one: --no-checkpoint-replay drops it"
-            )
+        refuse_other_settings(config, stored, state)
         policy_only = "policy" in checkpoint.groups_of(path)
         group = "policy" if policy_only else "learner"
         refuse_other_networks(config, *sizes, checkpoint.tensor_shapes(path, group), networks, policy_only)
@@ -768,17 +732,13 @@ class SAC:
         if (config.estimator, config.baseline) != (stored.estimator, stored.baseline):
             agent._progress.metrics.clear()  # another estimator may have other metrics
         stored_tensors = checkpoint.load_checkpoint(path, groups=[group])[0][group]
-        if policy_only:  # the rest is what a new agent has
-            tensors = agent.learner.state()[0]
-            needed = {name for name in tensors if name.startswith(POLICY)}
-            if stored_tensors.keys() != needed or not all(each.isfinite().all() for each in stored_tensors.values()):
-                raise FastsacError(f"{path} holds no policy of these settings: a tensor is missing, or is not finite")
-            stored_tensors = tensors | stored_tensors
+        if policy_only:
+            stored_tensors = shared_policy.completed(stored_tensors, agent.learner.state()[0], path)
         agent.learner.load_state(stored_tensors, state["learner"])
         agent._policy_only = policy_only
         if not agent._ranks.alone:
             agent._draw_apart()
-        if not holds_replay:
+        if not (config.checkpoint_replay and state["replay"] is not None):
             agent.new_episodes()
             return agent
         for name in state["replay"]["blocks"]:

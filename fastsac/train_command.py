@@ -257,7 +257,7 @@ def _describe(agent: Any, command: Train) -> str:
         f"{config.env_id} ({agent.envs.backend_name}){named}, {estimator}, K={choice.num_action_samples}{special}, "
         f"{agent.device.type}{threads}, engine {agent.engine} ({agent.engine_reason}), "
         f"precision {agent.setup.precision} ({agent.setup.precision_reason})"
-        + (f"; {agent.offline}" if agent.offline else "")
+        + (f"; {agent.loaded_dataset}" if agent.loaded_dataset else "")
     )
 
 

@@ -182,6 +182,7 @@ def test_video_of_a_mujoco_task_from_envpool(tmp_path):
         ("--max-episode-steps 1.5", "--max-episode-steps: it must be None or a whole number, got '1.5'"),
         ("--target-entropy x", "--target-entropy: it must be a number or auto, got 'x'"),
         ("--n-step 1001", "--n-step must be at most 1000, got 1001"),
+        ("--batch-size 1048577", "--batch-size must be at most 1048576, got 1048577"),
         ("--num-atoms 51", "--num-atoms needs --critic categorical"),
         ("--target-return 5 --eval-every 0", "--target-return needs evaluations, and --eval-every 0 disables"),
         ("--run-dir /dev/null", "/dev/null is a file: choose another --run-dir"),

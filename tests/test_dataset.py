@@ -233,14 +233,14 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, swings, monke
     config = dataclasses.replace(SMALL, offline=swings, checkpoint_replay=True, learning_starts=0, **settings)
     whole = SAC(config)
     whole.learn(run_dir=tmp_path / "whole")
-    assert whole.offline.startswith("offline data: 30 transitions of 7 episodes from ")
+    assert whole.loaded_dataset.startswith("offline data: 30 transitions of 7 episodes from ")
     assert len(whole.replay) == 150
     part = SAC(config)
     with stopped_at(monkeypatch, 48):
         part.learn(run_dir=tmp_path / "part")
     resumed = SAC.load(tmp_path / "part")
     resumed.learn()
-    assert not resumed.offline  # not filled again
+    assert not resumed.loaded_dataset  # not filled again
     assert state_of(resumed) == state_of(whole)
 
 

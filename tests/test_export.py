@@ -374,7 +374,9 @@ def test_evaluation_with_other_arguments_and_on_another_task(cheetah, monkeypatc
     assert returns("--env-kwargs", '{"ctrl_cost_weight": 0.1}') == plain  # that is the default
     assert returns("--env-kwargs", '{"ctrl_cost_weight": 10.0}') < plain - 100.0
     returns("--env-id", "HalfCheetah-v4")
-    assert [each.env_id for each in made] == ["HalfCheetah-v5"] * 3 + ["HalfCheetah-v4"]
+    returns("--env-backend", "gymnasium", "--env-kwargs", '{"ctrl_cost_weight": 0.1}')
+    assert [each.backend for each in made] == ["auto"] * 4 + ["gymnasium"]
+    assert [each.env_id for each in made] == ["HalfCheetah-v5"] * 3 + ["HalfCheetah-v4", "HalfCheetah-v5"]
     assert Config(env_id="HalfCheetah-v5") != SAC.load(run_dir).config  # which is left as it was
     assert SAC.load(run_dir).config.env_kwargs == {}
 

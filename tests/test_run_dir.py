@@ -275,6 +275,12 @@ def test_a_read_only_run_can_be_evaluated_and_not_trained(run_dir, monkeypatch, 
     )
 
 
+def test_settings_of_older_runs(run_dir):
+    path = run_dir / "config.json"
+    path.write_text(path.read_text().replace('"policy_delay": 1', '"actor_every": 3'))
+    assert read_config(run_dir).policy_delay == 3
+
+
 # hostile
 
 

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastsac import SAC, Callback, FastsacError, UsageError
 from fastsac.cli import main
-from fastsac.trackers import PACKAGES, Tracking, by_tag
+from fastsac.trackers import Tracking, by_tag
 from fastsac.trackers import wandb as wandb_tracker
 from tests.runs import SMALL, rows_of, stopped_at
 
@@ -104,6 +104,8 @@ def test_every_tracker_gets_what_metrics_jsonl_holds(at_home, tmp_path):
     assert run.info.status == "FINISHED"
     assert run.data.params["env_id"] == "Pendulum-v1"
     assert "cores" in run.data.tags["system.cpu"]
+    assert run.data.tags["settings.total_steps"] == "1200"  # a parameter cannot be changed
+    assert run.data.params["total_steps"] == "900"
     histories = {tag: client.get_metric_history(run.info.run_id, tag) for tag in tags}
     found = [(metric.step, tag, metric.value) for tag, history in histories.items() for metric in history]
     assert sorted(found) == sorted(wanted)
@@ -149,11 +151,11 @@ def test_no_tracker_at_all(tmp_path):
             "--track must be none, or any of tensorboard, wandb, trackio, mlflow, separated by commas; got ''",
         ),
         ("none,wandb", "--track must be none, or any of"),
-        ("mlflow", "--track mlflow needs a package that is not installed: pip install no_such_package"),
+        ("mlflow", "--track mlflow needs a package that is not installed: pip install mlflow"),
     ],
 )
 def test_what_cannot_be_tracked_is_said_before_anything_is_written(track, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(PACKAGES, "mlflow", "no_such_package")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:
         main(["train", "--track", track, "--run-dir", str(tmp_path / "run")])
     assert stop.value.code == 2
@@ -280,6 +282,17 @@ def test_a_run_that_a_signal_stops_is_no_finished_one(tmp_path, monkeypatch):
     with stopped_at(monkeypatch, 60):
         SAC(CONFIG).learn(200, tmp_path / "run", track="wandb")
     assert made[0].closed == ["stopped"]
+
+
+def test_no_video_of_a_policy_that_was_not_evaluated(tmp_path, caplog):
+    class Stop(Callback):
+        def on_step(self, agent):
+            return agent.steps < 900
+
+    config = dataclasses.replace(CONFIG, total_steps=2000)
+    SAC(config).learn(run_dir=tmp_path / "run", track_video=True, callback=Stop())
+    assert "no video of the last evaluation: the policy has changed since" in caplog.text
+    assert not (tmp_path / "run" / "last_evaluation.mp4").exists()
 
 
 def test_no_video_where_there_is_nothing_to_draw_with(tmp_path, monkeypatch, capsys):

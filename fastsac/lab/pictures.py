@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastsac.lab.page import NO_NUMBER, Markup, element, ends, join, number
-from fastsac.plot import COLOURS, DASHES
+from fastsac.plot import COLOURS, DASHES, framed, shown
 
 MARKERS = "os^DvPX"
 LONGEST_LABEL = 28
@@ -69,34 +68,20 @@ def draw(
     parts: Sequence[Callable[[Any], None]], size: tuple[float, float], key: Sequence[Look] = (), columns: int = 1
 ) -> bytes:
     """Return a PNG with one pair of axes of `size` inches per drawing function, and the arms' key below them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
     rows, lines = -(-len(parts) // columns), -(-len(key) // (2 * columns))
     lines *= max((look.lines for look in key), default=1)
     figsize = size[0] * columns, size[1] * rows + 0.25 * lines
-    settings: Any = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
-                     "axes.grid": True, "grid.alpha": 0.3, "text.parse_math": False}  # fmt: skip
-    with plt.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # names in scripts that the font lacks
-        chart, axes = plt.subplots(rows, columns, figsize=figsize, layout="constrained", squeeze=False)
-        try:
-            for place in axes.flat[len(parts) :]:
-                place.set_axis_off()
-            for place, function in zip(axes.flat, parts, strict=False):
-                function(place)
-            if key:
-                handles = [Line2D([], [], color=look.colour, dashes=look.dashes or (None, None), lw=2) for look in key]
-                space = "\N{HAIR SPACE}"  # a label that starts with _ would be left out
-                labels = [space + look.short.replace("\n", "\n" + space) for look in key]
-                chart.legend(handles, labels, loc="outside lower center", ncols=2 * columns, frameon=False)
-            file = io.BytesIO()
-            chart.savefig(file, dpi=170, format="png")
-        finally:
-            plt.close(chart)
+    with framed(len(parts), columns, figsize, font_size=11) as (chart, axes):
+        for place, function in zip(axes, parts, strict=True):
+            function(place)
+        if key:
+            handles = [Line2D([], [], color=look.colour, dashes=look.dashes or (None, None), lw=2) for look in key]
+            labels = shown(look.short for look in key)
+            chart.legend(handles, labels, loc="outside lower center", ncols=2 * columns, frameon=False)
+        file = io.BytesIO()
+        chart.savefig(file, dpi=170, format="png")
     return file.getvalue()
 
 

@@ -24,7 +24,7 @@ from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple, Protocol
 
 from fastsac.errors import FastsacError, UsageError, did_you_mean
-from fastsac.run_dir import SEED, TRACKING, Row, parse_json, temporary_sibling
+from fastsac.run_dir import SEED, TRACKING, Row, parse_json, replace_text
 
 PROJECT = "fastsac"
 LONGEST = 200  # characters of a client's message
@@ -32,8 +32,8 @@ LONGEST = 200  # characters of a client's message
 PATIENCE = 5.0
 #: what a run has if nothing else is said
 DEFAULT = ("tensorboard",)
-#: the trackers, and the package that each needs
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
+#: the trackers, each with the name of the package that it needs
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 _GROUPS = {
     **{name: f"rollout/{name}" for name in ("episode_return", "episode_length")},
     **{name: f"time/{name}" for name in ("updates", "steps_per_s", "updates_per_s")},
@@ -67,11 +67,11 @@ class Tracking(NamedTuple):
             return cls(None, project, video)
         names = [] if track.strip() == "none" else [name.strip() for name in track.split(",")]
         for name in names:
-            if name not in PACKAGES:
-                known = ", ".join(PACKAGES)
+            if name not in TRACKERS:
+                known = ", ".join(TRACKERS)
                 raise UsageError(
                     f"--track must be none, or any of {known}, separated by commas; got {name!r}"
-                    + did_you_mean(name, PACKAGES)
+                    + did_you_mean(name, TRACKERS)
                 )
         _refuse_missing(names)
         return cls(tuple(dict.fromkeys(names)), project, video)
@@ -79,8 +79,8 @@ class Tracking(NamedTuple):
 
 def _refuse_missing(names: Sequence[str]) -> None:
     for name in names:
-        if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise UsageError(f"--track {name} needs a package that is not installed: pip install {PACKAGES[name]}")
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"--track {name} needs a package that is not installed: pip install {name}")
 
 
 #: TensorBoard, or the run's trackers so far
@@ -211,17 +211,16 @@ class Trackers:
 
     def close(self, outcome: Outcome) -> None:
         """Finish the run in every tracker."""
-        names = ", ".join(self._trackers)
-        waiting = f"still waiting for {names} to finish: another Ctrl-C ends the process at once"
-        timer = threading.Timer(PATIENCE, self._warn, [waiting])
-        timer.daemon = True
-        timer.start()
-        try:
-            self._each(lambda tracker: tracker.close(outcome))
-            for worker in self._workers.values():
+        self._each(lambda tracker: tracker.close(outcome))
+        for name, worker in self._workers.items():
+            waiting = f"still waiting for {name} to finish: another Ctrl-C ends the process at once"
+            timer = threading.Timer(PATIENCE, self._warn, [waiting])
+            timer.daemon = True
+            timer.start()
+            try:
                 worker.finish()
-        finally:
-            timer.cancel()
+            finally:
+                timer.cancel()
         self._trackers.clear()
         self._workers.clear()
 
@@ -246,16 +245,11 @@ def _write(run_dir: Path, names: Sequence[str], project: str, stored: Mapping[st
     """Store which trackers are active, and every tracker's own name of the run, also of those that are not active."""
     if (tuple(names), project) == (DEFAULT, PROJECT) and not (run_dir / TRACKING).exists():  # the default is not stored
         return
-    temporary = temporary_sibling(run_dir / TRACKING)
+    runs = {name: run for name, run in stored.items() if run}
     try:
-        runs = {name: run for name, run in stored.items() if run}
-        temporary.write_text(json.dumps({"active": list(names), "project": project, "runs": runs}) + "\n")
-        temporary.replace(run_dir / TRACKING)
+        replace_text(run_dir / TRACKING, json.dumps({"active": list(names), "project": project, "runs": runs}) + "\n")
     except OSError as error:
         raise FastsacError(f"cannot write {run_dir / TRACKING}: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _read(run_dir: Path) -> tuple[tuple[str, ...], str, dict[str, str]]:
@@ -264,7 +258,7 @@ def _read(run_dir: Path) -> tuple[tuple[str, ...], str, dict[str, str]]:
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         if path.is_file() and path.stat().st_size < 2**16:  # a FIFO would never end
             found = parse_json(path.read_bytes())
-            active = tuple(name for name in dict.fromkeys(found["active"]) if name in PACKAGES)
-            runs = {name: run for name, run in found["runs"].items() if name in PACKAGES and isinstance(run, str)}
+            active = tuple(name for name in dict.fromkeys(found["active"]) if name in TRACKERS)
+            runs = {name: run for name, run in found["runs"].items() if name in TRACKERS and isinstance(run, str)}
             return active, str(found["project"]), runs
     return DEFAULT, PROJECT, {}
